@@ -1,0 +1,19 @@
+"""`habana_frameworks.torch.core`: step marking and the few switches that callers set."""
+
+from habana_frameworks.torch import _simulator, hpu
+
+__all__ = ["hpu", "hpu_initialize", "hpu_set_env", "mark_step"]
+
+
+def mark_step(device_str: str = "", sync: bool = False) -> None:
+    """Close the graph gathered since the last mark, as lazy mode does; nothing in eager mode or without a card."""
+    if _simulator.CARDS:
+        _simulator.mark_step()
+
+
+def hpu_set_env(*_args, **_kwargs) -> None:
+    """Accepted: it tunes the real compiler."""
+
+
+def hpu_initialize(*_args, **_kwargs) -> None:
+    """Accepted: it prepares quantised inference on a real card."""

@@ -1,0 +1,19 @@
+"""Set-up of a distributed run, and the `hccl` backend of `torch.distributed`."""
+
+import os
+
+
+def initialize_distributed_hpu() -> tuple[int, int, int]:
+    """World size, rank and local rank from the environment of mpirun, torchrun or DeepSpeed.
+
+    The environment is completed with what `torch.distributed` reads.
+    """
+    env = os.environ.get
+    world_size = int(env("OMPI_COMM_WORLD_SIZE", env("WORLD_SIZE", "1")))
+    rank = int(env("OMPI_COMM_WORLD_RANK", env("RANK", "0")))
+    local_rank = int(env("OMPI_COMM_WORLD_LOCAL_RANK", env("LOCAL_RANK", "0")))
+    if world_size > 1:
+        os.environ.update(WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK=str(local_rank))
+        os.environ.setdefault("MASTER_ADDR", "localhost")
+        os.environ.setdefault("MASTER_PORT", "29500")
+    return world_size, rank, local_rank

@@ -1,0 +1,81 @@
+"""`FusedAdamW` in plain PyTorch."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+
+class FusedAdamW(torch.optim.Optimizer):
+    """AdamW with eps added to the uncorrected root, as Habana's kernel and the AdamW of transformers do.
+
+    p -= lr * weight_decay * p, then p -= lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps).
+    PyTorch's own adds eps to the corrected root sqrt(v / (1 - beta2^t)), so it is given eps / sqrt(1 - beta2^t).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter] | Iterable[dict],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        bias_correction: bool = True,
+        moments_dtype: torch.dtype | tuple | None = None,
+    ):
+        if lr < 0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"Invalid betas: {betas}")
+        if moments_dtype is not None:
+            raise NotImplementedError("the simulated FusedAdamW keeps its moments in the parameters' dtype")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p].update(
+                        exp_avg=torch.zeros_like(p),
+                        exp_avg_sq=torch.zeros_like(p),
+                    )
+            group["step"] = group.get("step", 0) + 1
+            self._update(group, params)
+        return loss
+
+    def _update(self, group: dict, params: list[torch.Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        lr, eps, t = group["lr"], group["eps"], group["step"]
+        if not group["bias_correction"]:
+            t = 2**24  # both corrections are 1 from here on, in double precision
+        # The kernel of PyTorch corrects by a step count that it increments itself.
+        steps = [torch.full((), t - 1.0, device=p.device) for p in params]
+        torch._fused_adamw_(
+            params,
+            [p.grad for p in params],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            steps,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=eps / (1 - beta2**t) ** 0.5,
+            amsgrad=False,
+            maximize=False,
+        )
