@@ -1,0 +1,302 @@
+"""The flags that all three scripts share, and how they are read: command line, JSON or YAML file, or both."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from optimum.habana import GaudiTrainingArguments
+from transformers import HfArgumentParser
+
+from .runtime import UserError, expand_config_file, parse_bool
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class ModelArguments:
+    """Which model, configuration and tokenizer."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Model to start from: a folder or a hub name; without it, one is made from scratch."},
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration, if not the model's own: a folder or a hub name."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer, if not the model's own: a folder or a hub name."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where files from the hub are kept."})
+    use_fast_tokenizer: bool = field(
+        default=True, metadata={"help": "Use the tokenizer of the `tokenizers` library, several times faster."}
+    )
+    model_revision: str = field(
+        default="main",
+        metadata={"help": "Branch, tag or commit of model, configuration and tokenizer on the hub."},
+    )
+    token: str | None = field(
+        default=None, metadata={"help": "Token for gated or private repositories; by default the stored login."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow code from the model's hub repository to run on this machine."}
+    )
+    torch_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype in which the weights are loaded or made; `auto` takes the checkpoint's.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    use_cache: bool = field(
+        default=True, metadata={"help": "Value of `use_cache` in the saved configuration. Training never caches keys."}
+    )
+    low_cpu_mem_usage: bool = field(
+        default=False, metadata={"help": "Load weights one tensor at a time instead of twice the whole model."}
+    )
+    attn_softmax_bf16: bool = field(
+        default=False, metadata={"help": "Attention softmax in bf16, where optimum-habana's model offers it."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which text, how much of it, and how it is read."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the hub, or a local folder of one."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Training file or glob: csv, json, jsonl, txt or parquet, also compressed (.gz, .zst)."},
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Validation file or glob, of the same kind as --train_file."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on at most this many blocks (or rows, where nothing is concatenated)."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on at most this many blocks (or rows)."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data while training instead of preparing all of it first."}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Preprocess again even if a cached result exists."})
+    validation_split_percentage: int = field(
+        default=5,
+        metadata={"help": "Percentage of the training rows kept for validation where there is no validation set."},
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes for preprocessing; by default one process with all its threads."}
+    )
+    keep_linebreaks: bool = field(default=True, metadata={"help": "Keep line breaks when reading txt files."})
+    save_last_ckpt: bool = field(
+        default=True, metadata={"help": "Save the final model at the top of --output_dir after training."}
+    )
+    text_column_name: str | None = field(
+        default=None, metadata={"help": "Column that holds the text; by default `text`, or else the first column."}
+    )
+
+    def check(self, streaming_needs_max_steps: int, allow_no_split: bool = False) -> None:
+        """Refuse what cannot work, by the flag's name.
+
+        Raises:
+            UserError: see the message.
+        """
+        if self.dataset_name is None and self.train_file is None and self.validation_file is None:
+            raise UserError("no data: give --dataset_name, or --train_file and/or --validation_file")
+        if self.dataset_name and (self.train_file or self.validation_file):
+            raise UserError("--dataset_name and --train_file/--validation_file exclude each other")
+        low = 0 if allow_no_split else 1
+        if not low <= self.validation_split_percentage <= 99:
+            raise UserError(f"--validation_split_percentage {self.validation_split_percentage} is outside {low}-99")
+        for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: it must be at least 1")
+        if self.streaming and streaming_needs_max_steps <= 0:
+            raise UserError("--streaming needs --max_steps: the length of a stream is not known in advance")
+
+
+@dataclass
+class TrainingArguments(GaudiTrainingArguments):
+    """GaudiTrainingArguments with defaults that depend on the card; --use_cpu wins over the Gaudi flags."""
+
+    optim: str | None = field(
+        default=None,
+        metadata={"help": "Optimizer; by default fused AdamW (on a Gaudi by the Gaudi configuration)."},
+    )
+    report_to: list[str] | None = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Where to report: `tensorboard`, `wandb`, ... Nothing is reported unless named here."},
+    )
+    disable_tqdm: bool | None = field(
+        default=None, metadata={"help": "Turn progress bars off; by default they show on a terminal only."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention: by default `sdpa` on the CPU and `eager` on a Gaudi.",
+            "choices": ["eager", "sdpa", "gaudi_fused_sdpa"],
+        },
+    )
+
+    def __post_init__(self):
+        self.set_aside: list[str] = []
+        if self.use_cpu:
+            self._prefer_cpu()
+        elif not self.use_habana:
+            raise UserError("no card chosen: give --use_habana (a Gaudi, or a simulated one) or --use_cpu")
+        else:
+            self._match_lazy_mode()
+        if self.optim is None:
+            self.optim = "adamw_torch_fused" if self.use_cpu else "adamw_torch"
+        if self.attn_implementation is None:
+            self.attn_implementation = "sdpa" if self.use_cpu else "eager"
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        if isinstance(self.deepspeed, str) and not Path(self.deepspeed).is_file():
+            raise UserError(f"--deepspeed {self.deepspeed}: no such file")
+        if self.gaudi_config_name is not None:
+            self.gaudi_config_name = resolve_gaudi_config(self.gaudi_config_name)
+        # The data sets hold only what the model takes.
+        self.remove_unused_columns = False
+        try:
+            super().__post_init__()
+        except (ValueError, AssertionError) as error:
+            raise UserError(str(error)) from error
+
+    def _prefer_cpu(self) -> None:
+        off = {
+            "use_habana": False,
+            "use_lazy_mode": False,
+            "use_hpu_graphs": False,
+            "use_hpu_graphs_for_inference": False,
+            "use_hpu_graphs_for_training": False,
+            "gaudi_config_name": None,
+            "deepspeed": None,
+        }
+        defaults = {f.name: f.default for f in fields(GaudiTrainingArguments)}
+        for name, value in off.items():
+            # --use_lazy_mode is on by default: only what the user typed is worth a word.
+            if getattr(self, name) not in (value, None) and getattr(self, name) != defaults[name]:
+                self.set_aside.append(f"--{name}")
+            setattr(self, name, value)
+        if self.attn_implementation == "gaudi_fused_sdpa":
+            self.set_aside.append("--attn_implementation gaudi_fused_sdpa")
+            self.attn_implementation = None
+        self.half_precision_backend = "cpu_amp"
+
+    def _match_lazy_mode(self) -> None:
+        # runtime.choose_card has set the variable from the flags, unless the user's environment had it.
+        if os.environ.get("PT_HPU_LAZY_MODE") == "0":
+            self.use_lazy_mode = False
+
+
+def resolve_gaudi_config(name: str) -> str:
+    """A folder that holds ``gaudi_config.json``, from a folder, a file or a hub name.
+
+    The hub is asked first; where it cannot be reached, the configurations under ``configs/gaudi`` serve the names of
+    the documentation (``Habana/gpt2``, ``Habana/roberta-base``).
+
+    Raises:
+        UserError: nothing of that name, here or there.
+    """
+    import shutil
+    import tempfile
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "gaudi_config.json").is_file():
+            raise UserError(f"--gaudi_config_name {name}: the folder holds no gaudi_config.json")
+        return name
+    if path.is_file():
+        folder = Path(tempfile.mkdtemp(prefix="gaudi_config_"))
+        shutil.copyfile(path, folder / "gaudi_config.json")
+        return str(folder)
+    try:
+        return str(Path(hf_hub_download(name, "gaudi_config.json", etag_timeout=5)).parent)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        bundled = REPOSITORY / "configs" / "gaudi" / path.name
+        if name.startswith("Habana/") and bundled.is_dir():
+            return str(bundled)
+        raise UserError(f"--gaudi_config_name {name}: neither a folder, a file, nor on the hub ({error})") from error
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that takes old names, refuses abbreviations, and suggests the nearest flag."""
+
+    def error(self, message):
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+OLD_NAMES = {"--evaluation_strategy": "--eval_strategy", "--no_cuda": "--use_cpu"}
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """``; did you mean a, b?`` for the known names most like ``name``, or an empty string."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def build_parser(*dataclass_types: type) -> argparse.ArgumentParser:
+    """A parser for these dataclasses whose errors are one line."""
+    parser = _Parser(dataclass_types, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    for action in parser._actions:
+        if action.help:
+            # argparse formats help texts with %, and some upstream texts hold bare percent signs.
+            action.help = action.help.replace("%", "%%").replace("%%(", "%(").replace("%%%%", "%%")
+        else:
+            action.help = f"See {action.dest} in the documentation of transformers.TrainingArguments."
+    return parser
+
+
+def parse(argv: list[str] | None, *dataclass_types: type) -> tuple:
+    """Read flags, or a leading configuration file and flags that override it, into the dataclasses.
+
+    Args:
+        argv: flags without the program's name; by default those of the process.
+        dataclass_types: in the order in which the values are wanted.
+
+    Raises:
+        UserError: an unknown flag or key (the nearest ones are named), or values that contradict one another.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    origin = argv[0] if argv and argv[0].endswith((".json", ".yaml", ".yml")) else None
+    flags = expand_config_file(argv)
+    for old, new in OLD_NAMES.items():
+        for place, flag in enumerate(flags):
+            if flag.split("=")[0] == old:
+                print(f"warning: {old} is the old name of {new}", file=sys.stderr)
+                flags[place] = flag.replace(old, new, 1)
+    parser = build_parser(*dataclass_types)
+    _, rest = parser.parse_known_args(flags)
+    if rest:
+        known = [name for action in parser._actions for name in action.option_strings]
+        flag = rest[0].split("=")[0]
+        where = f"{origin}: " if origin and flag in expand_config_file(argv[:1]) else ""
+        what = "unknown flag" if flag.startswith("-") else "no flag takes the value"
+        raise UserError(f"{where}{what} {flag}{nearest(flag, known)}")
+    values = parser.parse_args_into_dataclasses(flags)
+    return tuple(values)
+
+
+__all__ = [
+    "DataArguments",
+    "ModelArguments",
+    "TrainingArguments",
+    "UserError",
+    "build_parser",
+    "nearest",
+    "parse",
+    "parse_bool",
+    "resolve_gaudi_config",
+]

@@ -1,0 +1,120 @@
+"""Evaluation that keeps no logits: three sums a batch, static shapes, each row counted once on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+PADDING_ROW = "padding_row"
+WINDOW = 32  # batches between two transfers of the sums to the host
+
+
+class EvaluationRows(IterableDataset):
+    """The rows of one rank, completed to full batches and to the same number of batches on every rank.
+
+    A row that completes a batch repeats an earlier one and carries ``padding_row``: the collator of
+    :func:`evaluation_loader` takes its labels away, so it adds nothing to any sum.
+
+    Args:
+        dataset: with a length and an index, or a stream.
+        batch_size: rows in a batch of one rank.
+        rank: this rank; it takes every ``world_size``-th row.
+    """
+
+    def __init__(self, dataset, batch_size: int, rank: int, world_size: int):
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.rows_seen = 0
+        self.sized = hasattr(dataset, "__len__")
+
+    def _padded(self, rows: int) -> int:
+        per_step = self.batch_size * self.world_size
+        return -(-rows // per_step) * self.batch_size
+
+    def __len__(self) -> int:
+        if not self.sized:
+            raise TypeError("the length of a stream is not known")
+        return self._padded(len(self.dataset))
+
+    def _own_rows(self) -> Iterator[dict]:
+        if self.sized:
+            self.rows_seen = len(self.dataset)
+            rows = self.dataset.with_format("numpy")
+            for index in range(self.rank, self.rows_seen, self.world_size):
+                yield {**rows[index], "draw": index}
+            return
+        for index, row in enumerate(self.dataset):
+            self.rows_seen = index + 1
+            if index % self.world_size == self.rank:
+                yield {**row, "draw": index}
+
+    def __iter__(self) -> Iterator[dict]:
+        row, own = None, 0
+        for row in self._own_rows():
+            own += 1
+            yield dict(row)
+        if row is None and self.rows_seen:
+            row = {**next(iter(self.dataset.with_format("numpy") if self.sized else self.dataset)), "draw": 0}
+        for _ in range(self._padded(self.rows_seen) - own):
+            yield {**row, PADDING_ROW: True}
+
+
+def evaluation_loader(
+    dataset, collator: Callable[[list[dict]], dict], batch_size: int, rank: int, world_size: int
+) -> DataLoader:
+    """Batches of the rows of this rank; ``labels`` of completing rows are -100."""
+
+    def collate(rows: list[dict]) -> dict:
+        completing = torch.tensor([row.pop(PADDING_ROW, False) for row in rows])
+        batch = collator(rows)
+        batch["labels"][completing] = -100
+        return batch
+
+    return DataLoader(EvaluationRows(dataset, batch_size, rank, world_size), batch_size=batch_size, collate_fn=collate)
+
+
+class TokenSums:
+    """Sums over batches: on the card within a window, in float64 and whole numbers on the host across windows."""
+
+    def __init__(self):
+        self.windows: list[tuple[float, int, int]] = []
+        self._batches = 0
+        self._window: torch.Tensor | None = None
+
+    def add(self, loss_sum: torch.Tensor, correct: torch.Tensor, count: torch.Tensor) -> None:
+        """Add the 0-dim sums of one batch; every 32nd call waits for the card."""
+        sums = torch.stack([loss_sum.float(), correct.float(), count.float()])
+        self._window = sums if self._window is None else self._window + sums
+        self._batches += 1
+        if self._batches % WINDOW == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Move what has been summed on the card to the host."""
+        if self._window is not None:
+            loss_sum, correct, count = self._window.tolist()
+            self.windows.append((loss_sum, int(correct), int(count)))
+            self._window = None
+
+    def over_ranks(self, gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, list]:
+        """``loss_sum``, ``correct`` and ``count``, one entry a rank.
+
+        Args:
+            gather: from a tensor of shape ``[n]`` to the ranks' tensors in a row, ``[world_size * n]``.
+        """
+        self.flush()
+        loss_sum = sum(window[0] for window in self.windows)
+        # float32 counts exactly to 2**24 only, so whole numbers travel in two parts.
+        parts = [*divmod(sum(w[1] for w in self.windows), 1 << 20), *divmod(sum(w[2] for w in self.windows), 1 << 20)]
+        ranks = gather(torch.tensor([loss_sum, *parts], dtype=torch.float32, device=device)).reshape(-1, 5).tolist()
+        if len(ranks) == 1:
+            ranks[0][0] = loss_sum
+        return {
+            "loss_sum": [rank[0] for rank in ranks],
+            "correct": [int(rank[1]) << 20 | int(rank[2]) for rank in ranks],
+            "count": [int(rank[3]) << 20 | int(rank[4]) for rank in ranks],
+        }

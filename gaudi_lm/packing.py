@@ -1,0 +1,247 @@
+"""Texts to blocks of a fixed length: tokenise, concatenate, cut.
+
+Tokens live in Arrow buffers from the tokenizer to the collator: int32, memory-mapped where the data set is cached, and
+a block is a view of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from .data import batches_of_text
+from .runtime import UserError
+
+logger = logging.getLogger("gaudi_lm")
+
+ROWS = 1000  # rows that are tokenised at a time
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenise a list of texts.
+
+    Returns:
+        ``(tokens, lengths)``: int32 of shape ``[sum(lengths)]`` and int64 of shape ``[len(texts)]``.
+    """
+    if getattr(tokenizer, "is_fast", False):
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        rows = [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+    else:
+        rows = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    tokens = np.empty(int(lengths.sum()), dtype=np.int32)
+    end = 0
+    for row in rows:
+        tokens[end : end + len(row)] = row
+        end += len(row)
+    return tokens, lengths
+
+
+def to_list_array(tokens: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    """An Arrow ``list<int32>`` of rows with these lengths, over ``tokens`` without a copy."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens, type=pa.int32()))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *values: object) -> str:
+    """A hash of everything that decides what a tokenizer returns, and of ``values``.
+
+    ``datasets`` hashes pickles, and a fast tokenizer pickles differently after its first use, which loses the cache.
+    """
+    if getattr(tokenizer, "is_fast", False):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state["truncation"] = state["padding"] = None
+    else:
+        state = [sorted(tokenizer.get_vocab().items()), repr(tokenizer)]
+    digest = hashlib.sha256(json.dumps([state, *map(str, values)], sort_keys=True).encode())
+    return digest.hexdigest()[:32]
+
+
+def tokenise(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    *,
+    add_special_tokens: bool = True,
+    max_tokens: int | None = None,
+    num_proc: int | None = None,
+    use_cache: bool = True,
+) -> Dataset:
+    """Tokenise a text column into ``input_ids`` (``list<int32>``), the only column of the result; cached on disk.
+
+    Args:
+        max_tokens: stop after the rows that hold so many tokens; the rest of the data set is not tokenised.
+        num_proc: processes; one process already uses all threads of a fast tokenizer.
+        use_cache: take a cached result of the same data and tokenizer.
+    """
+
+    def encode_rows(table: pa.Table) -> pa.Table:
+        texts = [text or "" for text in table.column(column).to_pylist()]
+        return pa.table({"input_ids": to_list_array(*encode(tokenizer, texts, add_special_tokens))})
+
+    def encode_range(start: int, stop: int) -> Dataset:
+        rows = dataset.select(range(start, stop))
+        return rows.with_format("arrow").map(
+            encode_rows,
+            batched=True,
+            batch_size=ROWS,
+            num_proc=num_proc if stop - start > ROWS else None,
+            remove_columns=dataset.column_names,
+            load_from_cache_file=use_cache,
+            new_fingerprint=tokenizer_fingerprint(tokenizer, rows._fingerprint, column, add_special_tokens),
+            desc="Tokenising",
+        )
+
+    total = len(dataset)
+    if max_tokens is None:
+        return encode_range(0, total)
+    parts, rows, tokens = [], 0, 0
+    while rows < total and tokens < max_tokens:
+        # The first thousand rows tell how many tokens a row has; after that, one or two ranges are enough.
+        wanted = ROWS if not tokens else (max_tokens - tokens) * rows // tokens + 1
+        stop = min(total, rows + -(-wanted // ROWS) * ROWS)
+        parts.append(encode_range(rows, stop))
+        tokens += count_tokens(parts[-1])
+        rows = stop
+    return concatenate_datasets(parts)
+
+
+def token_chunks(dataset: Dataset) -> Iterator[np.ndarray]:
+    """The tokens of ``input_ids``, row after row, in int32 arrays that are views of the data set's buffers."""
+    # flatten() respects the offsets of a sliced array; .values would not.
+    for chunk in dataset.with_format("arrow")[:]["input_ids"].chunks:
+        yield chunk.flatten().to_numpy(zero_copy_only=False)
+
+
+def count_tokens(dataset: Dataset) -> int:
+    """How many tokens ``input_ids`` holds."""
+    return sum(len(chunk) for chunk in token_chunks(dataset))
+
+
+def cut(chunks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Cut a stream of tokens into blocks, the remainder of each chunk carried into the next.
+
+    Yields:
+        Arrays of shape ``[blocks, size]``; what is left at the end, less than one block, is not yielded.
+    """
+    carry = np.empty(0, dtype=np.int32)
+    for chunk in chunks:
+        if len(carry):
+            need = size - len(carry)
+            carry = np.concatenate([carry, chunk[:need]])
+            chunk = chunk[need:]
+            if len(carry) < size:
+                continue
+            yield carry.reshape(1, size)
+        whole = len(chunk) // size * size
+        if whole:
+            yield chunk[:whole].reshape(-1, size)
+        carry = chunk[whole:]
+
+
+def group_into_blocks(
+    dataset: Dataset, block_size: int, *, max_blocks: int | None = None, split: str = "train"
+) -> Dataset:
+    """Concatenate all rows of ``input_ids`` and cut them into blocks: ``input_ids``, fixed-size lists of int32.
+
+    Only the last, partial block of the split is dropped. Blocks are views of the tokenised data set, except the one
+    that straddles the border between two of its chunks.
+
+    Args:
+        block_size: tokens in a block.
+        max_blocks: keep only the first so many.
+        split: name for the log line and the error.
+
+    Raises:
+        UserError: there is not a single whole block.
+    """
+    total = count_tokens(dataset)
+    arrays, blocks = [], 0
+    for array in cut(token_chunks(dataset), block_size):
+        array = array[: None if max_blocks is None else max_blocks - blocks]
+        if not len(array):
+            break
+        arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1), type=pa.int32()), block_size))
+        blocks += len(array)
+    if not blocks:
+        raise UserError(
+            f"the {split} data has {total} tokens, less than one block of {block_size}: "
+            "lower --block_size (or --max_seq_length), or give more text"
+        )
+    kept = blocks * block_size
+    logger.info(
+        "%s: %d blocks of %d tokens; %d tokens kept, %d dropped", split, blocks, block_size, kept, total - kept
+    )
+    return Dataset(pa.table({"input_ids": pa.chunked_array(arrays)}))
+
+
+class StreamedBlocks(torch.utils.data.IterableDataset):
+    """Blocks made while they are asked for, from a stream of texts.
+
+    Args:
+        texts: a streamed data set; each rank gets its own rows of it.
+        block_size: tokens in a block.
+        repeat: start over at the end of the stream, the remainder carried over, so that --max_steps is always reached.
+        max_blocks: stop after so many.
+
+    Yields:
+        ``{"input_ids": int32 array of shape [block_size]}``.
+    """
+
+    def __init__(
+        self,
+        texts: IterableDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        column: str,
+        block_size: int,
+        *,
+        add_special_tokens: bool = True,
+        repeat: bool = False,
+        max_blocks: int | None = None,
+    ):
+        self.texts = texts
+        self.tokenizer = tokenizer
+        self.column = column
+        self.block_size = block_size
+        self.add_special_tokens = add_special_tokens
+        self.repeat = repeat
+        self.max_blocks = max_blocks
+
+    def _chunks(self) -> Iterator[np.ndarray]:
+        while True:
+            tokens = 0
+            for texts in batches_of_text(self.texts, self.column):
+                chunk, _ = encode(self.tokenizer, texts, self.add_special_tokens)
+                tokens += len(chunk)
+                yield chunk
+            if not tokens:
+                raise UserError("the stream holds no text")
+            if not self.repeat:
+                return
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        blocks = 0
+        for array in cut(self._chunks(), self.block_size):
+            for block in array:
+                if blocks == self.max_blocks:
+                    return
+                blocks += 1
+                yield {"input_ids": block}
+        if not blocks:
+            raise UserError(
+                f"the stream holds less than one block of {self.block_size} tokens: lower --block_size "
+                "(or --max_seq_length), or give more text"
+            )

@@ -1,0 +1,210 @@
+"""Which card a run uses, and the environment it needs before torch is imported.
+
+Nothing here imports torch: the scripts call :func:`choose_card` first, then import the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+CONFIG_FILE_ENDINGS = (".json", ".yaml", ".yml")
+
+
+class UserError(Exception):
+    """Something the user can mend: one line that names the flag or the file, and the way out."""
+
+
+@contextmanager
+def user_errors():
+    """Print a :class:`UserError` as one line on stderr and end with exit code 2, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def read_config_file(path: str) -> dict:
+    """Flags from a JSON or YAML file: a mapping from flag name, without dashes, to value.
+
+    Raises:
+        UserError: the file is missing, cannot be parsed, or is not a mapping.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such configuration file")
+    try:
+        if file.suffix == ".json":
+            values = json.loads(file.read_text())
+        else:
+            import yaml
+
+            try:
+                values = yaml.safe_load(file.read_text())
+            except yaml.YAMLError as error:
+                mark = getattr(error, "problem_mark", None)
+                line = f", line {mark.line + 1}" if mark else ""
+                raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file") from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path}: a configuration file maps flag names to values; this one holds a {type(values).__name__}"
+        )
+    return values
+
+
+def expand_config_file(argv: list[str]) -> list[str]:
+    """Replace a leading configuration file by the flags it stands for, so that flags after it override it.
+
+    ``["run.yaml", "--seed", "1"]`` becomes ``["--learning_rate", "0.001", ..., "--seed", "1"]``. Lists become several
+    values, mappings JSON text, and null leaves the flag at its default.
+    """
+    if not argv or not argv[0].endswith(CONFIG_FILE_ENDINGS):
+        return list(argv)
+    flags = []
+    for name, value in read_config_file(argv[0]).items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        flags.append(f"--{name}")
+        flags += [item if isinstance(item, str) else json.dumps(item) for item in values]
+    return flags + argv[1:]
+
+
+def parse_bool(text: str) -> bool:
+    """``true``/``yes``/``1`` and ``false``/``no``/``0`` in any case."""
+    lowered = text.lower()
+    if lowered in ("true", "t", "yes", "y", "1"):
+        return True
+    if lowered in ("false", "f", "no", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def simulated_cards() -> int:
+    """The number of simulated cards that ``GAUDI_SIMULATOR`` asks for; 0 where it is unset.
+
+    Raises:
+        UserError: the value is not a whole number of at least 1.
+    """
+    text = os.environ.get("GAUDI_SIMULATOR", "")
+    if not text:
+        return 0
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"GAUDI_SIMULATOR is {text!r}: it holds the number of simulated cards, at least 1")
+    return int(text)
+
+
+def real_frameworks() -> bool:
+    """Whether a ``habana_frameworks`` that is not the simulator's stand-in can be imported."""
+    import simulator
+
+    spec = importlib.util.find_spec("habana_frameworks")
+    if spec is None:
+        return False
+    places = [*(spec.submodule_search_locations or []), spec.origin or ""]
+    return not any(place.startswith(simulator.STAND_IN) for place in places)
+
+
+def add_stand_in() -> None:
+    """Make ``habana_frameworks`` importable, here and in child processes, on a host that lacks it.
+
+    The stand-in goes to the end of both paths, so that a real package always wins.
+    """
+    import simulator
+
+    if simulator.STAND_IN not in sys.path:
+        sys.path.append(simulator.STAND_IN)
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if simulator.STAND_IN not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*paths, simulator.STAND_IN])
+
+
+def _card_flags(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("use_habana", "use_cpu", "use_lazy_mode", "torch_compile"):
+        parser.add_argument(f"--{name}", nargs="?", const=True, default=None, type=parse_bool)
+    parser.add_argument("--torch_compile_backend")
+    try:
+        parser.exit_on_error = False
+        return parser.parse_known_args(argv)[0]
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}") from error
+
+
+def _set_lazy_mode(flags: argparse.Namespace) -> None:
+    """PT_HPU_LAZY_MODE must stand in the environment before torch is imported; the user's own value wins."""
+    own = os.environ.get("PT_HPU_LAZY_MODE")
+    compiled = bool(flags.torch_compile or flags.torch_compile_backend)
+    wanted = not compiled if flags.use_lazy_mode is None else flags.use_lazy_mode
+    if own is None:
+        os.environ["PT_HPU_LAZY_MODE"] = "1" if wanted else "0"
+    elif flags.use_lazy_mode is not None and (own != "0") != wanted:
+        raise UserError(
+            f"--use_lazy_mode {wanted} contradicts PT_HPU_LAZY_MODE={own} in the environment: change one of the two"
+        )
+
+
+def choose_card(argv: list[str]) -> None:
+    """Prepare the environment for the card that the flags ask for; call it before torch is imported.
+
+    ``--use_cpu`` wins over ``--use_habana``. Ends the process with exit code 2 and one line where the flags ask for a
+    card that is not there. Flags that choose no card at all are left to the argument parser, which also serves
+    ``--help``.
+    """
+    with user_errors():
+        flags = _card_flags(expand_config_file(argv))
+        cards = simulated_cards()
+        real = real_frameworks()
+        if flags.use_cpu:
+            # Child processes (data loaders, launchers) must not see a card either.
+            os.environ.pop("GAUDI_SIMULATOR", None)
+            # accelerate imports an installed DeepSpeed, which would look for the card that the stand-in names.
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        elif real and cards:
+            raise UserError(
+                "GAUDI_SIMULATOR is set on a host that has a real habana_frameworks: unset it to use the real cards"
+            )
+        elif flags.use_habana and not real and not cards:
+            raise UserError(
+                "--use_habana: this host has no Gaudi software (habana_frameworks). Rehearse on simulated cards with "
+                "GAUDI_SIMULATOR=1 in the environment, or append --use_cpu to run on the CPU"
+            )
+        elif flags.use_habana:
+            _set_lazy_mode(flags)
+        if not real:
+            add_stand_in()
+            # optimum-habana warns about a missing hl-smi whenever it is imported.
+            os.environ.setdefault("OPTIMUM_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def set_up_logging(main_rank: bool) -> logging.Logger:
+    """One line a fact, on stderr, from the main rank only; progress bars only on a terminal.
+
+    Returns:
+        The logger that the scripts share.
+    """
+    import datasets
+    import transformers
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logger = logging.getLogger("gaudi_lm")
+    logger.setLevel(logging.INFO if main_rank else logging.ERROR)
+    transformers.utils.logging.set_verbosity(logging.WARNING if main_rank else logging.ERROR)
+    datasets.utils.logging.set_verbosity(logging.WARNING if main_rank else logging.ERROR)
+    if not (main_rank and sys.stderr.isatty()):
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    return logger

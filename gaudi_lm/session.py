@@ -1,0 +1,114 @@
+"""What stands around training in all scripts: set-up, the checkpoint to go on from, results, the final save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from optimum.habana.utils import set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .arguments import TrainingArguments
+from .metrics import save_loss_curve
+from .runtime import UserError, set_up_logging
+from .trainer import LMTrainer
+
+logger = logging.getLogger("gaudi_lm")
+
+
+def set_up(training_args: TrainingArguments) -> logging.Logger:
+    """Logging, the words that the chosen card deserves, and the seed."""
+    set_up_logging(training_args.process_index == 0)
+    if training_args.set_aside:
+        logger.info("--use_cpu wins over %s", ", ".join(training_args.set_aside))
+    logger.info(
+        "%d %s, %s",
+        training_args.world_size,
+        "card(s)" if training_args.device.type == "hpu" else "CPU process(es)",
+        "bf16 autocast" if training_args.bf16 else "precision by configuration",
+    )
+    if training_args.use_cpu and training_args.bf16:
+        _warn_slow_bf16()
+    set_seed(training_args.seed)
+    return logger
+
+
+def _warn_slow_bf16() -> None:
+    """Measure a bf16 product against an fp32 one: on processors without bf16 instructions it is many times slower."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left = torch.ones(512, 512, dtype=dtype)
+        left @ left
+        start = time.perf_counter()
+        left @ left
+        seconds[dtype] = time.perf_counter() - start
+    factor = seconds[torch.bfloat16] / seconds[torch.float32]
+    if factor > 1.5:
+        logger.warning(
+            "--bf16 on this processor, which has no fast bf16 instructions: "
+            "a bf16 matrix product took %.0f times as long as an fp32 one just now; leave --bf16 out for speed",
+            factor,
+        )
+
+
+def find_checkpoint(training_args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: ``--resume_from_checkpoint``, or the newest complete one in ``--output_dir``.
+
+    Raises:
+        UserError: no such checkpoint, or an output directory that holds something else.
+    """
+    if not training_args.do_train:
+        return None
+    wanted, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
+    newest = None
+    if folder.is_dir() and not training_args.overwrite_output_dir:
+        steps = {
+            int(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")): path
+            for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+            # trainer_state.json is written last: a checkpoint without it was interrupted.
+            if path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit()
+            and (path / "trainer_state.json").is_file()
+        }
+        newest = str(steps[max(steps)]) if steps else None
+    if wanted and wanted.lower() not in ("true", "false"):
+        if not (Path(wanted) / "trainer_state.json").is_file():
+            raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint there (trainer_state.json is missing)")
+        return wanted
+    if wanted and wanted.lower() == "true" and newest is None:
+        raise UserError(f"--resume_from_checkpoint: {folder} holds no checkpoint")
+    if folder.is_dir() and any(folder.iterdir()) and newest is None and not training_args.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {folder} is not empty and holds no checkpoint: "
+            "choose another, or give --overwrite_output_dir to train from the start there"
+        )
+    if wanted and wanted.lower() == "false":
+        return None
+    return newest
+
+
+def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
+    """Log figures, one line each, and write them to ``<split>_results.json`` and ``all_results.json``."""
+    for name, value in sorted(metrics.items()):
+        logger.info("%s = %s", name, "nan" if math.isnan(value) else f"{value:.6g}")
+    trainer.save_metrics(split, metrics)
+
+
+def save(trainer: LMTrainer, save_model: bool = True, **card) -> None:
+    """Model, tokenizer, trainer state, loss curve and model card at the top of ``output_dir``.
+
+    Args:
+        card: what the model card tells, such as ``dataset`` or ``finetuned_from``.
+    """
+    if save_model:
+        trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    save_loss_curve(trainer.state.log_history, folder / "loss_curve.png")
+    trainer.create_model_card(**{name: value for name, value in card.items() if value})
+    logger.info("everything is in %s", os.path.abspath(folder))

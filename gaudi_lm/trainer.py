@@ -1,0 +1,271 @@
+"""The GaudiTrainer set-up that the three scripts share."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from optimum.habana import GaudiConfig, GaudiTrainer
+from optimum.habana.transformers.trainer import _get_input_update_settings
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
+from transformers.trainer_utils import SaveStrategy
+
+from .arguments import TrainingArguments
+from .batches import TrainingBatches, TrainingRows, count_tokens
+from .evaluation import TokenSums, evaluation_loader
+from .losses import install_token_loss
+from .metrics import Throughput, TokenMetrics
+
+logger = logging.getLogger("gaudi_lm")
+
+
+class LMTrainer(GaudiTrainer):
+    """GaudiTrainer for models with :func:`gaudi_lm.losses.install_token_loss`.
+
+    What differs from GaudiTrainer: the loss is a mean over the label tokens of the whole optimizer step, on all ranks
+    and for every architecture; the order of the data depends on seed and epoch alone, so a resumed run sees the same
+    batches; evaluation keeps sums, not logits; throughput counts what was executed.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True
+        self.throughput = Throughput(self.args.throughput_warmup_steps, self._synchronise)
+        self._window = (0, 0, 0)
+        self._graphed_model: torch.nn.Module | None = None
+
+    def _synchronise(self) -> None:
+        if self.args.device.type == "hpu":
+            torch.hpu.synchronize()
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        options = {
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
+            "persistent_workers": args.dataloader_persistent_workers,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+            "collate_fn": self.data_collator,
+        }
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            # A second worker would read the same stream again.
+            options["num_workers"] = min(options["num_workers"], 1)
+            return DataLoader(self.train_dataset, batch_size=args.per_device_train_batch_size, **options)
+        sampler = TrainingBatches(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            drop_last=args.dataloader_drop_last,
+            group_by_length=args.group_by_length,
+        )
+        loader = DataLoader(TrainingRows(self.train_dataset), batch_sampler=sampler, **options)
+        loader.set_epoch = sampler.set_epoch
+        return loader
+
+    def get_batch_samples_transformers(
+        self, epoch_iterator: Iterator[dict], num_batches: int, device: torch.device
+    ) -> tuple[list[dict], torch.Tensor | None]:
+        """The batches of one optimizer step, and the number of label tokens in them on all ranks."""
+        self.throughput.begin_step()
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return [], None
+        # The batches are still in host memory: counting them waits for nothing.
+        labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        counts = [count_tokens(batch) for batch in batches]
+        self._window = tuple(sum(column) for column in zip(*counts, strict=True))
+        items = torch.tensor(labels, device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            items = self.accelerator.gather(items).sum()
+        return batches, items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = outputs["loss"]
+        if self.args.average_tokens_across_devices and self.args.world_size > 1 and num_items_in_batch is not None:
+            # Gradients are averaged over ranks, while the loss was divided by the tokens of all ranks.
+            loss = loss * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
+    ):
+        if self.state.global_step > getattr(self, "_counted_step", -1):
+            self._counted_step = self.state.global_step
+            self.throughput.end_step(*self._window)
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            total = self._nested_gather(tr_loss).mean().item()
+            tr_loss.zero_()
+            logs = {"loss": total / (self.state.global_step - self._globalstep_last_logged)}
+            if self.is_deepspeed_enabled:
+                grad_norm = model.get_global_grad_norm()
+            if grad_norm is not None:
+                logs["grad_norm"] = float(grad_norm)
+            logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
+            self._total_loss_scalar += total
+            self._globalstep_last_logged = self.state.global_step
+            self.store_flos()
+            self.log(logs, start_time=start_time)
+        if self.control.should_evaluate or self.control.should_save:
+            self.throughput.pause()
+        if self.control.should_evaluate:
+            metrics = self._evaluate(trial, ignore_keys_for_eval)
+            is_best = self._determine_best_metric(metrics=metrics, trial=trial)
+            if self.args.save_strategy == SaveStrategy.BEST:
+                self.control.should_save = is_best
+        if self.control.should_save:
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None, end_time: float | None = None) -> None:
+        if "train_runtime" in logs:
+            # Upstream divides all samples by the time after warm-up, and counts resumed steps as done.
+            for name in ("samples", "steps", "tokens"):
+                logs.pop(f"train_{name}_per_second", None)
+            logs.update(self._throughput_figures(self.throughput, "train"))
+        super().log(logs, start_time, end_time)
+
+    def _throughput_figures(self, throughput: Throughput, prefix: str) -> dict[str, float]:
+        throughput.pause()
+        own = [throughput.samples, throughput.tokens, throughput.positions, throughput.seconds, throughput.steps]
+        ranks = torch.tensor(own, dtype=torch.float32, device=self.args.device)
+        if self.args.world_size > 1:
+            ranks = self.accelerator.gather(ranks)
+        ranks = ranks.reshape(-1, len(own)).cpu().double()
+        samples, tokens, positions = ranks[:, :3].sum(0).tolist()
+        seconds, steps = ranks[:, 3].max().item(), int(ranks[0, 4])
+        if not steps or not seconds:
+            if throughput.steps_seen:
+                logger.warning(
+                    "%s throughput omitted: all %d steps were warm-up (--throughput_warmup_steps %d)",
+                    prefix, throughput.steps_seen, throughput.warmup_steps,
+                )  # fmt: skip
+            return {}
+        return {
+            f"{prefix}_samples_per_second": round(samples / seconds, 3),
+            f"{prefix}_steps_per_second": round(steps / seconds, 3),
+            f"{prefix}_tokens_per_second": round(tokens / seconds, 1),
+            f"{prefix}_padding_share": round(1 - tokens / positions, 4) if positions else 0.0,
+        }
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Token-weighted loss, perplexity and accuracy, and the speed of the evaluation, over all ranks."""
+        args = self.args
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader = evaluation_loader(
+            dataset, self.data_collator, args.eval_batch_size, args.process_index, args.world_size
+        )
+        model = self._evaluation_model()
+        self.callback_handler.eval_dataloader = loader
+        update, extra_inputs = _get_input_update_settings(self.model)
+        warmup = 0 if self.is_in_train else args.throughput_warmup_steps
+        throughput, sums, started = Throughput(warmup, self._synchronise), TokenSums(), time.perf_counter()
+        throughput.begin_step()
+        for batch in loader:
+            window = count_tokens(batch)
+            inputs = self._prepare_inputs({**batch, **extra_inputs} if update else batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = model(**inputs)
+            sums.add(outputs["loss_sum"], outputs["correct"], outputs["count"])
+            if args.use_lazy_mode:
+                self.htcore.mark_step()
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+            throughput.end_step(*window)
+            throughput.begin_step()
+        gather = self.accelerator.gather if args.world_size > 1 else (lambda tensor: tensor)
+        parts = sums.over_ranks(gather, args.device)
+        result = TokenMetrics(keep_in_memory=True, experiment_id=f"rank{args.process_index}").compute(**parts)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
+        metrics[f"{metric_key_prefix}_samples"] = loader.dataset.rows_seen
+        metrics[f"{metric_key_prefix}_tokens"] = sum(parts["count"])
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
+        metrics.update(self._throughput_figures(throughput, metric_key_prefix))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluation_model(self) -> torch.nn.Module:
+        """The model in evaluation mode on the card, in HPU graphs where they are asked for and training is over."""
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            if is_deepspeed_zero3_enabled():
+                deepspeed_init(self, num_training_steps=0, inference=True)
+                self.deepspeed = self.model_wrapped = self.accelerator.prepare(self.model)
+            else:
+                self._move_model_to_device(self.model, self.args.device)
+        model = self.model
+        if not self.is_in_train:
+            if self.args.bf16_full_eval:
+                model = model.to(dtype=torch.bfloat16)
+            if self.args.use_hpu_graphs_for_inference:
+                if self._graphed_model is None:
+                    from habana_frameworks.torch.hpu import wrap_in_hpu_graph
+
+                    self._graphed_model = wrap_in_hpu_graph(
+                        model,
+                        disable_tensor_cache=self.args.disable_tensor_cache_hpu_graphs,
+                        max_graphs=self.args.max_hpu_graphs,
+                    )
+                model = self._graphed_model
+        model.eval()
+        return model
+
+
+class LogLines(TrainerCallback):
+    """One log line for each set of figures, where there is no progress bar to print them."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_local_process_zero and logs and "train_runtime" not in logs and "eval_runtime" not in logs:
+            figures = ", ".join(f"{name} {value:.6g}" for name, value in logs.items() if name != "epoch")
+            logger.info("step %d/%d: %s", state.global_step, state.max_steps, figures)
+
+
+def gaudi_config(training_args: TrainingArguments) -> GaudiConfig:
+    """The Gaudi configuration of ``--gaudi_config_name``; without one, the fused optimizer and clipping on a card."""
+    if training_args.gaudi_config_name:
+        logger.info("Gaudi configuration: %s", training_args.gaudi_config_name)
+        return GaudiConfig.from_pretrained(training_args.gaudi_config_name)
+    on_card = training_args.use_habana
+    return GaudiConfig(use_fused_adam=on_card, use_fused_clip_norm=on_card)
+
+
+def build_trainer(
+    model,
+    objective: str,
+    training_args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    collator: Callable[[list[dict]], dict],
+    train_dataset=None,
+    eval_dataset=None,
+    callbacks: list[TrainerCallback] | None = None,
+    **loss_options,
+) -> LMTrainer:
+    """The trainer, with the token loss installed on the model.
+
+    Args:
+        objective: ``causal`` or ``masked``.
+        collator: from rows, whose ``draw`` is a number that is new for each row and epoch, to a batch with ``labels``.
+        train_dataset: a ``datasets.Dataset``, or an iterable one of this rank's rows.
+        loss_options: passed to :func:`gaudi_lm.losses.install_token_loss`.
+    """
+    logger.info(install_token_loss(model, objective, **loss_options))
+    trainer = LMTrainer(
+        model=model,
+        gaudi_config=gaudi_config(training_args),
+        args=training_args,
+        data_collator=collator,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    if training_args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines)
+    return trainer

@@ -1,0 +1,161 @@
+#!/usr/bin/env python
+"""Causal language modelling: fine-tune GPT-2, GPT-J, GPT-NeoX, Llama, ..., or train one from scratch.
+
+    python run_clm.py --model_name_or_path gpt2 --dataset_name wikitext --dataset_config_name wikitext-2-raw-v1 \
+        --do_train --do_eval --output_dir output/clm --use_habana --use_lazy_mode --gaudi_config_name Habana/gpt2
+    python run_clm.py --model_type gpt2 --tokenizer_name gpt2 --train_file my.txt --do_train --output_dir new --use_cpu
+    python run_clm.py configs/clm_gpt2.json --num_train_epochs 1
+
+On a machine without a Gaudi, append --use_cpu, or set GAUDI_SIMULATOR=1 to rehearse on a simulated card.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from gaudi_lm.runtime import choose_card, user_errors
+
+choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
+
+import numpy as np
+import torch
+from datasets import Dataset
+from datasets.distributed import split_dataset_by_node
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments, parse
+from gaudi_lm.data import load_raw, text_column
+from gaudi_lm.models import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
+from gaudi_lm.packing import StreamedBlocks, group_into_blocks, tokenise
+from gaudi_lm.session import find_checkpoint, report, save, set_up
+from gaudi_lm.trainer import build_trainer
+
+
+@dataclass
+class ScriptArguments:
+    """What only this script needs."""
+
+    model_type: str | None = field(
+        default=None, metadata={"help": "Architecture of a model made from scratch, such as gpt2 or llama."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "With --model_type: changes such as n_embd=512,n_layer=6,resid_pdrop=0.2."}
+    )
+    block_size: int | None = field(
+        default=None, metadata={"help": "Tokens in a block; by default what the model takes, 1024 at most."}
+    )
+
+
+def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Blocks to a batch: ``input_ids`` and ``labels``, int64 of shape ``[rows, block]``.
+
+    The model shifts the labels by one, so the first one is never a target: -100 keeps it out of the token counts.
+    """
+    input_ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
+    labels = input_ids.clone()
+    labels[:, 0] = -100
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def make_blocks(
+    texts: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    block_size: int,
+    limit: int | None,
+    split: str,
+    **options,
+) -> Dataset:
+    """Tokenise, concatenate and cut; no more is tokenised than ``limit`` blocks need."""
+    max_tokens = None if limit is None else limit * block_size
+    tokens = tokenise(texts, tokenizer, column, max_tokens=max_tokens, **options)
+    return group_into_blocks(tokens, block_size, max_blocks=limit, split=split)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the script; returns all metrics."""
+    # Arguments
+    model_args, data_args, script_args, training_args = parse(
+        argv, ModelArguments, DataArguments, ScriptArguments, TrainingArguments
+    )
+    data_args.check(training_args.max_steps)
+    checkpoint = find_checkpoint(training_args)
+
+    # Set-up
+    logger = set_up(training_args)
+
+    # Data
+    raw = load_raw(data_args, model_args, training_args.do_train, training_args.do_eval)
+    columns = {split: text_column(texts, data_args.text_column_name) for split, texts in raw.items()}
+
+    # Tokenizer and model
+    config = load_config(model_args, script_args.model_type, script_args.config_overrides)
+    tokenizer = load_tokenizer(model_args)
+    fit_vocabulary(config, tokenizer, model_args.model_name_or_path is None, script_args.config_overrides)
+    block_size = length_limit("--block_size", script_args.block_size, tokenizer, config)
+
+    # Preprocessing
+    limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
+    blocks = {}
+    if data_args.streaming:
+        for split, texts in raw.items():
+            if split == "train":
+                texts = split_dataset_by_node(texts, training_args.process_index, training_args.world_size)
+            blocks[split] = StreamedBlocks(
+                texts, tokenizer, columns[split], block_size, repeat=split == "train", max_blocks=limits[split]
+            )
+    else:
+        with training_args.main_process_first(desc="preprocessing"):
+            for split, texts in raw.items():
+                blocks[split] = make_blocks(
+                    texts,
+                    tokenizer,
+                    columns[split],
+                    block_size,
+                    limits[split],
+                    split,
+                    num_proc=data_args.preprocessing_num_workers,
+                    use_cache=not (data_args.overwrite_cache and training_args.local_process_index == 0),
+                )
+    model = load_model(AutoModelForCausalLM, config, tokenizer, model_args, training_args)
+
+    # Trainer
+    trainer = build_trainer(
+        model,
+        "causal",
+        training_args,
+        tokenizer,
+        collate_blocks,
+        train_dataset=blocks.get("train"),
+        eval_dataset=blocks.get("validation"),
+    )
+
+    # Train
+    metrics = {}
+    if training_args.do_train:
+        metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        if not data_args.streaming:
+            metrics["train_samples"] = len(blocks["train"])
+        report(trainer, "train", metrics)
+
+    # Evaluate
+    if training_args.do_eval:
+        evaluation = trainer.evaluate()
+        report(trainer, "eval", evaluation)
+        metrics.update(evaluation)
+
+    # Save
+    if training_args.do_train:
+        save(
+            trainer,
+            data_args.save_last_ckpt,
+            finetuned_from=model_args.model_name_or_path,
+            tasks="text-generation",
+            dataset=" ".join(filter(None, (data_args.dataset_name, data_args.dataset_config_name))),
+        )
+    logger.info("done")
+    return metrics
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()
