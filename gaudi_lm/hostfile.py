@@ -1,0 +1,83 @@
+"""Hostfiles: which hosts take part in a job, and with how many ranks."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from gaudi_lm.runtime import UserError
+
+HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+
+
+@dataclass(frozen=True)
+class Host:
+    """One line of a hostfile: where to log in, and how many ranks run there."""
+
+    name: str
+    slots: int
+    user: str = ""
+
+    @property
+    def login(self) -> str:
+        return f"{self.user}@{self.name}" if self.user else self.name
+
+
+def parse_hostfile(text: str, path: str) -> tuple[Host, ...]:
+    """Hosts of a hostfile in DeepSpeed's grammar: ``[user@]name slots=N`` a line, ``#`` comments, blank lines.
+
+    Raises:
+        UserError: the first wrong line, by number.
+    """
+    hosts: dict[str, int] = {}
+    found = []
+    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
+
+        def wrong(what: str, number: int = number) -> UserError:
+            return UserError(f"{path}, line {number}: {what}")
+
+        words = line.split("#", 1)[0].split()
+        if not words:
+            continue
+        if len(words) != 2 or not words[1].startswith("slots="):
+            raise wrong(f"expected 'HOST slots=N', got {line.strip()!r}")
+        count = words[1].removeprefix("slots=")
+        if not re.fullmatch(r"[0-9]{1,6}", count) or int(count) < 1:
+            raise wrong(f"slots={count}: expected a whole number of cards, at least 1")
+        user, at, name = words[0].rpartition("@")
+        if at and not HOST_NAME.fullmatch(user):
+            raise wrong(f"{words[0]!r}: {user!r} is not a user name")
+        name = name[1:-1] if name.startswith("[") and name.endswith("]") else name
+        if not _is_address(name) and (not HOST_NAME.fullmatch(name) or re.fullmatch(r"[0-9.]+", name)):
+            raise wrong(f"{words[0]!r} is neither a host name nor an IP address")
+        if name in hosts:
+            raise wrong(f"host {name!r} is already on line {hosts[name]}")
+        hosts[name] = number
+        found.append(Host(name, int(count), user))
+    if not found:
+        raise UserError(f"{path}: names no host; expected lines of 'HOST slots=N'")
+    return tuple(found)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def read_hostfile(path: str) -> tuple[Host, ...]:
+    """:func:`parse_hostfile` on a file.
+
+    Raises:
+        UserError: it cannot be read, is no text, or has a wrong line.
+    """
+    try:
+        return parse_hostfile(Path(path).read_bytes().decode(), path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"--hostfile {path}: not a text file") from error
+    except OSError as error:
+        raise UserError(f"--hostfile {path}: {error.strerror.lower()}") from error
