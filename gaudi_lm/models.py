@@ -6,6 +6,7 @@ import logging
 from argparse import ArgumentTypeError
 
 import torch
+import transformers.modeling_utils
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -19,6 +20,9 @@ from .arguments import ModelArguments, TrainingArguments, nearest
 from .runtime import UserError, parse_bool
 
 logger = logging.getLogger("gaudi_lm")
+
+# For a model whose weights are only there in pickled form, transformers would ask a public service to convert them.
+transformers.modeling_utils.auto_conversion = lambda *args, **kwargs: (None, None, None)
 
 
 def _hub_options(model_args: ModelArguments) -> dict:

@@ -187,6 +187,8 @@ def choose_card(argv: list[str]) -> None:
             # optimum-habana warns about a missing hl-smi whenever it is imported.
             os.environ.setdefault("OPTIMUM_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        # Otherwise `datasets` reports each use of a hub data set to an address outside the hub.
+        os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
