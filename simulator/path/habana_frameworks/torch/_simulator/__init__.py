@@ -1,4 +1,115 @@
-"""The state of the simulated cards: their number, and the library that is the device."""
+"""The simulated cards: their number, and the library that is the device."""
 
-CARDS = 0
+import contextlib
+import ctypes
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+CARDS = int(os.environ.get("GAUDI_SIMULATOR") or 0)
 """Number of simulated cards; 0 without `GAUDI_SIMULATOR`: no device, plain CPU tensors."""
+
+MEMORY_FIELDS = ("InUse", "MaxInUse", "NumAllocs", "NumFrees", "MaxAllocSize", "TotalSystemAllocs")
+
+library: ctypes.CDLL | None = None
+
+
+def register(hpu: ModuleType) -> None:
+    """Build and load the device and make `hpu` its module `torch.hpu`. A build that fails ends the process with one line."""
+    global library
+    from .build import BuildError
+    from .build import library as build
+
+    try:
+        path = str(build())
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    torch.ops.load_library(path)
+    library = ctypes.CDLL(path)
+    library.gaudi_memory.restype = ctypes.c_int64
+    library.gaudi_compilations.restype = ctypes.c_int64
+    library.gaudi_host_syncs.restype = ctypes.c_int64
+    library.gaudi_compilation_history.restype = ctypes.c_char_p
+    library.gaudi_compilation_history.argtypes = [ctypes.c_int64]
+    library.gaudi_host_sync_operations.restype = ctypes.c_char_p
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type != "hpu":
+        raise RuntimeError(
+            "import habana_frameworks.torch before anything asks torch.accelerator which device there is"
+        )
+    torch.hpu = sys.modules["torch.hpu"] = hpu
+    register_autocast_lists()
+    from torch._dynamo.backends.registry import register_backend
+
+    register_backend(compile_for_card, name="hpu_backend")
+    _announce()
+
+
+def _announce() -> None:
+    rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("RANK") or "0"
+    if int(rank) == 0 and multiprocessing.parent_process() is None:
+        print(
+            f"SIMULATED GAUDI: {CARDS} card{'s' if CARDS > 1 else ''} in host memory. SPEED MEANS NOTHING HERE. What does: "
+            "results, shapes, graphs compiled, host synchronisations, device memory.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def register_autocast_lists() -> None:
+    """(Re-)install the autocast rules: those of PyTorch, or the lists that `PT_HPU_AUTOCAST_*_OPS_LIST` name."""
+    lists = []
+    for variable in ("PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST", "PT_HPU_AUTOCAST_FP32_OPS_LIST"):
+        path = os.environ.get(variable)
+        if path and not os.path.isfile(path):
+            raise FileNotFoundError(f"{variable} names {path}, which does not exist")
+        lists.append(open(path).read() if path else "")
+    torch.ops.gaudi_simulator.register_autocast(*lists)
+
+
+def memory(card: int) -> dict[str, int]:
+    """Bytes and counts by the real API's names, for one card."""
+    figures = {name: library.gaudi_memory(card, which) for which, name in enumerate(MEMORY_FIELDS)}
+    figures["ActiveAllocs"] = figures["NumAllocs"] - figures["NumFrees"]
+    return {"Limit": library.gaudi_memory(card, -1), **figures}
+
+
+def compilations(since: int = 0) -> list[dict]:
+    """The graphs compiled, from number `since` on: how many `operations`, and the `first` that no graph before had in its
+    place, at `position`."""
+    return json.loads(library.gaudi_compilation_history(since))
+
+
+def host_syncs() -> dict[str, int]:
+    """How often the host waited for the card, by the operation that made it wait."""
+    return json.loads(library.gaudi_host_sync_operations())
+
+
+@contextlib.contextmanager
+def one_graph() -> Iterator[None]:
+    """What runs inside is one graph, whatever the mode."""
+    library.gaudi_open_region()
+    try:
+        yield
+    finally:
+        library.gaudi_close_region()
+
+
+def compile_for_card(module: torch.fx.GraphModule, inputs: list, **_options):
+    """The backend `hpu_backend` of torch.compile: forward and backward are one graph each."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    def compiler(traced: torch.fx.GraphModule, _example_inputs: list):
+        def call(*arguments):
+            with one_graph():
+                return traced(*arguments)
+
+        return call
+
+    return aot_autograd(fw_compiler=compiler)(module, inputs)
