@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -70,27 +70,27 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *values: object) -
     return digest.hexdigest()[:32]
 
 
-def tokenise(
+def map_rows(
     dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    column: str,
+    encode_rows: Callable[[pa.Table], pa.Table],
+    fingerprint: Callable[[str], str],
     *,
-    add_special_tokens: bool = True,
-    max_tokens: int | None = None,
+    wanted: int | None = None,
+    measure: Callable[[Dataset], int] = len,
     num_proc: int | None = None,
     use_cache: bool = True,
+    keep_in_memory: bool = False,
 ) -> Dataset:
-    """Tokenise a text column into ``input_ids`` (``list<int32>``), the only column of the result; cached on disk.
+    """Encode a thousand rows at a time into new columns, which replace all others; cached on disk.
 
     Args:
-        max_tokens: stop after the rows that hold so many tokens; the rest of the data set is not tokenised.
+        encode_rows: from an Arrow table of some rows to one of the new columns, of any number of rows.
+        fingerprint: from the fingerprint of the rows to that of the result, by which a cached result is found.
+        wanted: stop after the rows whose results measure so much; the rest of the data set is not encoded.
+        measure: what a part of the result counts for.
         num_proc: processes; one process already uses all threads of a fast tokenizer.
         use_cache: take a cached result of the same data and tokenizer.
     """
-
-    def encode_rows(table: pa.Table) -> pa.Table:
-        texts = [text or "" for text in table.column(column).to_pylist()]
-        return pa.table({"input_ids": to_list_array(*encode(tokenizer, texts, add_special_tokens))})
 
     def encode_range(start: int, stop: int) -> Dataset:
         rows = dataset.select(range(start, stop))
@@ -101,22 +101,49 @@ def tokenise(
             num_proc=num_proc if stop - start > ROWS else None,
             remove_columns=dataset.column_names,
             load_from_cache_file=use_cache,
-            new_fingerprint=tokenizer_fingerprint(tokenizer, rows._fingerprint, column, add_special_tokens),
+            keep_in_memory=keep_in_memory,
+            new_fingerprint=fingerprint(rows._fingerprint),
             desc="Tokenising",
         )
 
     total = len(dataset)
-    if max_tokens is None:
+    if wanted is None:
         return encode_range(0, total)
-    parts, rows, tokens = [], 0, 0
-    while rows < total and tokens < max_tokens:
-        # The first thousand rows tell how many tokens a row has; after that, one or two ranges are enough.
-        wanted = ROWS if not tokens else (max_tokens - tokens) * rows // tokens + 1
-        stop = min(total, rows + -(-wanted // ROWS) * ROWS)
+    parts, rows, made = [], 0, 0
+    while rows < total and made < wanted:
+        # The first thousand rows tell how much a row gives; after that, one or two ranges are enough.
+        need = ROWS if not made else (wanted - made) * rows // made + 1
+        stop = min(total, rows + -(-need // ROWS) * ROWS)
         parts.append(encode_range(rows, stop))
-        tokens += count_tokens(parts[-1])
+        made += measure(parts[-1])
         rows = stop
     return concatenate_datasets(parts)
+
+
+def tokenise(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    *,
+    add_special_tokens: bool = True,
+    max_tokens: int | None = None,
+    **options,
+) -> Dataset:
+    """Tokenise a text column into ``input_ids`` (``list<int32>``), the only column of the result; cached on disk.
+
+    Args:
+        max_tokens: stop after the rows that hold so many tokens; the rest of the data set is not tokenised.
+        options: passed to :func:`map_rows`.
+    """
+
+    def encode_rows(table: pa.Table) -> pa.Table:
+        texts = [text or "" for text in table.column(column).to_pylist()]
+        return pa.table({"input_ids": to_list_array(*encode(tokenizer, texts, add_special_tokens))})
+
+    def fingerprint(rows: str) -> str:
+        return tokenizer_fingerprint(tokenizer, rows, column, add_special_tokens)
+
+    return map_rows(dataset, encode_rows, fingerprint, wanted=max_tokens, measure=count_tokens, **options)
 
 
 def token_chunks(dataset: Dataset) -> Iterator[np.ndarray]:
@@ -198,7 +225,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         max_blocks: stop after so many.
 
     Yields:
-        ``{"input_ids": int32 array of shape [block_size]}``.
+        ``{"input_ids": int32 array of shape [block_size], "draw": the block's number}``.
     """
 
     def __init__(
@@ -238,8 +265,8 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
             for block in array:
                 if blocks == self.max_blocks:
                     return
+                yield {"input_ids": block, "draw": blocks}
                 blocks += 1
-                yield {"input_ids": block}
         if not blocks:
             raise UserError(
                 f"the stream holds less than one block of {self.block_size} tokens: lower --block_size "
