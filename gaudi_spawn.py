@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -155,26 +156,28 @@ def main() -> int:
                 except OSError as error:
                     raise UserError(f"--log_dir {options.log_dir}: {error.strerror.lower()}") from error
         forwarded = launch.forwarded_variables(environ, named)
-        commands = launch.engine_commands(plan, forwarded)
         rank_environ = launch.rank_environment(plan, forwarded, options.arguments)
     if options.dry_run:
+        commands = launch.engine_commands(plan, forwarded)
         cpus = len(os.sched_getaffinity(0))
         threads = placement.threads_per_rank(cpus, plan.ranks_here(), placement.cpu_quota())
         print(launch.describe(plan, cards, threads, commands, rank_environ))
         return 0
-    for host, command in commands:
-        supervise.say(f"command{f' on {host.name}' if host else ''}: {launch.shown(command)}")
+    job = supervise.Job(
+        plan,
+        forwarded,
+        rank_environ,
+        launch.engine_environment(plan, environ, named),
+        grace=options.grace,
+        log_dir=log_dir,
+        map_by=options.map_by,
+    )
     with claim:
-        return supervise.Job(
-            plan,
-            commands,
-            launch.engine_environment(plan, environ, named),
-            rank_environ,
-            grace=options.grace,
-            log_dir=log_dir,
-            map_by=options.map_by,
-        ).run()
+        return job.run()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -46,10 +46,13 @@ SSH = [
     "ServerAliveCountMax=4",
 ]
 # Starts an engine on another host: its arguments and environment arrive on stdin, where ps does not show them.
-REMOTE_START = (
+REMOTE_START = [
+    sys.executable,
+    "-Es",
+    "-c",
     "import json,os,sys;s=json.loads(sys.stdin.buffer.readline());os.chdir(s['folder']);"
-    "os.dup2(os.open(os.devnull,os.O_RDONLY),0);os.execvpe(s['command'][0],s['command'],{**os.environ,**s['env']})"
-)
+    "os.dup2(os.open(os.devnull,os.O_RDONLY),0);os.execvpe(s['command'][0],s['command'],{**os.environ,**s['env']})",
+]
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,10 @@ class Plan:
     def ranks_here(self) -> int:
         """Ranks on this host."""
         return sum(host.slots for host, here in zip(self.hosts, self.local, strict=True) if here)
+
+    def others(self) -> list[Host]:
+        """The hosts that are not this one."""
+        return [host for host, here in zip(self.hosts, self.local, strict=True) if not here]
 
     def ranks_of(self, host: Host) -> range:
         first = next(first for other, first in self._first_ranks() if other is host)
@@ -197,16 +204,22 @@ def hidden(name: str, value: str) -> str:
 
 def shown(command: list[str]) -> str:
     """A command that can be pasted into a shell, with the values of flags such as ``--hub_token`` hidden."""
-    words, flag = [], ""
+    hide = secret_values(command)
+    words = []
     for word in command:
         name, equals, value = word.partition("=")
-        if flag and not word.startswith("--"):
-            word = "***"
-        elif equals and name.startswith("--") and is_secret(name):
-            word = f"{name}=***"
-        flag = word if word.startswith("--") and is_secret(word) else ""
-        words.append(word)
+        words.append("***" if word in hide else f"{name}=***" if equals and value in hide else word)
     return shlex.join(words)
+
+
+def secret_values(command: list[str]) -> set[str]:
+    """What follows flags such as ``--hub_token``, in the same word after ``=`` or in the next."""
+    found = set()
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and is_secret(name):
+            found.add(value if equals else following)
+    return {value for value in found if value and not value.startswith("--")}
 
 
 def find_engine(engine: str) -> tuple[str, tuple[int, ...]]:

@@ -57,14 +57,14 @@ def cpu_quota(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup
 
 
 def share(cpus: list[int], ranks: int, rank: int) -> list[int]:
-    """The CPUs of local rank ``rank`` of ``ranks``: an even part, or all of them where there are more ranks than CPUs."""
+    """The CPUs of local rank ``rank`` of ``ranks``: an even part, or all where there are too few."""
     if ranks > len(cpus):
         return cpus
     return cpus[rank * len(cpus) // ranks : (rank + 1) * len(cpus) // ranks]
 
 
 def threads_per_rank(cpus: int, ranks: int, quota: float | None) -> int:
-    """``OMP_NUM_THREADS`` for each of ``ranks`` on a host where the process may use ``cpus`` CPUs and ``quota`` of time."""
+    """``OMP_NUM_THREADS`` for each of ``ranks`` that share ``cpus`` CPUs and, with a quota, that many CPUs' time."""
     return max(1, int(min(cpus, quota or cpus)) // ranks)
 
 

@@ -12,7 +12,7 @@ kind  direction           payload
 H     rank to launcher    JSON: token, rank, host name, CPUs, digests of settings
 1, 2  rank to launcher    output of the script, as written
 T     rank to launcher    the last output of a rank whose output was not shown
-X     rank to launcher    JSON: exit status of the script
+X     rank to launcher    JSON: exit status of the script; whether launcher or engine stopped it
 S     launcher to rank    JSON: start the script, with these settings
 K     launcher to rank    a signal number for the script; 9 is for all its processes
 R     launcher to rank    released: end, with the script's exit status
@@ -93,6 +93,7 @@ class Rank:
         self.process: subprocess.Popen | None = None
         self.status: int | None = None
         self.deadline: float | None = None
+        self.stopped_by: str | None = None
         self.log = None
         self.settings: dict = {}
         self.streams: dict[int, bytes] = {}
@@ -123,7 +124,7 @@ class Rank:
             if name.startswith(AGREED_PREFIXES) and not name.startswith(PER_RANK)
         }
         hello = {"token": job["token"], "place": self.place, "host": socket.gethostname(), "settings": digests}
-        hello["cpus"] = len(os.sched_getaffinity(0))
+        hello["threads"] = threads_per_rank(len(os.sched_getaffinity(0)), self.place[3], cpu_quota())
         connection.sendall(frame(b"H", json.dumps(hello).encode()))
         connection.setblocking(False)
         return connection
@@ -179,10 +180,8 @@ class Rank:
                 self._start(json.loads(payload))
             elif kind == b"R" or self.process is None:
                 return True
-            elif int(payload) == signal.SIGKILL:
-                kill_descendants()
             else:
-                self._stop(int(payload))
+                self._stop(int(payload), "launcher")
         return False
 
     def _start(self, settings: dict) -> None:
@@ -230,9 +229,14 @@ class Rank:
         for _, inner in ends:
             os.close(inner)
 
-    def _stop(self, number: int) -> None:
-        # To the script alone: its data loaders would otherwise die under a script that wants to save first.
-        if self.process is not None and self.status is None:
+    def _stop(self, number: int, by: str) -> None:
+        if self.process is None or self.status is not None:
+            return
+        self.stopped_by = self.stopped_by or by
+        if number == signal.SIGKILL:
+            kill_descendants()
+        else:
+            # To the script alone: its data loaders would otherwise die under a script that wants to save first.
             self.process.send_signal(number)
             self.deadline = self.deadline or time.monotonic() + self.settings["grace"]
 
@@ -241,7 +245,7 @@ class Rank:
             if number in STOP_SIGNALS:
                 if self.process is None:
                     sys.exit(128 + number)
-                self._stop(number)
+                self._stop(number, "engine")
         if self.process is not None and self.status is None and self.process.poll() is not None:
             code = self.process.returncode
             kill_descendants()
@@ -255,11 +259,9 @@ class Rank:
 
     def _end(self, status: int, last_output: bytes) -> None:
         self.status, self.deadline = status, None
-        if status and not self.settings["show"]:
+        if status and not self.stopped_by and not (self.settings["show"] and self.process):
             self.outbox += frame(b"T", last_output)
-        elif status and self.process is None:
-            self.outbox += frame(b"2", last_output)
-        self.outbox += frame(b"X", json.dumps({"status": status}).encode())
+        self.outbox += frame(b"X", json.dumps({"status": status, "stopped_by": self.stopped_by}).encode())
 
     def _copy(self, stream: int) -> bool:
         """Move one piece of the script's output on; False when there is none."""
