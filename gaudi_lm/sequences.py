@@ -37,11 +37,13 @@ CAUSAL = frozenset(
     + ("gpt_neox", "gptj", "granite", "llama", "mistral", "olmo", "olmo2", "opt", "persimmon", "phi", "phi3", "qwen2")
     + ("qwen3", "smollm3", "stablelm", "starcoder2")
 )
-CAUSAL_GAUDI = frozenset()
+CAUSAL_GAUDI = frozenset(
+    ("falcon", "gemma", "gemma2", "gemma3_text", "gpt_neo", "llama", "mpt", "persimmon", "qwen2", "qwen3", "stablelm")
+)
 MASKED = frozenset(
     ("bert", "camembert", "electra", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl")
 )
-MASKED_GAUDI = frozenset()
+MASKED_GAUDI = frozenset({"bert"})
 
 # Their position embeddings count from `padding_idx + 1`, and padding has the position `padding_idx`.
 OFFSET_POSITIONS = frozenset(
@@ -227,7 +229,13 @@ class PackedCollator:
         check_packable(model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         name = base.config.model_type
-        causal = name in CAUSAL
+        causal = name in CAUSAL | CAUSAL_GAUDI
+        window = getattr(base.config, "sliding_window", None)
+        if window and length > window:
+            # A mask given from outside replaces the model's own, which would have held the window.
+            raise UserError(
+                f"--pack_sequences: {name} attends to {window} tokens, and rows are of {length}: lower --max_seq_length"
+            )
         offset = name in OFFSET_POSITIONS
         return cls(
             length=length,
@@ -235,7 +243,8 @@ class PackedCollator:
             causal=causal,
             first_position=base.config.pad_token_id + 1 if offset else 0,
             pad_position=base.config.pad_token_id if offset else 0,
-            additive=causal and not is_patched(base),
+            # The patched models invert a mask of ones and zeros, except Gemma, which adds it as it comes.
+            additive=causal and (name == "gemma" or not is_patched(base)),
             dtype=base.dtype,
         )
 
