@@ -234,7 +234,7 @@ class PackedCollator:
         if window and length > window:
             # A mask given from outside replaces the model's own, which would have held the window.
             raise UserError(
-                f"--pack_sequences: {name} attends to {window} tokens, and rows are of {length}: lower --max_seq_length"
+                f"--pack_sequences: {name} attends to {window} tokens, rows are of {length}: lower --max_seq_length"
             )
         offset = name in OFFSET_POSITIONS
         return cls(

@@ -1,0 +1,28 @@
+"""Run benchmarks by name, or all: `python -m benchmarks clm_step mlm_head`."""
+
+import argparse
+import importlib
+import os
+
+BENCHMARKS = {
+    "mlm_head": "masked",
+    "mlm_packed": "masked",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(BENCHMARKS)}; default: all"
+    )
+    names = parser.parse_args().names or list(BENCHMARKS)
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"no benchmark {unknown[0]!r}: there are {', '.join(BENCHMARKS)}")
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    for name in names:
+        getattr(importlib.import_module(f"benchmarks.{BENCHMARKS[name]}"), name)()
+
+
+if __name__ == "__main__":
+    main()
