@@ -154,7 +154,8 @@ def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDi
             token=model_args.token,
             streaming=data_args.streaming,
         )
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
+    # OSError includes the network's errors, a transfer that broke off among them.
+    except (DatasetNotFoundError, OSError, ValueError) as error:
         name = " ".join(filter(None, (data_args.dataset_name, data_args.dataset_config_name)))
         raise UserError(f"--dataset_name {name}: cannot be loaded ({str(error).splitlines()[0]})") from error
 

@@ -35,6 +35,8 @@ def _hub_options(model_args: ModelArguments) -> dict:
 
 
 def _first_line(error: BaseException) -> str:
+    if "gated repo" in str(error):
+        return "gated: accept its terms on its page, then log in with `hf auth login` or give --token"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
