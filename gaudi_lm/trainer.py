@@ -32,8 +32,9 @@ class LMTrainer(GaudiTrainer):
     batches; evaluation keeps sums, not logits; throughput counts what was executed.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, evaluation_collator=None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.evaluation_collator = evaluation_collator or self.data_collator
         self.model_accepts_loss_kwargs = True
         self.throughput = Throughput(self.args.throughput_warmup_steps, self._synchronise)
         self._window = (0, 0, 0)
@@ -130,7 +131,17 @@ class LMTrainer(GaudiTrainer):
             for name in ("samples", "steps", "tokens"):
                 logs.pop(f"train_{name}_per_second", None)
             logs.update(self._throughput_figures(self.throughput, "train"))
-        super().log(logs, start_time, end_time)
+        if self.args.device.type == "hpu":
+            super().log(logs, start_time, end_time)
+        else:
+            # GaudiTrainer asks the card for its memory, which a CPU run does not have.
+            super(GaudiTrainer, self).log(logs, start_time)
+
+    def _issue_warnings_after_load(self, load_result):
+        # Checkpoints leave out tied weights; a model that ties them misses nothing.
+        tied = set(self.model._tied_weights_keys or ()) if hasattr(self.model, "_tied_weights_keys") else set()
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result)
 
     def _throughput_figures(self, throughput: Throughput, prefix: str) -> dict[str, float]:
         throughput.pause()
@@ -160,7 +171,7 @@ class LMTrainer(GaudiTrainer):
         args = self.args
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         loader = evaluation_loader(
-            dataset, self.data_collator, args.eval_batch_size, args.process_index, args.world_size
+            dataset, self.evaluation_collator, args.eval_batch_size, args.process_index, args.world_size
         )
         model = self._evaluation_model()
         self.callback_handler.eval_dataloader = loader
@@ -243,6 +254,7 @@ def build_trainer(
     collator: Callable[[list[dict]], dict],
     train_dataset=None,
     eval_dataset=None,
+    evaluation_collator: Callable[[list[dict]], dict] | None = None,
     callbacks: list[TrainerCallback] | None = None,
     **loss_options,
 ) -> LMTrainer:
@@ -252,6 +264,7 @@ def build_trainer(
         objective: ``causal`` or ``masked``.
         collator: from rows, whose ``draw`` is a number that is new for each row and epoch, to a batch with ``labels``.
         train_dataset: a ``datasets.Dataset``, or an iterable one of this rank's rows.
+        evaluation_collator: for evaluation, where it differs; ``draw`` is then the row's number.
         loss_options: passed to :func:`gaudi_lm.losses.install_token_loss`.
     """
     logger.info(install_token_loss(model, objective, **loss_options))
@@ -260,6 +273,7 @@ def build_trainer(
         gaudi_config=gaudi_config(training_args),
         args=training_args,
         data_collator=collator,
+        evaluation_collator=evaluation_collator,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,

@@ -1,0 +1,250 @@
+"""Batches of a masked language model: lengths that stay few, and masks that a row number alone decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from .data import batches_of_text
+from .packing import encode, map_rows, to_list_array, tokenizer_fingerprint
+from .predictions import IGNORE_INDEX, limit_predictions
+from .rows import join_rows, shorten_rows
+from .runtime import UserError
+
+
+def sequence_ends(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, need_padding: bool = False
+) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a single text, such as ``[CLS]`` and ``[SEP]``.
+
+    Raises:
+        UserError: the tokenizer is not one of a masked language model, or a sequence has no room for text.
+    """
+    if tokenizer.mask_token_id is None:
+        raise UserError("the tokenizer has no mask token: run_mlm.py needs one of a masked language model")
+    if need_padding and tokenizer.pad_token_id is None:
+        raise UserError("the tokenizer has no padding token, which --line_by_line needs")
+    (bare, _), (whole, _) = (encode(tokenizer, ["a"], special) for special in (False, True))
+    bare, whole = bare.tolist(), whole.tolist()
+    start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+    if max_length <= len(whole) - len(bare):
+        raise UserError(f"--max_seq_length {max_length}: the start and end of a sequence leave no room for text")
+    return whole[:start], whole[start + len(bare) :]
+
+
+def encode_lines(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each text a row with the tokenizer's start and end, at most ``max_length`` tokens; blank texts are left out.
+
+    Returns:
+        ``(tokens, lengths)``, int32 of shape ``[sum(lengths)]`` and int64 of shape ``[rows]``.
+    """
+    texts = [text.rstrip("\r\n") for text in texts if not text.isspace() and text]
+    start, end = sequence_ends(tokenizer, max_length)
+    content = encode(tokenizer, texts, add_special_tokens=False)
+    return join_rows(start, shorten_rows(*content, max_length - len(start) - len(end)), end)
+
+
+def make_lines(
+    texts: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    size: int,
+    limit: int | None,
+    split: str,
+    **options,
+) -> Dataset:
+    """Tokenise each text on its own, ends included, at most ``size`` tokens; blank ones are left out.
+
+    Raises:
+        UserError: all are blank.
+    """
+
+    def encode_rows(table: pa.Table) -> pa.Table:
+        texts = [text or "" for text in table.column(column).to_pylist()]
+        return pa.table({"input_ids": to_list_array(*encode_lines(texts, tokenizer, size))})
+
+    fingerprint = partial(tokenizer_fingerprint, tokenizer, column, size, "lines")
+    rows = map_rows(texts, encode_rows, fingerprint, wanted=limit, **options)
+    if not len(rows):
+        raise UserError(f"the {split} data has only blank rows in column {column!r}")
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+class StreamedLines(torch.utils.data.IterableDataset):
+    """Rows of :func:`encode_lines` made while they are asked for, from a stream of texts.
+
+    Args:
+        repeat: start over at the end of the stream, so that --max_steps is always reached.
+        max_rows: stop after so many.
+
+    Yields:
+        ``{"input_ids": int32 array of shape [length], "draw": the row's number}``.
+    """
+
+    def __init__(
+        self,
+        texts: IterableDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        column: str,
+        max_length: int,
+        *,
+        repeat: bool = False,
+        max_rows: int | None = None,
+    ):
+        self.texts = texts
+        self.tokenizer = tokenizer
+        self.column = column
+        self.max_length = max_length
+        self.repeat = repeat
+        self.max_rows = max_rows
+
+    def __iter__(self) -> Iterator[dict]:
+        number = 0
+        while True:
+            before = number
+            for texts in batches_of_text(self.texts, self.column):
+                tokens, lengths = encode_lines(texts, self.tokenizer, self.max_length)
+                for row in np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else ():
+                    if number == self.max_rows:
+                        return
+                    yield {"input_ids": row, "draw": number}
+                    number += 1
+            if number == before:
+                raise UserError("the stream holds no text")
+            if not self.repeat:
+                return
+
+
+def choose_lengths(lengths: np.ndarray, batch_size: int, max_length: int, count: int = 4, multiple: int = 8) -> list:
+    """The few lengths to pad batches to that waste the least, for these row lengths.
+
+    A batch of random rows is padded to the smallest chosen length that holds its longest row. Exact, by dynamic
+    programming over the distribution of the longest of ``batch_size`` rows.
+
+    Args:
+        lengths: tokens of each row, int of shape ``[rows]``, each at most ``max_length``.
+        count: at most so many lengths.
+        multiple: lengths are multiples of this, except ``max_length``.
+
+    Returns:
+        Rising lengths; the last one holds every row.
+    """
+    ends = np.unique(np.minimum(-(-np.unique(lengths) // multiple) * multiple, max_length))
+    below = np.searchsorted(np.sort(lengths), ends, side="right") / len(lengths)
+    longest = below**batch_size  # chance that a batch fits into each length
+    # cost[i]: expected length of batches that fit into ends[i], with ends[i] chosen and one length less at each round
+    cost, chosen = ends * longest, [[int(end)] for end in ends]
+    for _ in range(count - 1):
+        share = longest[:, None] - longest[None, :]  # [i, j]: batches that fit into i and not into j
+        total = np.where(share >= 0, cost[None, :] + ends[:, None] * share, np.inf)
+        total[np.triu_indices(len(ends))] = np.inf
+        best = total.argmin(1)
+        better = total[np.arange(len(ends)), best] < cost
+        chosen = [
+            [*chosen[best[i]], int(ends[i])] if better[i] else chosen[i]
+            for i in range(len(ends))
+        ]  # fmt: skip
+        cost = np.where(better, total[np.arange(len(ends)), best], cost)
+    return chosen[-1]
+
+
+def padded_lengths(splits: Iterable, batch_size: int, max_length: int) -> list[int]:
+    """At most four lengths to pad batches to, so that a card compiles few graphs.
+
+    Args:
+        splits: data sets with ``input_ids``, or streams, whose lengths are not known.
+    """
+    if not all(isinstance(split, Dataset) for split in splits):
+        return sorted({-(-max_length * part // 4) for part in (1, 2, 3, 4)})
+    lengths = [pc.list_value_length(split.with_format("arrow")[:]["input_ids"]).to_numpy() for split in splits]
+    return choose_lengths(np.concatenate(lengths), batch_size, max_length)
+
+
+@dataclass
+class MaskingCollator:
+    """Rows to a batch with fresh masks.
+
+    Each token that is not special is chosen with ``probability``; of the chosen, 80% become the mask token, 10% a
+    random ordinary token, 10% stay (Devlin et al. 2019). What is drawn for a row depends on ``seed``, the row's
+    ``draw`` and nothing else: not on the batch it is in, its padding, the process, or what was drawn before.
+
+    Attributes:
+        tokenizer: one with a mask token.
+        seed: whole numbers that are the same for a whole run.
+        start, end: tokens put around each row, where the rows do not have them yet.
+        lengths: rising lengths of which the smallest that fits is padded to; none to pad to the longest row.
+        rows_predicted: from (rows, length) of a batch, how many masked tokens the model's head takes; masks beyond are
+            undone. None if it takes them all.
+        assemble: makes ``input_ids`` and what goes with them from rows, where it is not plain padding.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    probability: float
+    seed: tuple[int, ...]
+    start: list[int] = field(default_factory=list)
+    end: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    rows_predicted: Callable[[int, int], int] | None = None
+    assemble: Callable[[list[dict]], dict[str, torch.Tensor]] | None = None
+
+    def __post_init__(self):
+        self.start, self.end = np.array(self.start, np.int32), np.array(self.end, np.int32)
+        size = len(self.tokenizer)
+        self._special = np.zeros(size, dtype=bool)
+        self._special[[token for token in self.tokenizer.all_special_ids if token < size]] = True
+        self._ordinary = np.flatnonzero(~self._special)
+        # Shared, so that worker processes can count too.
+        self._undone = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    @property
+    def undone(self) -> int:
+        """How many masks have been undone so far."""
+        return int(self._undone)
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """A batch: ``input_ids``, ``labels`` (-100 where nothing is masked) and, if there is padding,
+        ``attention_mask``, each int64 of shape ``[rows, length]``."""
+        batch = (self.assemble or self._pad)(rows)
+        original = batch["input_ids"]
+        masked, labels = self._mask(original.numpy(), [row["draw"] for row in rows])
+        batch["input_ids"], batch["labels"] = torch.from_numpy(masked), torch.from_numpy(labels)
+        if self.rows_predicted is not None:
+            generator = torch.Generator().manual_seed(int(rows[0]["draw"]))
+            batch["input_ids"], batch["labels"], undone = limit_predictions(
+                batch["input_ids"], batch["labels"], original, self.rows_predicted(*original.shape), generator
+            )
+            self._undone += undone
+        return batch
+
+    def _pad(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        around = len(self.start) + len(self.end)
+        used = np.array([len(row["input_ids"]) + around for row in rows])
+        length = next((length for length in self.lengths if length >= used.max()), int(used.max()))
+        pad = self.tokenizer.pad_token_id
+        input_ids = np.full((len(rows), length), 0 if pad is None else pad, dtype=np.int64)
+        for place, row in enumerate(rows):
+            input_ids[place, : used[place]] = np.concatenate([self.start, row["input_ids"], self.end])
+        batch = {"input_ids": torch.from_numpy(input_ids)}
+        if self.lengths or (used < length).any():
+            batch["attention_mask"] = torch.from_numpy((np.arange(length) < used[:, None]).astype(np.int64))
+        return batch
+
+    def _mask(self, input_ids: np.ndarray, draws: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        rows, length = input_ids.shape
+        # The numbers of a token stand together, so that more padding behind a row does not change them.
+        noise = np.stack([np.random.default_rng([*self.seed, int(draw)]).random((length, 3)) for draw in draws])
+        chosen = (noise[..., 0] < self.probability) & ~self._special[input_ids]
+        labels = np.where(chosen, input_ids, IGNORE_INDEX)
+        random_tokens = self._ordinary[(noise[..., 2] * len(self._ordinary)).astype(np.int64)]
+        masked = np.where(chosen & (noise[..., 1] < 0.8), self.tokenizer.mask_token_id, input_ids)
+        return np.where(chosen & (noise[..., 1] >= 0.9), random_tokens, masked), labels

@@ -1,0 +1,228 @@
+#!/usr/bin/env python
+"""Masked language modelling: fine-tune RoBERTa, BERT, DistilBERT, ALBERT, ..., or train one from scratch.
+
+    python run_mlm.py --model_name_or_path roberta-base --dataset_name wikitext \
+        --dataset_config_name wikitext-2-raw-v1 --do_train --do_eval --output_dir output/mlm \
+        --use_habana --use_lazy_mode --gaudi_config_name Habana/roberta-base
+    python run_mlm.py --model_type bert --tokenizer_name bert-base-cased --train_file my.txt --line_by_line \
+        --do_train --output_dir new --use_cpu
+    python run_mlm.py configs/mlm_roberta.json --num_train_epochs 1
+
+On a machine without a Gaudi, append --use_cpu, or set GAUDI_SIMULATOR=1 to rehearse on a simulated card.
+"""
+
+import sys
+from dataclasses import dataclass, field, replace
+
+from gaudi_lm.runtime import UserError, choose_card, user_errors
+
+choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
+
+from datasets import Dataset
+from datasets.distributed import split_dataset_by_node
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
+
+from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments, parse
+from gaudi_lm.data import load_raw, text_column
+from gaudi_lm.masking import MaskingCollator, StreamedLines, make_lines, padded_lengths, sequence_ends
+from gaudi_lm.models import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
+from gaudi_lm.packing import StreamedBlocks, group_into_blocks, tokenise
+from gaudi_lm.predictions import prediction_rows
+from gaudi_lm.sequences import PackedCollator, pack_sequences
+from gaudi_lm.session import find_checkpoint, report, save, set_up
+from gaudi_lm.trainer import build_trainer
+
+EVALUATION_SEED = 2022  # of the masks of every evaluation, whatever --seed is
+
+
+@dataclass
+class ScriptArguments:
+    """What only this script needs."""
+
+    model_type: str | None = field(
+        default=None, metadata={"help": "Architecture of a model made from scratch, such as roberta or bert."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "With --model_type: changes such as hidden_size=256,num_hidden_layers=4."}
+    )
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Tokens in a sequence; by default what the model takes, 1024 at most."}
+    )
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are masked."})
+    line_by_line: bool = field(
+        default=False, metadata={"help": "Each row of the data is a sequence, instead of blocks of all text."}
+    )
+    pad_to_max_length: bool = field(
+        default=False,
+        metadata={
+            "help": "With --line_by_line: pad to --max_seq_length. By default to the longest row of a batch on the "
+            "CPU, and to one of at most four lengths on a Gaudi."
+        },
+    )
+    pack_sequences: bool = field(
+        default=False,
+        metadata={"help": "With --line_by_line: several lines in a row of --max_seq_length, each kept apart."},
+    )
+    max_predictions_per_seq: int | None = field(
+        default=None,
+        metadata={
+            "help": "Masked tokens for which the head is computed, per sequence; masks beyond are undone. By default "
+            "the fewest that are exceeded once in a million batches; 0 computes the head everywhere."
+        },
+    )
+
+    def check(self, streaming: bool) -> None:
+        """Refuse what cannot work, by the flag's name."""
+        if not 0 < self.mlm_probability <= 1:
+            raise UserError(f"--mlm_probability {self.mlm_probability} is outside 0-1, or masks nothing")
+        if self.max_predictions_per_seq is not None and self.max_predictions_per_seq < 0:
+            raise UserError(f"--max_predictions_per_seq {self.max_predictions_per_seq}: it must be at least 0")
+        for flag in ("pack_sequences", "pad_to_max_length"):
+            if getattr(self, flag) and not self.line_by_line:
+                raise UserError(f"--{flag} needs --line_by_line: blocks of concatenated text are full without it")
+        if self.pack_sequences and streaming:
+            raise UserError("--pack_sequences cannot be combined with --streaming: it sorts all lines by length")
+
+    def rows_predicted(self, rows: int, length: int) -> int:
+        """How many masked tokens of a batch of this shape the head is computed for."""
+        if self.max_predictions_per_seq is None:
+            return prediction_rows(rows, length, self.mlm_probability)
+        return min(rows * self.max_predictions_per_seq, rows * length)
+
+
+def make_blocks(
+    texts: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    size: int,
+    limit: int | None,
+    split: str,
+    **options,
+) -> Dataset:
+    """Tokenise, concatenate and cut into blocks of ``size`` tokens, which leaves room for the sequence's two ends."""
+    max_tokens = None if limit is None else limit * size
+    tokens = tokenise(texts, tokenizer, column, add_special_tokens=False, max_tokens=max_tokens, **options)
+    return group_into_blocks(tokens, size, max_blocks=limit, split=split)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the script; returns all metrics."""
+    # Arguments
+    model_args, data_args, script_args, training_args = parse(
+        argv, ModelArguments, DataArguments, ScriptArguments, TrainingArguments
+    )
+    data_args.check(training_args.max_steps)
+    script_args.check(data_args.streaming)
+    checkpoint = find_checkpoint(training_args)
+
+    # Set-up
+    logger = set_up(training_args)
+
+    # Data
+    raw = load_raw(data_args, model_args, training_args.do_train, training_args.do_eval)
+    columns = {split: text_column(texts, data_args.text_column_name) for split, texts in raw.items()}
+
+    # Tokenizer and model
+    config = load_config(model_args, script_args.model_type, script_args.config_overrides)
+    tokenizer = load_tokenizer(model_args)
+    fit_vocabulary(config, tokenizer, model_args.model_name_or_path is None, script_args.config_overrides)
+    max_length = length_limit("--max_seq_length", script_args.max_seq_length, tokenizer, config)
+    start, end = sequence_ends(tokenizer, max_length, need_padding=script_args.line_by_line)
+
+    # Preprocessing
+    limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
+    size = max_length if script_args.line_by_line else max_length - len(start) - len(end)
+    rows = {}
+    if data_args.streaming:
+        for split, texts in raw.items():
+            if split == "train":
+                texts = split_dataset_by_node(texts, training_args.process_index, training_args.world_size)
+            source = (texts, tokenizer, columns[split], size)
+            repeat, limit = split == "train", limits[split]
+            if script_args.line_by_line:
+                rows[split] = StreamedLines(*source, repeat=repeat, max_rows=limit)
+            else:
+                rows[split] = StreamedBlocks(*source, add_special_tokens=False, repeat=repeat, max_blocks=limit)
+    else:
+        make_rows = make_lines if script_args.line_by_line else make_blocks
+        with training_args.main_process_first(desc="preprocessing"):
+            for split, texts in raw.items():
+                rows[split] = make_rows(
+                    texts,
+                    tokenizer,
+                    columns[split],
+                    size,
+                    limits[split],
+                    split,
+                    num_proc=data_args.preprocessing_num_workers,
+                    use_cache=not (data_args.overwrite_cache and training_args.local_process_index == 0),
+                )
+        if script_args.pack_sequences:
+            rows = {split: pack_sequences(lines, max_length, split=split) for split, lines in rows.items()}
+    model = load_model(AutoModelForMaskedLM, config, tokenizer, model_args, training_args)
+
+    # Masking
+    collator = MaskingCollator(
+        tokenizer,
+        script_args.mlm_probability,
+        # Ranks of a stream number their rows alike.
+        seed=(training_args.seed, training_args.process_index if data_args.streaming else 0),
+        rows_predicted=None if script_args.max_predictions_per_seq == 0 else script_args.rows_predicted,
+    )
+    if script_args.pack_sequences:
+        collator.assemble = PackedCollator.for_model(model, tokenizer.pad_token_id, max_length)
+    elif script_args.line_by_line:
+        if script_args.pad_to_max_length:
+            collator.lengths = [max_length]
+        elif training_args.device.type == "hpu":
+            random_rows = 1 if training_args.group_by_length else training_args.per_device_train_batch_size
+            collator.lengths = padded_lengths(rows.values(), random_rows, max_length)
+            logger.info("batches are padded to one of the lengths %s", collator.lengths)
+    else:
+        collator.start, collator.end = start, end
+
+    # Trainer
+    trainer = build_trainer(
+        model,
+        "masked",
+        training_args,
+        tokenizer,
+        collator,
+        train_dataset=rows.get("train"),
+        eval_dataset=rows.get("validation"),
+        evaluation_collator=replace(collator, seed=(EVALUATION_SEED,)),
+        max_predictions_per_seq=collator.rows_predicted,
+    )
+
+    # Train
+    metrics = {}
+    if training_args.do_train:
+        metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        if not data_args.streaming:
+            metrics["train_samples"] = len(rows["train"])
+        if collator.undone:
+            logger.info("%d masks beyond --max_predictions_per_seq were undone", collator.undone)
+        report(trainer, "train", metrics)
+
+    # Evaluate
+    if training_args.do_eval:
+        evaluation = trainer.evaluate()
+        report(trainer, "eval", evaluation)
+        metrics.update(evaluation)
+
+    # Save
+    if training_args.do_train:
+        save(
+            trainer,
+            data_args.save_last_ckpt,
+            task="fill-mask",
+            base_model=model_args.model_name_or_path,
+            data=data_args.described(),
+        )
+    logger.info("done")
+    return metrics
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()
