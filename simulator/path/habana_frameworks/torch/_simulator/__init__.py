@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -20,7 +21,7 @@ library: ctypes.CDLL | None = None
 
 
 def register(hpu: ModuleType) -> None:
-    """Build and load the device and make `hpu` its module `torch.hpu`. A build that fails ends the process with one line."""
+    """Build and load the device, with `hpu` as `torch.hpu`. A build that fails ends the process with one line."""
     global library
     from .build import BuildError
     from .build import library as build
@@ -55,8 +56,8 @@ def _announce() -> None:
     rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("RANK") or "0"
     if int(rank) == 0 and multiprocessing.parent_process() is None:
         print(
-            f"SIMULATED GAUDI: {CARDS} card{'s' if CARDS > 1 else ''} in host memory. SPEED MEANS NOTHING HERE. What does: "
-            "results, shapes, graphs compiled, host synchronisations, device memory.",
+            f"SIMULATED GAUDI: {CARDS} card{'s' if CARDS > 1 else ''} in host memory. SPEED MEANS NOTHING HERE. "
+            "What does: results, shapes, graphs compiled, host synchronisations, device memory.",
             file=sys.stderr,
             flush=True,
         )
@@ -69,7 +70,7 @@ def register_autocast_lists() -> None:
         path = os.environ.get(variable)
         if path and not os.path.isfile(path):
             raise FileNotFoundError(f"{variable} names {path}, which does not exist")
-        lists.append(open(path).read() if path else "")
+        lists.append(Path(path).read_text() if path else "")
     torch.ops.gaudi_simulator.register_autocast(*lists)
 
 
@@ -81,8 +82,8 @@ def memory(card: int) -> dict[str, int]:
 
 
 def compilations(since: int = 0) -> list[dict]:
-    """The graphs compiled, from number `since` on: how many `operations`, and the `first` that no graph before had in its
-    place, at `position`."""
+    """The graphs compiled, from number `since` on: how many `operations` each has, and the `first` one, at `position`,
+    that no graph before it had in that place."""
     return json.loads(library.gaudi_compilation_history(since))
 
 

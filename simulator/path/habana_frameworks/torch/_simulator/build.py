@@ -58,15 +58,17 @@ def library() -> Path:
         return built
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(built.with_suffix(".lock"), "w")
+        lock = os.open(built.with_suffix(".lock"), os.O_CREAT | os.O_WRONLY)
     except OSError as error:
         raise BuildError(
-            f"the simulated Gaudi cannot be built in {folder} ({error.strerror}): set GAUDI_SIMULATOR_CACHE to a folder of yours"
+            f"the simulated Gaudi cannot be built in {folder} ({error.strerror}): set GAUDI_SIMULATOR_CACHE to another"
         ) from error
-    with lock:
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.exists():
             _compile(command, built)
+    finally:
+        os.close(lock)
     return built
 
 

@@ -62,15 +62,15 @@ class FusedAdamW(torch.optim.Optimizer):
         lr, eps, t = group["lr"], group["eps"], group["step"]
         if not group["bias_correction"]:
             t = 2**24  # both corrections are 1 from here on, in double precision
-        # The kernel of PyTorch corrects by a step count that it increments itself.
-        steps = [torch.full((), t - 1.0, device=p.device) for p in params]
+        # From the host, as the real kernel gets its numbers: a value that the graph reads, not a constant of it.
+        step = torch.tensor(float(t)).to(params[0].device, non_blocking=True)
         torch._fused_adamw_(
             params,
             [p.grad for p in params],
             [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params],
             [],
-            steps,
+            [step] * len(params),
             lr=lr,
             beta1=beta1,
             beta2=beta2,
