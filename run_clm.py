@@ -148,9 +148,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         save(
             trainer,
             data_args.save_last_ckpt,
-            finetuned_from=model_args.model_name_or_path,
-            tasks="text-generation",
-            dataset=" ".join(filter(None, (data_args.dataset_name, data_args.dataset_config_name))),
+            task="text-generation",
+            base_model=model_args.model_name_or_path,
+            data=data_args.described(),
         )
     logger.info("done")
     return metrics

@@ -101,6 +101,12 @@ class DataArguments:
         default=None, metadata={"help": "Column that holds the text; by default `text`, or else the first column."}
     )
 
+    def described(self) -> str:
+        """The data in a few words, for the model card."""
+        if self.dataset_name:
+            return " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
+        return ", ".join(Path(file).name for file in (self.train_file, self.validation_file) if file)
+
     def check(self, streaming_needs_max_steps: int, allow_no_split: bool = False) -> None:
         """Refuse what cannot work, by the flag's name.
 

@@ -184,8 +184,8 @@ def choose_card(argv: list[str]) -> None:
             _set_lazy_mode(flags)
         if not real:
             add_stand_in()
-            # optimum-habana warns about a missing hl-smi whenever it is imported.
-            os.environ.setdefault("OPTIMUM_VERBOSITY", "error")
+            # Where there is no Gaudi, a warning at every start that hl-smi is missing says nothing new.
+            logging.getLogger("optimum.habana.utils.misc").setLevel(logging.ERROR)
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         # Otherwise `datasets` reports each use of a hub data set to an address outside the hub.
         os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")

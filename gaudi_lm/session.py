@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments import TrainingArguments
 from .metrics import save_loss_curve
+from .model_card import write_model_card
 from .runtime import UserError, set_up_logging
 from .trainer import LMTrainer
 
@@ -101,7 +102,7 @@ def save(trainer: LMTrainer, save_model: bool = True, **card) -> None:
     """Model, tokenizer, trainer state, loss curve and model card at the top of ``output_dir``.
 
     Args:
-        card: what the model card tells, such as ``dataset`` or ``finetuned_from``.
+        card: passed to :func:`gaudi_lm.model_card.write_model_card`.
     """
     if save_model:
         trainer.save_model()
@@ -110,5 +111,5 @@ def save(trainer: LMTrainer, save_model: bool = True, **card) -> None:
         return
     folder = Path(trainer.args.output_dir)
     save_loss_curve(trainer.state.log_history, folder / "loss_curve.png")
-    trainer.create_model_card(**{name: value for name, value in card.items() if value})
+    write_model_card(trainer, **card)
     logger.info("everything is in %s", os.path.abspath(folder))
