@@ -24,10 +24,11 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 from gaudi_lm.data import load_raw, text_column
-from gaudi_lm.masking import MaskingCollator, StreamedLines, make_lines, padded_lengths, sequence_ends
+from gaudi_lm.masking import MaskingCollator, StreamedLines, make_lines, sequence_ends
 from gaudi_lm.models import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
 from gaudi_lm.packing import StreamedBlocks, group_into_blocks, tokenise
 from gaudi_lm.predictions import prediction_rows
+from gaudi_lm.rows import padded_lengths
 from gaudi_lm.sequences import PackedCollator, pack_sequences
 from gaudi_lm.session import find_checkpoint, report, save, set_up
 from gaudi_lm.trainer import build_trainer

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from .data import batches_of_text
-from .packing import encode, map_rows, to_list_array, tokenizer_fingerprint
+from .packing import encode, map_rows, special_ends, to_list_array, tokenizer_fingerprint
 from .predictions import IGNORE_INDEX, limit_predictions
-from .rows import join_rows, shorten_rows
+from .rows import join_rows, pad_rows, shorten_rows
 from .runtime import UserError
 
 
@@ -32,12 +31,10 @@ def sequence_ends(
         raise UserError("the tokenizer has no mask token: run_mlm.py needs one of a masked language model")
     if need_padding and tokenizer.pad_token_id is None:
         raise UserError("the tokenizer has no padding token, which --line_by_line needs")
-    (bare, _), (whole, _) = (encode(tokenizer, ["a"], special) for special in (False, True))
-    bare, whole = bare.tolist(), whole.tolist()
-    start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
-    if max_length <= len(whole) - len(bare):
+    start, end = special_ends(tokenizer)
+    if max_length <= len(start) + len(end):
         raise UserError(f"--max_seq_length {max_length}: the start and end of a sequence leave no room for text")
-    return whole[:start], whole[start + len(bare) :]
+    return start, end
 
 
 def encode_lines(
@@ -49,7 +46,7 @@ def encode_lines(
         ``(tokens, lengths)``, int32 of shape ``[sum(lengths)]`` and int64 of shape ``[rows]``.
     """
     texts = [text.rstrip("\r\n") for text in texts if not text.isspace() and text]
-    start, end = sequence_ends(tokenizer, max_length)
+    start, end = special_ends(tokenizer)
     content = encode(tokenizer, texts, add_special_tokens=False)
     return join_rows(start, shorten_rows(*content, max_length - len(start) - len(end)), end)
 
@@ -125,51 +122,6 @@ class StreamedLines(torch.utils.data.IterableDataset):
                 return
 
 
-def choose_lengths(lengths: np.ndarray, batch_size: int, max_length: int, count: int = 4, multiple: int = 8) -> list:
-    """The few lengths to pad batches to that waste the least, for these row lengths.
-
-    A batch of random rows is padded to the smallest chosen length that holds its longest row. Exact, by dynamic
-    programming over the distribution of the longest of ``batch_size`` rows.
-
-    Args:
-        lengths: tokens of each row, int of shape ``[rows]``, each at most ``max_length``.
-        count: at most so many lengths.
-        multiple: lengths are multiples of this, except ``max_length``.
-
-    Returns:
-        Rising lengths; the last one holds every row.
-    """
-    ends = np.unique(np.minimum(-(-np.unique(lengths) // multiple) * multiple, max_length))
-    below = np.searchsorted(np.sort(lengths), ends, side="right") / len(lengths)
-    longest = below**batch_size  # chance that a batch fits into each length
-    # cost[i]: expected length of batches that fit into ends[i], with ends[i] chosen and one length less at each round
-    cost, chosen = ends * longest, [[int(end)] for end in ends]
-    for _ in range(count - 1):
-        share = longest[:, None] - longest[None, :]  # [i, j]: batches that fit into i and not into j
-        total = np.where(share >= 0, cost[None, :] + ends[:, None] * share, np.inf)
-        total[np.triu_indices(len(ends))] = np.inf
-        best = total.argmin(1)
-        better = total[np.arange(len(ends)), best] < cost
-        chosen = [
-            [*chosen[best[i]], int(ends[i])] if better[i] else chosen[i]
-            for i in range(len(ends))
-        ]  # fmt: skip
-        cost = np.where(better, total[np.arange(len(ends)), best], cost)
-    return chosen[-1]
-
-
-def padded_lengths(splits: Iterable, batch_size: int, max_length: int) -> list[int]:
-    """At most four lengths to pad batches to, so that a card compiles few graphs.
-
-    Args:
-        splits: data sets with ``input_ids``, or streams, whose lengths are not known.
-    """
-    if not all(isinstance(split, Dataset) for split in splits):
-        return sorted({-(-max_length * part // 4) for part in (1, 2, 3, 4)})
-    lengths = [pc.list_value_length(split.with_format("arrow")[:]["input_ids"]).to_numpy() for split in splits]
-    return choose_lengths(np.concatenate(lengths), batch_size, max_length)
-
-
 @dataclass
 class MaskingCollator:
     """Rows to a batch with fresh masks.
@@ -198,7 +150,6 @@ class MaskingCollator:
     assemble: Callable[[list[dict]], dict[str, torch.Tensor]] | None = None
 
     def __post_init__(self):
-        self.start, self.end = np.array(self.start, np.int32), np.array(self.end, np.int32)
         size = len(self.tokenizer)
         self._special = np.zeros(size, dtype=bool)
         self._special[[token for token in self.tokenizer.all_special_ids if token < size]] = True
@@ -227,16 +178,11 @@ class MaskingCollator:
         return batch
 
     def _pad(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        around = len(self.start) + len(self.end)
-        used = np.array([len(row["input_ids"]) + around for row in rows])
-        length = next((length for length in self.lengths if length >= used.max()), int(used.max()))
-        pad = self.tokenizer.pad_token_id
-        input_ids = np.full((len(rows), length), 0 if pad is None else pad, dtype=np.int64)
-        for place, row in enumerate(rows):
-            input_ids[place, : used[place]] = np.concatenate([self.start, row["input_ids"], self.end])
-        batch = {"input_ids": torch.from_numpy(input_ids)}
-        if self.lengths or (used < length).any():
-            batch["attention_mask"] = torch.from_numpy((np.arange(length) < used[:, None]).astype(np.int64))
+        pad = self.tokenizer.pad_token_id or 0
+        tokens, used = pad_rows([row["input_ids"] for row in rows], self.lengths, pad, self.start, self.end)
+        batch = {"input_ids": torch.from_numpy(tokens)}
+        if self.lengths or (used < tokens.shape[1]).any():
+            batch["attention_mask"] = torch.from_numpy((np.arange(tokens.shape[1]) < used[:, None]).astype(np.int64))
         return batch
 
     def _mask(self, input_ids: np.ndarray, draws: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -49,6 +49,14 @@ def encode(
     return tokens, lengths
 
 
+def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a single text, such as ``[CLS]`` and ``[SEP]``."""
+    (bare, _), (whole, _) = (encode(tokenizer, ["a"], special) for special in (False, True))
+    bare, whole = bare.tolist(), whole.tolist()
+    start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
+
+
 def to_list_array(tokens: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
     """An Arrow ``list<int32>`` of rows with these lengths, over ``tokens`` without a copy."""
     offsets = np.zeros(len(lengths) + 1, dtype=np.int32)

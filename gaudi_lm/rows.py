@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
 
 
 def join_rows(*parts: tuple[np.ndarray, np.ndarray] | list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -33,3 +37,69 @@ def shorten_rows(tokens: np.ndarray, lengths: np.ndarray, limit: int) -> tuple[n
     """The first ``limit`` tokens of each row, as ``(tokens, lengths)``."""
     place = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return tokens[place < limit], np.minimum(lengths, limit)
+
+
+def choose_lengths(lengths: np.ndarray, batch_size: int, max_length: int, count: int = 4, multiple: int = 8) -> list:
+    """The few lengths to pad batches to that waste the least, for these row lengths.
+
+    A batch of random rows is padded to the smallest chosen length that holds its longest row. Exact, by dynamic
+    programming over the distribution of the longest of ``batch_size`` rows.
+
+    Args:
+        lengths: tokens of each row, int of shape ``[rows]``, each at most ``max_length``.
+        count: at most so many lengths.
+        multiple: lengths are multiples of this, except ``max_length``.
+
+    Returns:
+        Rising lengths; the last one holds every row.
+    """
+    ends = np.unique(np.minimum(-(-np.unique(lengths) // multiple) * multiple, max_length))
+    below = np.searchsorted(np.sort(lengths), ends, side="right") / len(lengths)
+    longest = below**batch_size  # chance that a batch fits into each length
+    # cost[i]: expected length of batches that fit into ends[i], with ends[i] chosen and one length less at each round
+    cost, chosen = ends * longest, [[int(end)] for end in ends]
+    for _ in range(count - 1):
+        share = longest[:, None] - longest[None, :]  # [i, j]: batches that fit into i and not into j
+        total = np.where(share >= 0, cost[None, :] + ends[:, None] * share, np.inf)
+        total[np.triu_indices(len(ends))] = np.inf
+        best = total.argmin(1)
+        better = total[np.arange(len(ends)), best] < cost
+        chosen = [
+            [*chosen[best[i]], int(ends[i])] if better[i] else chosen[i]
+            for i in range(len(ends))
+        ]  # fmt: skip
+        cost = np.where(better, total[np.arange(len(ends)), best], cost)
+    return chosen[-1]
+
+
+def padded_lengths(splits: Iterable, batch_size: int, max_length: int) -> list[int]:
+    """At most four lengths to pad batches to, so that a card compiles few graphs.
+
+    Args:
+        splits: data sets with ``input_ids``, or streams, whose lengths are not known.
+    """
+    if not all(isinstance(split, Dataset) for split in splits):
+        return sorted({-(-max_length * part // 4) for part in (1, 2, 3, 4)})
+    lengths = [pc.list_value_length(split.with_format("arrow")[:]["input_ids"]).to_numpy() for split in splits]
+    return choose_lengths(np.concatenate(lengths), batch_size, max_length)
+
+
+def pad_rows(
+    rows: list[np.ndarray], lengths: Sequence[int], padding: int, start: Sequence[int] = (), end: Sequence[int] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows side by side, padded behind to the smallest of ``lengths`` that holds all, or else to the longest row.
+
+    Args:
+        start, end: tokens put around each row.
+
+    Returns:
+        ``(tokens, used)``: int64 of shape ``[rows, length]``, and how many tokens of each are not padding.
+    """
+    used = np.array([len(row) + len(start) + len(end) for row in rows])
+    length = next((length for length in lengths if length >= used.max()), int(used.max()))
+    tokens = np.full((len(rows), length), padding, dtype=np.int64)
+    for place, row in enumerate(rows):
+        tokens[place, len(start) : used[place] - len(end)] = row
+        tokens[place, : len(start)] = start
+        tokens[place, used[place] - len(end) : used[place]] = end
+    return tokens, used
