@@ -15,6 +15,7 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -117,6 +118,9 @@ def make_plan(options: argparse.Namespace, cards: int) -> tuple[launch.Plan, Exi
     else:
         hosts = (hostfile.Host(placement.this_host(), options.world_size or 1),)
     local = tuple(options.hostfile is None or placement.is_local(host.name) for host in hosts)
+    if sum(local) > 1:
+        names = " and ".join(host.name for host, here in zip(hosts, local, strict=True) if here)
+        raise UserError(f"--hostfile {options.hostfile}: {names} are all this host; give it one line")
     ranks_here = sum(host.slots for host, here in zip(hosts, local, strict=True) if here)
     placement.check_cards(cards, ranks_here, options.arguments)
     program, version = launch.find_engine(engine)
@@ -126,6 +130,10 @@ def make_plan(options: argparse.Namespace, cards: int) -> tuple[launch.Plan, Exi
     elif local[0]:
         address = placement.address_towards(hosts[local.index(False)].name)
     port, claim = placement.choose_port(options.master_port, address, here=local[0])
+    path = ""
+    if engine == "mpi" and any(":" in host.name for host in hosts):
+        path = os.path.join(claim.enter_context(tempfile.TemporaryDirectory(prefix="gaudi_spawn-")), "hosts")
+        Path(path).write_text(launch.mpi_hostfile(hosts))
     plan = launch.Plan(
         engine=engine,
         hosts=hosts,
@@ -136,6 +144,7 @@ def make_plan(options: argparse.Namespace, cards: int) -> tuple[launch.Plan, Exi
         engine_program=program,
         folder=os.getcwd(),
         local=local,
+        mpi_hostfile=path,
     )
     return plan, claim
 
@@ -160,8 +169,9 @@ def main() -> int:
     if options.dry_run:
         commands = launch.engine_commands(plan, forwarded)
         cpus = len(os.sched_getaffinity(0))
-        threads = placement.threads_per_rank(cpus, plan.ranks_here(), placement.cpu_quota())
-        print(launch.describe(plan, cards, threads, commands, rank_environ))
+        threads = placement.threads_per_rank(cpus, max(1, plan.ranks_here()), placement.cpu_quota())
+        text = launch.describe(plan, cards, threads, commands, rank_environ)
+        sys.stdout.buffer.write(text.encode(errors="surrogateescape") + b"\n")
         return 0
     job = supervise.Job(
         plan,

@@ -61,7 +61,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """A line of the launcher's own, on stderr."""
-        self.put(2, f"gaudi_spawn: {text}\n".encode())
+        self.put(2, f"gaudi_spawn: {text}\n".encode(errors="surrogateescape"))
 
     def finish(self, seconds: float = 5.0) -> None:
         """Wait until everything is written, at most ``seconds``."""
@@ -77,6 +77,7 @@ class Peer:
     connection: socket.socket
     inbox: bytearray = field(default_factory=bytearray)
     rank: int | None = None
+    place: tuple[int, int, int, int] | None = None  # rank, local rank, world size, ranks on its host
     settings: dict = field(default_factory=dict)
     threads: int = 0
     status: int | None = None

@@ -36,7 +36,7 @@ def parse_hostfile(text: str, path: str) -> tuple[Host, ...]:
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
 
         def wrong(what: str, number: int = number) -> UserError:
-            return UserError(f"{path}, line {number}: {what}")
+            return UserError(f"--hostfile {path}, line {number}: {what}")
 
         words = line.split("#", 1)[0].split()
         if not words:
@@ -57,7 +57,7 @@ def parse_hostfile(text: str, path: str) -> tuple[Host, ...]:
         hosts[name] = number
         found.append(Host(name, int(count), user))
     if not found:
-        raise UserError(f"{path}: names no host; expected lines of 'HOST slots=N'")
+        raise UserError(f"--hostfile {path}: names no host; expected lines of 'HOST slots=N'")
     return tuple(found)
 
 

@@ -68,6 +68,7 @@ class Plan:
     engine_program: str = ""
     folder: str = field(default_factory=os.getcwd)
     local: tuple[bool, ...] = (True,)
+    mpi_hostfile: str = ""
 
     @property
     def world_size(self) -> int:
@@ -134,7 +135,10 @@ def _mpirun(plan: Plan, forwarded: dict[str, str]) -> list[str]:
         command += ["--map-by", "slot:oversubscribe"] if new else ["--map-by", "slot", "--oversubscribe"]
     else:
         command += ["--map-by", "slot", "--leave-session-attached"]
-        command += ["--host", ",".join(f"{host.login}:{host.slots}" for host in plan.hosts)]
+        if plan.mpi_hostfile:
+            command += ["--hostfile", plan.mpi_hostfile]
+        else:
+            command += ["--host", ",".join(f"{host.login}:{host.slots}" for host in plan.hosts)]
         for name in sorted({"MASTER_ADDR", "MASTER_PORT", JOB_VARIABLE, *forwarded}):
             command += ["-x", name]
     return command
@@ -220,6 +224,11 @@ def secret_values(command: list[str]) -> set[str]:
         if name.startswith("--") and is_secret(name):
             found.add(value if equals else following)
     return {value for value in found if value and not value.startswith("--")}
+
+
+def mpi_hostfile(hosts: tuple[Host, ...]) -> str:
+    """What mpirun takes as a hostfile; for IPv6 addresses, which its --host cannot tell from the number of slots."""
+    return "".join(f"{host.login} slots={host.slots}\n" for host in hosts)
 
 
 def find_engine(engine: str) -> tuple[str, tuple[int, ...]]:

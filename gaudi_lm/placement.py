@@ -93,8 +93,8 @@ def count_cards(environ: dict, root: str = "/") -> int:
     """Cards on this host: simulated ones, else those under /dev/accel or /sys/class/accel that may be used."""
     if simulated := simulated_cards():
         return simulated
-    for folder, pattern in (("dev/accel", "accel[0-9]*"), ("sys/class/accel", "accel[0-9]*")):
-        found = [path for path in Path(root, folder).glob(pattern) if not path.name.startswith("accel_controlD")]
+    for folder in ("dev/accel", "sys/class/accel"):
+        found = list(Path(root, folder).glob("accel[0-9]*"))  # not accel_controlD*
         if found:
             allowed = [word for word in environ.get("HABANA_VISIBLE_MODULES", "").split(",") if word]
             return min(len(found), len(allowed)) if allowed else len(found)

@@ -278,7 +278,11 @@ class Rank:
             os.close(stream)
             return False
         if self.log:
-            self.log.write(data)
+            try:
+                self.log.write(data)
+            except OSError as error:
+                self.outbox += frame(b"2", f"{self.log.name}: {error.strerror}; no more is written to it\n".encode())
+                self.log = None
         if self.settings["show"]:
             self.outbox += frame(self.streams[stream], data)
         else:

@@ -52,8 +52,8 @@ class Job:
     ) -> None:
         self.plan, self.forwarded, self.rank_environ, self.environ = plan, forwarded, rank_environ, environ
         self.grace, self.log_dir, self.map_by = grace, log_dir, map_by
-        self.hide = [value.encode() for value in launch.secret_values(list(plan.script))]
-        self.hide += [value.encode() for name, value in rank_environ.items() if value and launch.is_secret(name)]
+        self.hide = [os.fsencode(value) for value in launch.secret_values(list(plan.script))]
+        self.hide += [os.fsencode(value) for name, value in rank_environ.items() if value and launch.is_secret(name)]
         self.token = secrets.token_hex(16)
         self.selector = selectors.DefaultSelector()
         self.terminal = Terminal()
@@ -76,6 +76,8 @@ class Job:
             remote = {**self.forwarded, JOB_VARIABLE: job}
             with listener:
                 self.selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
+                if self.log_dir:
+                    open(os.path.join(self.log_dir, "engine.log"), "wb").close()
                 for host, command in launch.engine_commands(self.plan, self.forwarded):
                     self.terminal.say(f"command{f' on {host.name}' if host else ''}: {launch.shown(command)}")
                     self._add_engine(start_engine(self.plan, host, command, self.environ, remote))
@@ -233,7 +235,8 @@ class Job:
             return False
         if not known:
             return False
-        peer.rank, peer.settings, peer.threads = hello["place"][0], hello["settings"], hello["threads"]
+        peer.place, peer.settings, peer.threads = tuple(hello["place"]), hello["settings"], hello["threads"]
+        peer.rank = peer.place[0]
         self.ranks[peer.rank] = peer
         if self._stopping():
             peer.send(b"K", str(int(signal.SIGTERM)).encode())
@@ -244,6 +247,11 @@ class Job:
     def _start_ranks(self) -> None:
         first = self.ranks[0].settings
         for rank, peer in sorted(self.ranks.items()):
+            # DeepSpeed's launcher counts local ranks wrongly where hosts differ in slots; ours are used instead.
+            if self.plan.engine == "mpi" and peer.place != self.plan.places[rank]:
+                _, local_rank, _, ranks = peer.place
+                self._fail(f"mpirun made {self._name(rank)} local rank {local_rank} of {ranks}, against the hostfile", 1)
+                return
             names = sorted(n for n in first.keys() | peer.settings.keys() if first.get(n) != peer.settings.get(n))
             if names:
                 which, way = ", ".join(names), f"--env {names[0]}=VALUE gives all ranks the same"
@@ -304,12 +312,11 @@ class Job:
         """What to say about an engine that ended before its ranks had, and the exit status."""
         self._show(engine)
         code, name = engine.process.returncode, launch.ENGINES[self.plan.engine]
-        lines = [line.strip() for line in engine.tail.decode(errors="replace").split("\n") if line.strip()]
         if engine.host:
-            last = lines[-1] if lines else "it printed nothing"
-            return f"host {engine.host.name} is lost: ssh or {name} ended with exit status {code}: {last}", 1
-        others = [host for host in self.plan.others() if any(host.name in line for line in lines)]
-        where = f"; it names host {', '.join(host.name for host in others)}" if others else ""
+            what = "ssh has lost or not reached it" if code == 255 else f"{name} ended there with exit status {code}"
+            return f"host {engine.host.name} is lost: {what}", 1
+        others = [host.name for host in self.plan.others() if host.name.encode() in engine.tail]
+        where = f"; its message names host {', '.join(others)}" if others else ""
         status = code if code > 0 else 128 - code if code < 0 else 1
         return f"{name} ended before the ranks had, with exit status {code}{where}", status
 

@@ -41,6 +41,7 @@ class SimulatedHost:
 
     name: str
     address: str
+    address6: str
     process: subprocess.Popen
     sshd: subprocess.Popen | None = None
     others: list[int] = field(default_factory=list)
@@ -69,7 +70,7 @@ class SimulatedHost:
 
 def start_host(name: str, address: str, folder: Path) -> SimulatedHost:
     process = subprocess.Popen(["unshare", "-n", "-m", "-u", "sleep", "infinity"])
-    host = SimulatedHost(name, address, process)
+    host = SimulatedHost(name, address, f"fd77::{address[-1]}", process)
     deadline = time.monotonic() + 10
     while os.readlink(f"/proc/{process.pid}/ns/uts") == os.readlink("/proc/self/ns/uts") or not Path(
         f"/proc/{process.pid}/comm"
@@ -119,6 +120,7 @@ def two_hosts(folder: Path) -> Iterator[tuple[SimulatedHost, SimulatedHost]]:
         sshd = shutil.which("sshd", path=SEARCH)
         for host in hosts:
             host.run("ip", "address", "add", f"{host.address}/24", "dev", "cable")
+            host.run("ip", "address", "add", f"{host.address6}/64", "dev", "cable", "nodad")
             host.cable("up")
             host.sshd = subprocess.Popen(
                 host.inside(sshd, "-D", "-e", "-f", str(folder / "sshd_config")), stderr=subprocess.DEVNULL

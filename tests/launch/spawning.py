@@ -1,0 +1,142 @@
+"""Start gaudi_spawn.py as users do, and find whatever of it is still there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+RANKS = Path(__file__).parent / "ranks"
+ENGINES = {"torch": [], "mpi": ["--use_mpi"], "deepspeed": ["--use_deepspeed"]}
+MARK = "MY_LAUNCH_MARK"
+HOSTILE = [
+    "a b",
+    "",
+    " ",
+    "'",
+    '"',
+    'it\'s "so"',
+    "$HOME",
+    "${HOME}",
+    "$(id)",
+    "`id`",
+    ";",
+    "; id",
+    "&&",
+    "|",
+    ">",
+    "*",
+    "?",
+    "[a-z]*",
+    "~",
+    "!",
+    "!!",
+    "#",
+    "\\",
+    "\\n",
+    "a\nb",
+    "\n",
+    "\t",
+    "\r\n",
+    "{}",
+    "{a,b}",
+    "%s",
+    "%h",
+    "%n",
+    ":",
+    "::",
+    ":::",
+    "--",
+    "-",
+    "-x",
+    "-n",
+    "--n",
+    "--help",
+    "-h",
+    "--world_size",
+    "--nnodes=3",
+    "--log",
+    "--use_mpi",
+    "@file",
+    "a=b",
+    "--a=b c",
+    "ünï",
+    "名前",
+    "\U0001f600",
+    os.fsdecode(b"\xff\xfe"),
+    "x" * 60_000,
+] + ["y" * 400] * 100
+
+
+class Launch:
+    """A running launcher and everything that it has started, which carries a mark in its environment."""
+
+    def __init__(self, *options: str, inside: list[str] | None = None, environ: dict | None = None, **popen) -> None:
+        self.mark = uuid.uuid4().hex
+        own = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], MARK: self.mark, **(environ or {})}
+        command = [*(inside or []), sys.executable, str(ROOT / "gaudi_spawn.py"), "--env", MARK, *options]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen}
+        self.begun = time.monotonic()
+        self.process = subprocess.Popen(command, env=own, **pipes)
+
+    def wait_for(self, text: bytes) -> None:
+        """Read standard output up to a line that has ``text``."""
+        for line in self.process.stdout:
+            if text in line:
+                return
+        raise AssertionError(f"{text!r} was not printed; {self.process.stderr.read().decode(errors='replace')}")
+
+    def finish(self, seconds: float = 120.0) -> subprocess.CompletedProcess:
+        """Wait for the end; ``stdout`` and ``stderr`` as text."""
+        try:
+            out, err = self.process.communicate(timeout=seconds)
+        finally:
+            self.process.kill()
+        self.seconds = time.monotonic() - self.begun
+        code = self.process.returncode
+        return subprocess.CompletedProcess(self.process.args, code, *(os.fsdecode(text or b"") for text in (out, err)))
+
+    def survivors(self, seconds: float = 0.0) -> list[str]:
+        """What still runs of this launch after at most ``seconds``, as command lines."""
+        deadline = time.monotonic() + seconds
+        while (found := self._survivors()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return found
+
+    def _survivors(self) -> list[str]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(shlex.join(process.cmdline()))
+            except psutil.Error:
+                continue
+        return found
+
+
+def spawn(*options: str, **how) -> subprocess.CompletedProcess:
+    """Run gaudi_spawn.py to its end; nothing of it may be left."""
+    launch = Launch(*options, **how)
+    done = launch.finish()
+    assert launch.survivors(1.0) == []
+    done.seconds = launch.seconds
+    return done
+
+
+def last_line(done: subprocess.CompletedProcess) -> str:
+    return done.stderr.rstrip("\n").rpartition("\n")[2]
+
+
+def dumped(text: str) -> dict:
+    """What a dump.py has printed: its arguments as bytes, its environment, ..."""
+    what = json.loads(text.strip().rpartition("\n")[2])
+    what["arguments"] = [bytes.fromhex(word) for word in what["arguments"]]
+    return what
