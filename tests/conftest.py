@@ -8,8 +8,18 @@ from types import SimpleNamespace
 import pytest
 from filelock import FileLock
 from hub.fixtures import hub, stand_ins
+from hypothesis import HealthCheck, settings
+
+from gaudi_lm.runtime import add_stand_in, real_frameworks
+
+if not real_frameworks():
+    add_stand_in()  # optimum.habana cannot be imported without it
 
 __all__ = ["assets", "hub", "stand_ins"]
+
+# A loaded machine is slow at times, which is no failure.
+settings.register_profile("suite", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 END = "<|endoftext|>"
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

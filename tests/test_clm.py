@@ -203,7 +203,8 @@ def test_memory_and_precision_flags(assets, tmp_path):
     output = tmp_path / "out"
     result = run(
         "run_clm.py", "--model_name_or_path", assets.gpt2, "--train_file", assets.train, "--do_train",
-        "--max_steps", 2, "--block_size", 64, "--torch_dtype", "bfloat16", "--low_cpu_mem_usage", "--gradient_checkpointing",
+        "--max_steps", 2, "--block_size", 64, "--torch_dtype", "bfloat16", "--low_cpu_mem_usage",
+        "--gradient_checkpointing",
         "--use_cache", "False", "--bf16", "--output_dir", output, "--use_cpu", "--logging_steps", 1,
     )  # fmt: skip
     config = json.loads((output / "config.json").read_text())

@@ -1,0 +1,214 @@
+"""What a user can mend: one line that names the flag or the file, exit code 2, nothing written."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+from running import ROOT, run, run_many
+
+
+@pytest.fixture(scope="module")
+def outcomes(assets, tmp_path_factory) -> dict[str, tuple[int, str]]:
+    """Exit code and stderr of run_clm.py for every row of the table, all in one process."""
+    folder = tmp_path_factory.mktemp("bad")
+    base = ["--output_dir", str(folder / "out"), "--use_cpu", "--do_train"]
+    model = ["--model_type", "gpt2", "--tokenizer_name", str(assets.tokenizer)]
+    text = ["--train_file", str(assets.train)]
+    files = {
+        "empty.txt": b"",
+        "blank.txt": b"\n \n",
+        "binary.txt": b"GIF89a\0\1\2\3" * 100,
+        "data.xyz": b"text\n",
+        "bad.jsonl": b'{"text": "one"}\n{"text": "two"}\n{"text": \n',
+        "list.jsonl": b'{"text": "one"}\n[1, 2]\n',
+        "mixed.jsonl": b'{"text": "one"}\n{"text": 2}\n',
+        "numbers.jsonl": b'{"text": 1}\n{"text": 2}\n',
+        "latin.txt": b"good\n" + "déjà\n".encode("latin-1") * 3,
+        "fake.parquet": b"not parquet at all",
+        "cut.txt.gz": gzip.compress(b"some text\n" * 1000)[:60],
+        "tiny.txt": b"A few words.\n",
+        "data.csv": b"a,b\nx,y\nz,w\n",
+        "broken.json": b'{"model_type": "gpt2",\n "do_train": }',
+        "broken.yaml": b"model_type: gpt2\n  do_train: [true\n",
+        "list.yaml": b"- model_type\n- gpt2\n",
+        "unknown.json": json.dumps({"model_typo": "gpt2", "use_cpu": True}).encode(),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / "full").mkdir()
+    (folder / "full" / "something").write_text("kept")
+    (folder / "notes").mkdir()
+
+    def at(name: str) -> str:
+        return str(folder / name)
+
+    def data(name: str) -> list[str]:
+        return [*base, *model, "--train_file", at(name)]
+
+    cases = {
+        "no data": [*base, *model],
+        "missing file": data("nowhere.txt"),
+        "empty file": data("empty.txt"),
+        "blank file": data("blank.txt"),
+        "directory": data("notes"),
+        "binary": data("binary.txt"),
+        "ending": data("data.xyz"),
+        "no glob match": data("*.nothing.txt"),
+        "JSON line": data("bad.jsonl"),
+        "JSON list": data("list.jsonl"),
+        "mixed types": data("mixed.jsonl"),
+        "numbers": data("numbers.jsonl"),
+        "latin-1": data("latin.txt"),
+        "parquet": data("fake.parquet"),
+        "cut gzip": data("cut.txt.gz"),
+        "missing column": [*data("data.csv"), "--text_column_name", "text"],
+        "kinds": [*data("tiny.txt"), "--do_eval", "--validation_file", at("data.csv")],
+        "hub and file": [*base, *model, *text, "--dataset_name", "wikitext"],
+        "no such data set": [*base, *model, "--dataset_name", "nobody/nothing"],
+        "zero blocks": [*data("tiny.txt"), "--block_size", "128"],
+        "block size 0": [*base, *model, *text, "--block_size", "0"],
+        "block size -5": [*base, *model, *text, "--block_size", "-5"],
+        "split 0": [*base, *model, *text, "--validation_split_percentage", "0"],
+        "split 100": [*base, *model, *text, "--validation_split_percentage", "100"],
+        "max samples 0": [*base, *model, *text, "--max_train_samples", "0"],
+        "overrides with a model": [*base, *text, "--model_name_or_path", "x", "--config_overrides", "n_embd=8"],
+        "overrides unknown": [*base, *model, *text, "--config_overrides", "n_layers=2"],
+        "overrides type": [*base, *model, *text, "--config_overrides", "n_layer=two"],
+        "overrides form": [*base, *model, *text, "--config_overrides", "n_layer"],
+        "model type": [*base, *text, "--model_type", "gtp2", "--tokenizer_name", str(assets.tokenizer)],
+        "no model": [*base, *text, "--tokenizer_name", str(assets.tokenizer)],
+        "no such model": [*base, *text, "--model_name_or_path", "nobody/nothing"],
+        "no tokenizer": [*base, *text, "--model_type", "gpt2"],
+        "no such tokenizer": [*base, *text, "--model_type", "gpt2", "--tokenizer_name", at("notes")],
+        "frozen vocabulary": [*base, *model, *text, "--config_overrides", "vocab_size=100"],
+        "streaming": [*base, *model, *text, "--streaming"],
+        "no card": ["--output_dir", at("out"), "--do_train", *model, *text],
+        "no Gaudi": ["--output_dir", at("out"), "--do_train", "--use_habana", *model, *text],
+        "not a boolean": ["--output_dir", at("out"), "--do_train", "--use_habana", "perhaps", *model, *text],
+        "full directory": ["--output_dir", at("full"), "--use_cpu", "--do_train", *model, *text],
+        "no checkpoint": [*base, *model, *text, "--resume_from_checkpoint", at("notes")],
+        "unknown flag": [*base, *model, *text, "--blok_size", "8"],
+        "stray word": [*base, *model, *text, "--streaming", "true", "oops"],
+        "not a number": [*base, *model, *text, "--block_size", "many"],
+        "nothing to do": ["--output_dir", at("out"), "--use_cpu", *model, *text],
+        "config missing": [at("nowhere.json"), *base],
+        "config broken JSON": [at("broken.json"), *base],
+        "config broken YAML": [at("broken.yaml"), *base],
+        "config list": [at("list.yaml"), *base],
+        "config key": [at("unknown.json"), *base],
+        "no validation": [*base[:-1], "--do_eval", *model, *text, "--validation_split_percentage", "0"],
+        "gaudi config": [
+            "--output_dir", at("out"), "--do_train", "--use_habana", "--gaudi_config_name", at("notes"), *model, *text
+        ],
+    }  # fmt: skip
+    # A broken file is found before the model is loaded; a card that is not there before anything is imported.
+    found = run_many("run_clm.py", cases, folder)
+    assert not (folder / "out").exists(), "a refused run wrote into --output_dir"
+    assert [path.name for path in (folder / "full").iterdir()] == ["something"]
+    return found
+
+
+WORDS = {
+    "no data": ["--dataset_name", "--train_file"],
+    "missing file": ["--train_file", "nowhere.txt", "no such file"],
+    "empty file": ["--train_file", "empty.txt", "empty"],
+    "blank file": ["--train_file", "blank.txt", "empty"],
+    "directory": ["--train_file", "notes", "directory"],
+    "binary": ["--train_file", "binary.txt", "binary"],
+    "ending": ["--train_file", "data.xyz", "csv"],
+    "no glob match": ["--train_file", "*.nothing.txt", "no file matches"],
+    "JSON line": ["bad.jsonl", "line 3", "JSON"],
+    "JSON list": ["list.jsonl", "line 2", "list"],
+    "mixed types": ["mixed.jsonl", "line 2", "'text'", "int"],
+    "numbers": ["'text'", "int64", "--text_column_name"],
+    "latin-1": ["latin.txt", "line 2", "UTF-8"],
+    "parquet": ["fake.parquet", "not a parquet file"],
+    "cut gzip": ["cut.txt.gz", "cannot be read"],
+    "missing column": ["--text_column_name", "text", "a, b"],
+    "kinds": ["--train_file", "text", "--validation_file", "csv"],
+    "hub and file": ["--dataset_name", "--train_file"],
+    "no such data set": ["--dataset_name", "nobody/nothing"],
+    "zero blocks": ["train", "tokens", "128", "--block_size"],
+    "block size 0": ["--block_size 0"],
+    "block size -5": ["--block_size -5"],
+    "split 0": ["--validation_split_percentage 0", "1-99"],
+    "split 100": ["--validation_split_percentage 100", "1-99"],
+    "max samples 0": ["--max_train_samples 0"],
+    "overrides with a model": ["--config_overrides", "--model_name_or_path"],
+    "overrides unknown": ["--config_overrides", "n_layers", "n_layer"],
+    "overrides type": ["--config_overrides", "n_layer", "int", "two"],
+    "overrides form": ["--config_overrides", "key=value"],
+    "model type": ["--model_type gtp2", "gpt2"],
+    "no model": ["--model_name_or_path", "--model_type"],
+    "no such model": ["--model_name_or_path nobody/nothing"],
+    "no tokenizer": ["--tokenizer_name"],
+    "no such tokenizer": ["--tokenizer_name", "notes"],
+    "frozen vocabulary": ["vocab_size=100", "512"],
+    "streaming": ["--streaming", "--max_steps"],
+    "no card": ["--use_habana", "--use_cpu"],
+    "no Gaudi": ["--use_habana", "GAUDI_SIMULATOR", "--use_cpu"],
+    "not a boolean": ["--use_habana", "perhaps"],
+    "full directory": ["--output_dir", "full", "--overwrite_output_dir"],
+    "no checkpoint": ["--resume_from_checkpoint", "notes"],
+    "unknown flag": ["--blok_size", "--block_size"],
+    "stray word": ["oops"],
+    "not a number": ["--block_size", "many"],
+    "nothing to do": ["--do_train", "--do_eval"],
+    "config missing": ["nowhere.json"],
+    "config broken JSON": ["broken.json", "line 2"],
+    "config broken YAML": ["broken.yaml", "line"],
+    "config list": ["list.yaml", "list"],
+    "config key": ["unknown.json", "--model_typo", "--model_type"],
+    "no validation": ["--validation_split_percentage"],
+    "gaudi config": ["--use_habana", "GAUDI_SIMULATOR"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WORDS)
+def test_one_clear_line(outcomes, case):
+    code, stderr = outcomes[case]
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert code == 2, stderr
+    assert len(lines) == 1 and "Traceback" not in stderr, stderr
+    assert stderr.splitlines()[-1] == lines[0], "the error is the last line"
+    for word in WORDS[case]:
+        assert word in lines[0]
+
+
+def test_every_case_is_checked(request):
+    """The table of flags and the table of words name the same cases."""
+    source = Path(__file__).read_text()
+    for case in WORDS:
+        assert source.count(f'"{case}": ') == 2, case
+
+
+def test_a_card_that_is_not_there_is_refused_at_once(tmp_path):
+    """Before torch is imported, by a real process."""
+    result = run("run_clm.py", "--use_habana", "--do_train", "--output_dir", tmp_path / "out", code=2)
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 1
+    assert "GAUDI_SIMULATOR=1" in result.stderr and "--use_cpu" in result.stderr
+    result = run("run_clm.py", "--use_habana", env={"GAUDI_SIMULATOR": "none"}, code=2)
+    assert "GAUDI_SIMULATOR is 'none'" in result.stderr
+    result = run(
+        "run_clm.py", "--use_habana", "--use_lazy_mode", env={"GAUDI_SIMULATOR": "1", "PT_HPU_LAZY_MODE": "0"}, code=2
+    )
+    assert "--use_lazy_mode True contradicts PT_HPU_LAZY_MODE=0" in result.stderr
+
+
+def test_a_real_card_wins(tmp_path):
+    """With a real habana_frameworks the stand-in stays away, and asking for simulated cards is an error."""
+    (tmp_path / "habana_frameworks").mkdir()
+    (tmp_path / "habana_frameworks" / "__init__.py").write_text("")
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "import os, sys\nfrom gaudi_lm.runtime import choose_card\nchoose_card(sys.argv[1:])\n"
+        "import habana_frameworks\nprint(habana_frameworks.__file__)\nprint(os.environ.get('PT_HPU_LAZY_MODE'))\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    result = run(probe, "--use_habana", "--use_lazy_mode", env={"PYTHONPATH": paths})
+    assert result.stdout.splitlines() == [str(tmp_path / "habana_frameworks" / "__init__.py"), "1"]
+    result = run(probe, "--use_habana", env={"PYTHONPATH": paths, "GAUDI_SIMULATOR": "1"}, code=2)
+    assert "real habana_frameworks" in result.stderr

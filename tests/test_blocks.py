@@ -1,0 +1,115 @@
+"""Blocks against a plain-Python oracle: no token lost but the last partial block, whatever the rows look like."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import Dataset, IterableDataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gaudi_lm.batches import TrainingBatches, TrainingRows
+from gaudi_lm.data import split_rows
+from gaudi_lm.evaluation import PADDING_ROW, EvaluationRows
+from gaudi_lm.packing import cut, group_into_blocks, to_list_array
+from gaudi_lm.runtime import UserError
+
+rows_of_tokens = st.lists(st.lists(st.integers(0, 999), max_size=30), max_size=40)
+
+
+def tokenised(rows: list[list[int]], chunks: int) -> Dataset:
+    """A data set of token rows whose Arrow column is in several chunks."""
+    lengths = [
+        np.array([len(row) for row in part])
+        for part in np.array_split(np.arange(len(rows)), chunks)
+        for part in [[rows[i] for i in part]]
+    ]
+    flat = [
+        np.array([t for i in part for t in rows[i]], dtype=np.int32)
+        for part in np.array_split(np.arange(len(rows)), chunks)
+    ]
+    arrays = [to_list_array(tokens, length.astype(np.int64)) for tokens, length in zip(flat, lengths, strict=True)]
+    return Dataset(pa.table({"input_ids": pa.chunked_array(arrays, type=pa.list_(pa.int32()))}))
+
+
+@given(rows=rows_of_tokens, size=st.integers(1, 50), chunks=st.integers(1, 5), limit=st.none() | st.integers(1, 10))
+def test_blocks_equal_the_oracle(rows, size, chunks, limit):
+    flat = [token for row in rows for token in row]
+    expected = [flat[start : start + size] for start in range(0, len(flat) - size + 1, size)][:limit]
+    dataset = tokenised(rows, chunks)
+    if not expected:
+        with pytest.raises(UserError, match="less than one block"):
+            group_into_blocks(dataset, size, max_blocks=limit)
+        return
+    blocks = group_into_blocks(dataset, size, max_blocks=limit)
+    assert blocks["input_ids"][:] == expected
+    assert blocks.features["input_ids"].feature.dtype == "int32"
+
+
+@given(rows=rows_of_tokens, start=st.integers(0, 20), stop=st.integers(0, 40), size=st.integers(1, 20))
+def test_blocks_of_a_slice(rows, start, stop, size):
+    """A sliced data set shares its buffers with the whole; only the rows of the slice count."""
+    part = rows[start:stop]
+    flat = [token for row in part for token in row]
+    if len(flat) < size or not rows:
+        return
+    blocks = group_into_blocks(tokenised(rows, 3).select(range(start, min(stop, len(rows)))), size)
+    assert sum(blocks["input_ids"][:], []) == flat[: len(flat) // size * size]
+
+
+@given(lengths=st.lists(st.integers(0, 40), max_size=30), size=st.integers(1, 30))
+def test_the_remainder_is_carried(lengths, size):
+    ends = np.cumsum([0, *lengths])
+    chunks = [np.arange(a, b, dtype=np.int32) for a, b in zip(ends, ends[1:], strict=False)]
+    whole = [block for array in cut(iter(chunks), size) for block in array.tolist()]
+    assert sum(whole, []) == list(range(ends[-1] // size * size))
+
+
+@given(rows=st.integers(2, 300), percentage=st.integers(1, 99))
+def test_the_split_is_exact(rows, percentage):
+    data = Dataset.from_dict({"n": range(rows)})
+    train, validation = split_rows(data, percentage)
+    assert validation["n"][:] + train["n"][:] == list(range(rows))
+    assert len(validation) == min(max(1, round(rows * percentage / 100)), rows - 1)
+
+
+@settings(max_examples=20)
+@given(rows=st.integers(1, 350), percentage=st.integers(1, 99))
+def test_the_split_of_a_stream_is_exact(rows, percentage):
+    def numbers():
+        yield from ({"n": n} for n in range(rows))
+
+    train, validation = split_rows(IterableDataset.from_generator(numbers), percentage)
+    kept = [row["n"] for row in validation]
+    assert sorted(kept + [row["n"] for row in train]) == list(range(rows))
+    assert len(kept) == sum(n % 100 < percentage for n in range(rows))
+
+
+@given(rows=st.integers(1, 50), batch=st.integers(1, 7), world=st.integers(1, 4), epoch=st.integers(0, 3))
+def test_ranks_share_the_batches_of_one(rows, batch, world, epoch):
+    data = Dataset.from_dict({"input_ids": [[n] for n in range(rows)]})
+    ranks = [TrainingBatches(data, batch, seed=1, rank=rank, world_size=world) for rank in range(world)]
+    one = TrainingBatches(data, batch * world, seed=1)
+    for sampler in [*ranks, one]:
+        sampler.set_epoch(epoch)
+    steps = [sum(step, []) for step in zip(*ranks, strict=True)]
+    assert steps == list(one)
+    seen = [number % rows for step in steps for number in step]
+    assert set(seen) == set(range(rows)) and len(seen) == len(one) * batch * world
+    assert {number // rows for step in steps for number in step} == {epoch}
+
+
+def test_rows_carry_their_draw():
+    data = Dataset.from_dict({"input_ids": [[1, 2], [3, 4], [5, 6]]})
+    rows = TrainingRows(data).__getitems__([4, 2])
+    assert [(row["draw"], row["input_ids"].tolist()) for row in rows] == [(4, [3, 4]), (2, [5, 6])]
+
+
+@given(rows=st.integers(1, 30), batch=st.integers(1, 5), world=st.integers(1, 4), sized=st.booleans())
+def test_evaluation_takes_each_row_once(rows, batch, world, sized):
+    data = Dataset.from_dict({"input_ids": [[n] for n in range(rows)]})
+    if not sized:
+        data = data.to_iterable_dataset()
+    parts = [list(EvaluationRows(data, batch, rank, world)) for rank in range(world)]
+    assert len({len(part) for part in parts}) == 1 and len(parts[0]) % batch == 0
+    real = [row["input_ids"][0] for part in parts for row in part if PADDING_ROW not in row]
+    assert sorted(real) == list(range(rows))
