@@ -185,6 +185,10 @@ class TrainingArguments(GaudiTrainingArguments):
             "use_hpu_graphs_for_training": False,
             "gaudi_config_name": None,
             "deepspeed": None,
+            "flash_attention_recompute": False,
+            "flash_attention_fast_softmax": False,
+            "flash_attention_causal_mask": False,
+            "flash_attention_fp8": False,
         }
         defaults = {f.name: f.default for f in fields(GaudiTrainingArguments)}
         for name, value in off.items():

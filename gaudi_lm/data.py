@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -161,12 +162,17 @@ def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDi
 
 
 def load_raw(
-    data_args: DataArguments, model_args: ModelArguments, need_train: bool, need_validation: bool
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    need_train: bool,
+    need_validation: bool,
+    split_seed: int | None = None,
 ) -> dict[str, Dataset | IterableDataset]:
     """The splits that the run needs, under ``train`` and ``validation``.
 
     Without a validation split, ``--validation_split_percentage`` of the training rows become one: the first rows, or,
-    in a stream, the first of every hundred. Either way each row lands in exactly one of the two.
+    in a stream, the first of every hundred, or with ``split_seed`` rows drawn at random. Each row lands in exactly one
+    of the two.
 
     Raises:
         UserError: nothing to read, a split that is needed and missing, or unreadable data.
@@ -176,7 +182,9 @@ def load_raw(
     if need_train and "train" not in splits:
         raise UserError("--do_train needs --train_file, or a data set that has a split named train")
     if "validation" not in splits and data_args.validation_split_percentage and "train" in splits and need_validation:
-        splits["train"], splits["validation"] = split_rows(splits["train"], data_args.validation_split_percentage)
+        splits["train"], splits["validation"] = split_rows(
+            splits["train"], data_args.validation_split_percentage, split_seed
+        )
         logger.info(
             "no validation split: %d%% of the training rows are kept for validation",
             data_args.validation_split_percentage,
@@ -189,8 +197,11 @@ def load_raw(
     return {name: split for name, split in splits.items() if needed[name]}
 
 
-def split_rows(train: Dataset | IterableDataset, percentage: int) -> tuple:
+def split_rows(train: Dataset | IterableDataset, percentage: int, seed: int | None = None) -> tuple:
     """Split off a share of the rows: ``(train, validation)``, every row in exactly one of them.
+
+    Args:
+        seed: draw them at random; without it, they are the first ones.
 
     Raises:
         UserError: a single row cannot be split.
@@ -204,7 +215,8 @@ def split_rows(train: Dataset | IterableDataset, percentage: int) -> tuple:
     if rows < 2:
         raise UserError("the training data has one row, which cannot be split: give --validation_file")
     kept = min(max(1, round(rows * percentage / 100)), rows - 1)
-    return train.select(range(kept, rows)), train.select(range(kept))
+    order = np.arange(rows) if seed is None else np.random.default_rng(seed).permutation(rows)
+    return train.select(np.sort(order[kept:])), train.select(np.sort(order[:kept]))
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:

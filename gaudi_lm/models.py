@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from .arguments import ModelArguments, TrainingArguments, nearest
+from .attention import hand_over_flags
 from .runtime import UserError, parse_bool
 
 logger = logging.getLogger("gaudi_lm")
@@ -175,11 +176,12 @@ def load_model(
 
     Args:
         auto_class: such as ``AutoModelForCausalLM``.
-        options: passed to ``from_pretrained`` or ``from_config``.
+        options: passed to ``from_pretrained`` or ``from_config``, such as ``device_map``.
 
     Raises:
         UserError: no weights there, an attention the model does not have, or a model without embeddings to enlarge.
     """
+    config.use_cache = model_args.use_cache
     dtype = resolve_dtype(model_args.torch_dtype)
     options = {"attn_implementation": training_args.attn_implementation, "torch_dtype": dtype, **options}
     name = model_args.model_name_or_path
@@ -189,7 +191,7 @@ def load_model(
             return auto_class.from_pretrained(
                 name,
                 config=config,
-                low_cpu_mem_usage=model_args.low_cpu_mem_usage,
+                low_cpu_mem_usage=model_args.low_cpu_mem_usage or "device_map" in options,
                 **_hub_options(model_args),
                 **options,
             )
@@ -216,6 +218,7 @@ def load_model(
     if len(tokenizer) > rows:
         logger.info("embedding: enlarged from %d to the tokenizer's %d rows", rows, len(tokenizer))
         model.resize_token_embeddings(len(tokenizer))
+    hand_over_flags(model, model_args, training_args)
     if not name:
         total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         logger.info("new %s with %.1fM parameters", config.model_type, total / 1e6)

@@ -1,0 +1,63 @@
+"""Flags that only the models of optimum-habana know: on to the model, or refused by name."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+
+from optimum.habana.transformers.trainer import _get_input_update_settings
+from transformers import GenerationConfig, PreTrainedModel
+
+from .arguments import ModelArguments, TrainingArguments
+from .runtime import UserError
+
+logger = logging.getLogger("gaudi_lm")
+
+FLASH_ATTENTION = (
+    "flash_attention_recompute",
+    "flash_attention_causal_mask",
+    "flash_attention_fast_softmax",
+    "flash_attention_fp8",
+)
+
+
+def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training_args: TrainingArguments) -> None:
+    """Let the flags that only optimum-habana's models know reach the model, or refuse them by name.
+
+    GaudiTrainer reads them from the generation configuration and passes them to ``forward`` in each step.
+
+    Raises:
+        UserError: the model has no such setting.
+    """
+    fused = training_args.attn_implementation == "gaudi_fused_sdpa"
+    flags = {name: getattr(training_args, name) for name in FLASH_ATTENTION}
+    flags["attn_softmax_bf16"] = model_args.attn_softmax_bf16
+    fused_rope = getattr(model_args, "use_fused_rope", True)
+    if training_args.device.type != "hpu":
+        idle = [f"--{name}" for name, value in flags.items() if value] + ["--use_fused_rope False"] * (not fused_rope)
+        if idle:
+            logger.info("--use_cpu wins over %s", ", ".join(idle))
+        # GaudiTrainer reads these from the generation configuration of transformers too, which does not know them.
+        # As class attributes they are not saved with it.
+        for name in ("attn_softmax_bf16", "use_flash_attention", *FLASH_ATTENTION):
+            setattr(GenerationConfig, name, None)
+        return
+    module = sys.modules[type(model).forward.__module__]
+    if not fused_rope:
+        if not hasattr(module, "has_fused_rope"):
+            raise UserError(f"--use_fused_rope False: {model.config.model_type} has no fused rotary embedding")
+        model.generation_config.use_fused_rope = False
+    if not module.__name__.startswith("optimum.habana"):
+        # The model of transformers itself: its fused attention takes these two from the environment.
+        flags |= {"flash_attention_recompute": False, "flash_attention_fast_softmax": False}
+    elif fused:
+        flags["use_flash_attention"] = True
+    wanted = [name for name, value in flags.items() if value]
+    for name in wanted:
+        setattr(model.generation_config, name, True)
+    passed = _get_input_update_settings(model)[1].keys() & inspect.signature(model.forward).parameters.keys()
+    for name in wanted:
+        if name not in passed:
+            flag = "--attn_implementation gaudi_fused_sdpa" if name == "use_flash_attention" else f"--{name}"
+            raise UserError(f"{flag}: optimum-habana's {model.config.model_type} does not take it in training")

@@ -1,0 +1,246 @@
+#!/usr/bin/env python
+"""LoRA and its relatives: tune Llama and other causal models on instructions and answers.
+
+    python run_lora_clm.py --model_name_or_path huggyllama/llama-7b --dataset_name tatsu-lab/alpaca --bf16 True \
+        --dataset_concatenation --do_train --output_dir output/lora --use_habana --use_lazy_mode
+    python run_lora_clm.py --model_name_or_path my_model --train_file my.jsonl --train_on_inputs False \
+        --lora_target_modules all-linear --do_train --merge_adapter --output_dir tuned --use_cpu
+    python run_lora_clm.py configs/lora_llama.json --num_train_epochs 1
+
+On a machine without a Gaudi, append --use_cpu, or set GAUDI_SIMULATOR=1 to rehearse on a simulated card.
+"""
+
+import sys
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from gaudi_lm.runtime import UserError, choose_card, user_errors
+
+choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
+
+from transformers import AutoModelForCausalLM
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from gaudi_lm.adapters import (
+    TARGET_FLAGS,
+    AdapterArguments,
+    adapter_config,
+    add_adapter,
+    load_adapter,
+    patch_adapters,
+    save_merged,
+)
+from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments, parse
+from gaudi_lm.data import load_raw
+from gaudi_lm.instructions import collate_examples, collate_packed, show_targets, tokenise_examples
+from gaudi_lm.models import length_limit, load_config, load_model, load_tokenizer
+from gaudi_lm.prompts import check_tokenizer, find_format
+from gaudi_lm.rows import padded_lengths
+from gaudi_lm.sequences import PackedCollator, pack_sequences
+from gaudi_lm.session import find_checkpoint, report, save, set_up
+from gaudi_lm.trainer import build_trainer
+
+
+@dataclass
+class LoraModelArguments(ModelArguments):
+    """The model that is tuned, and its adapter."""
+
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "A saved adapter to evaluate, or to go on training; its own settings hold."}
+    )
+    use_fused_rope: bool = field(
+        default=True, metadata={"help": "Rotary embeddings by Habana's fused kernel, where the model has them."}
+    )
+    load_meta_device: bool = field(
+        default=False, metadata={"help": "Load the weights straight onto the card, not into host memory first."}
+    )
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "Also write the whole model, the adapter merged in, to OUTPUT_DIR/merged."}
+    )
+
+    def check(self, peft_type: str) -> None:
+        """Refuse what cannot work, by the flag's name."""
+        if self.model_name_or_path is None:
+            raise UserError("no model: an adapter is tuned on top of one, give --model_name_or_path")
+        zero3 = is_deepspeed_zero3_enabled()
+        if self.merge_adapter and (zero3 or peft_type == "llama-adapter"):
+            raise UserError(f"--merge_adapter: {'DeepSpeed ZeRO-3' if zero3 else peft_type} does not allow it")
+        if self.load_meta_device and zero3:
+            raise UserError("--load_meta_device: DeepSpeed ZeRO-3 places the weights itself")
+
+
+@dataclass
+class LoraDataArguments(DataArguments):
+    """The examples."""
+
+    validation_split_percentage: int = field(
+        default=0, metadata={"help": "Percentage of the training rows kept for validation where there is no such set."}
+    )
+    max_seq_length: int = field(default=512, metadata={"help": "Tokens in a row; longer examples are shortened."})
+    pad_to_max_length: bool = field(
+        default=False,
+        metadata={
+            "help": "Pad to --max_seq_length. By default to the longest row of a batch on the CPU, and to one of at "
+            "most four lengths on a Gaudi."
+        },
+    )
+    dataset_concatenation: bool = field(
+        default=False, metadata={"help": "Concatenate the examples and cut them into rows of --max_seq_length."}
+    )
+    train_on_inputs: bool = field(default=True, metadata={"help": "Learn the prompts too, not only the answers."})
+    sql_prompt: bool = field(
+        default=False, metadata={"help": "Questions about a database, with columns question, context and answer."}
+    )
+    chat_prompt: bool = field(
+        default=False, metadata={"help": "Write instruction and answer by the tokenizer's chat template."}
+    )
+    instruction_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the instructions, if not `instruction`."}
+    )
+    input_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the inputs that go with them, if not `input`."}
+    )
+    output_column_name: str | None = field(default=None, metadata={"help": "Column of the answers, if not `output`."})
+    dataset_seed: int = field(default=42, metadata={"help": "Seed of the split by --validation_split_percentage."})
+    dataset_cache_directory: str | None = field(
+        default=None, metadata={"help": "Where data sets are cached; by default as --cache_dir says."}
+    )
+    keep_in_memory: bool = field(default=False, metadata={"help": "Keep tokenised data in memory, not on disk."})
+    pack_sequences: bool = field(
+        default=False, metadata={"help": "Several examples in a row of --max_seq_length, each kept apart."}
+    )
+
+    def check(self, max_steps: int) -> None:
+        """Refuse what cannot work, by the flag's name."""
+        super().check(max_steps, allow_no_split=True)
+        if self.streaming:
+            raise UserError("--streaming: run_lora_clm.py prepares all examples first; leave the flag out")
+        for left, right in (("sql_prompt", "chat_prompt"), ("dataset_concatenation", "pack_sequences")):
+            if getattr(self, left) and getattr(self, right):
+                raise UserError(f"--{left} and --{right} exclude each other")
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the script; returns all metrics."""
+    # Arguments
+    model_args, data_args, adapter_args, training_args = parse(
+        argv, LoraModelArguments, LoraDataArguments, AdapterArguments, TrainingArguments
+    )
+    data_args.check(training_args.max_steps)
+    model_args.check(adapter_args.peft_type)
+    adapter = adapter_config(adapter_args)
+    checkpoint = find_checkpoint(training_args)
+
+    # Set-up
+    logger = set_up(training_args)
+
+    # Data
+    cache = replace(model_args, cache_dir=data_args.dataset_cache_directory or model_args.cache_dir)
+    raw = load_raw(data_args, cache, training_args.do_train, training_args.do_eval, data_args.dataset_seed)
+    form = find_format(
+        next(iter(raw.values())),
+        sql_prompt=data_args.sql_prompt,
+        chat_prompt=data_args.chat_prompt,
+        text_column=data_args.text_column_name,
+        instruction=data_args.instruction_column_name,
+        input=data_args.input_column_name,
+        output=data_args.output_column_name,
+    )
+    logger.info("examples: %s", form)
+
+    # Tokenizer and model
+    config = load_config(model_args)
+    tokenizer = load_tokenizer(model_args)
+    check_tokenizer(form, tokenizer, data_args.train_on_inputs)
+    max_length = length_limit("--max_seq_length", data_args.max_seq_length, tokenizer, config)
+
+    # Preprocessing
+    limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
+    rows = {}
+    with training_args.main_process_first(desc="preprocessing"):
+        for split, examples in raw.items():
+            rows[split] = tokenise_examples(
+                examples,
+                form,
+                tokenizer,
+                max_length,
+                train_on_inputs=data_args.train_on_inputs,
+                concatenate=data_args.dataset_concatenation,
+                limit=limits[split],
+                split=split,
+                num_proc=data_args.preprocessing_num_workers,
+                use_cache=not (data_args.overwrite_cache and training_args.local_process_index == 0),
+                keep_in_memory=data_args.keep_in_memory,
+            )
+    first = next(iter(rows.values())).with_format("numpy")[0]["input_ids"]
+    logger.info("an example, what is learnt between >>> and <<<: %r", show_targets(first, tokenizer))
+    if training_args.bf16 and model_args.torch_dtype is None:
+        model_args.torch_dtype = "bfloat16"  # frozen weights lose nothing by it; peft keeps the adapter in fp32
+    device = {"device_map": training_args.device.type} if model_args.load_meta_device else {}
+    model = load_model(AutoModelForCausalLM, config, tokenizer, model_args, training_args, **device)
+
+    # Adapter
+    if training_args.device.type == "hpu":
+        patch_adapters()
+    if training_args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if model_args.adapter_name_or_path:
+        model = load_adapter(model, model_args.adapter_name_or_path, training_args.do_train)
+    elif training_args.do_train:
+        model = add_adapter(model, adapter, TARGET_FLAGS[adapter_args.peft_type])
+
+    # Trainer
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    lengths = []
+    if data_args.pad_to_max_length:
+        lengths = [max_length]
+    elif training_args.device.type == "hpu" and not data_args.dataset_concatenation:
+        random_rows = 1 if training_args.group_by_length else training_args.per_device_train_batch_size
+        lengths = padded_lengths(rows.values(), random_rows, max_length)
+        logger.info("batches are padded to one of the lengths %s", lengths)
+    collator = partial(collate_examples, padding=padding, lengths=lengths)
+    if data_args.pack_sequences:
+        rows = {split: pack_sequences(examples, max_length, split=split) for split, examples in rows.items()}
+        collator = partial(collate_packed, assemble=PackedCollator.for_model(model, padding, max_length))
+    trainer = build_trainer(
+        model,
+        "causal",
+        training_args,
+        tokenizer,
+        collator,
+        train_dataset=rows.get("train"),
+        eval_dataset=rows.get("validation"),
+    )
+
+    # Train
+    metrics = {}
+    if training_args.do_train:
+        metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        metrics["train_samples"] = len(rows["train"])
+        report(trainer, "train", metrics)
+
+    # Evaluate
+    if training_args.do_eval:
+        evaluation = trainer.evaluate()
+        report(trainer, "eval", evaluation)
+        metrics.update(evaluation)
+
+    # Save
+    if training_args.do_train:
+        save(
+            trainer,
+            data_args.save_last_ckpt,
+            task="text-generation",
+            base_model=model_args.model_name_or_path,
+            data=data_args.described(),
+            library="peft",
+        )
+        if model_args.merge_adapter:
+            save_merged(trainer)
+    logger.info("done")
+    return metrics
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()
