@@ -266,8 +266,9 @@ class Graphs {
     std::string first;
   };
 
+  // A view computes nothing: it is part of a graph, but it is not what one is named by.
   template <class Describe>
-  void add(uint64_t operation, Describe describe) {
+  void add(uint64_t operation, bool is_view, Describe describe) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto [entry, is_new] = descriptions_.try_emplace(operation);
     if (is_new) {
@@ -281,8 +282,9 @@ class Graphs {
     }
     prefix_ = mix(prefix_, operation);
     last_ = &entry->second;
-    if (prefixes_.insert(prefix_).second && !divergence_) {
+    if (prefixes_.insert(prefix_).second && (!divergence_ || divergence_is_view_)) {
       divergence_ = last_;
+      divergence_is_view_ = is_view;
       position_ = length_;
     }
     ++length_;
@@ -369,6 +371,7 @@ class Graphs {
   int64_t length_ = 0, position_ = 0, compilation_count_ = 0, sync_count_ = 0;
   int regions_ = 0;
   const std::string* divergence_ = nullptr;
+  bool divergence_is_view_ = false;
   const std::string* last_ = nullptr;
 };
 Graphs& graphs = *new Graphs;
@@ -478,6 +481,7 @@ struct Operation {
   bool numbers_are_inputs = false;
   bool takes_host_tensors = false;
   bool indexes = false;
+  bool view = false;
   bool syncs = false;            // the shape or value of its result depends on values
   std::vector<size_t> written;   // arguments
   std::optional<size_t> generator;
@@ -513,6 +517,8 @@ const Operation& describe(const c10::OperatorHandle& handle) {
     operation.syncs = kSyncs.count(base) > 0;
     operation.indexes = kIndexing.count(base) > 0;
     operation.takes_host_tensors = operation.indexes;
+    operation.view = !schema.returns().empty() && schema.returns()[0].alias_info() &&
+        !schema.returns()[0].alias_info()->isWrite();
     operation.numbers_are_inputs = base.rfind("_fused_", 0) == 0;
     for (size_t i = 0; i < schema.arguments().size(); ++i) {
       const auto& argument = schema.arguments()[i];
@@ -642,7 +648,7 @@ class Call {
         for_each_tensor((*stack_)[base_ + index], before_write);
       }
     }
-    graphs.add(hash_, [&] { return text(); });
+    graphs.add(hash_, operation_.view, [&] { return text(); });
     run(handle_, operation_, stack_);
     if (capturing) {
       record(handle_, operation_, arguments_of_call, {stack_->begin() + base_, stack_->end()});
@@ -887,7 +893,7 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
     into.copy_(from);
     return self;
   }
-  graphs.add(hash_tensor(hash_tensor(name, self), source), [&] {
+  graphs.add(hash_tensor(hash_tensor(name, self), source), false, [&] {
     std::ostringstream out;
     out << (on_card(source) ? "copy(" : "copy from host(");
     append_shape(out, source);
@@ -949,7 +955,7 @@ at::Tensor convolution(
     c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed, c10::SymIntArrayRef output_padding,
     c10::SymInt groups) {
   auto hash = hash_tensor(hash_tensor(std::hash<std::string>()("convolution"), input), weight);
-  graphs.add(hash, [&] {
+  graphs.add(hash, false, [&] {
     std::ostringstream out;
     out << "convolution(";
     append_shape(out, input);
@@ -969,7 +975,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
     c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed, c10::SymIntArrayRef output_padding,
     c10::SymInt groups, std::array<bool, 3> wanted) {
   auto hash = hash_tensor(hash_tensor(std::hash<std::string>()("convolution_backward"), gradient), weight);
-  graphs.add(hash, [&] {
+  graphs.add(hash, false, [&] {
     std::ostringstream out;
     out << "convolution_backward(";
     append_shape(out, gradient);

@@ -1,9 +1,12 @@
-"""Counters by the real names. `host_sync` and `graph_compilation`'s `Operations` exist on a simulated card only."""
+"""Counters by the real names. `host_sync` and `compilations` exist on a simulated card only."""
 
 import contextlib
 from collections.abc import Iterator
 
 from habana_frameworks.torch import _simulator
+from habana_frameworks.torch._simulator import compilations
+
+__all__ = ["Metric", "compilations", "metric_global", "metric_localcontext"]
 
 
 def _totals(name: str) -> dict[str, int]:
