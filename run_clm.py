@@ -78,10 +78,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         argv, ModelArguments, DataArguments, ScriptArguments, TrainingArguments
     )
     data_args.check(training_args.max_steps)
-    checkpoint = find_checkpoint(training_args)
 
     # Set-up
     logger = set_up(training_args)
+    checkpoint = find_checkpoint(training_args)
 
     # Data
     raw = load_raw(data_args, model_args, training_args.do_train, training_args.do_eval)

@@ -129,10 +129,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data_args.check(training_args.max_steps)
     model_args.check(adapter_args.peft_type)
     adapter = adapter_config(adapter_args)
-    checkpoint = find_checkpoint(training_args)
 
     # Set-up
     logger = set_up(training_args)
+    checkpoint = find_checkpoint(training_args)
 
     # Data
     cache = replace(model_args, cache_dir=data_args.dataset_cache_directory or model_args.cache_dir)

@@ -175,6 +175,8 @@ class TrainingArguments(GaudiTrainingArguments):
             super().__post_init__()
         except (ValueError, AssertionError) as error:
             raise UserError(str(error)) from error
+        if not (self.do_train or self.do_eval):
+            raise UserError("nothing to do: give --do_train, --do_eval, or both")
 
     def _prefer_cpu(self) -> None:
         off = {

@@ -86,15 +86,22 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
             f"--output_dir {folder} is not empty and holds no checkpoint: "
             "choose another, or give --overwrite_output_dir to train from the start there"
         )
-    if wanted and wanted.lower() == "false":
+    if newest is None or (wanted and wanted.lower() == "false"):
         return None
+    logger.info("going on from %s", newest)
     return newest
 
 
 def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
-    """Log figures, one line each, and write them to ``<split>_results.json`` and ``all_results.json``."""
+    """Log figures, one line each, and write them to ``<split>_results.json`` and ``all_results.json``.
+
+    On a card, its own figures are among them: graphs compiled, waits of the host, memory.
+    """
+    metrics.update(trainer.device_metrics.figures())
     for name, value in sorted(metrics.items()):
         logger.info("%s = %s", name, "nan" if math.isnan(value) else f"{value:.6g}")
+    for line in trainer.device_metrics.report_lines()[1:]:
+        logger.warning(line)
     trainer.save_metrics(split, metrics)
 
 

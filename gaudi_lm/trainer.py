@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .arguments import TrainingArguments
 from .batches import TrainingBatches, TrainingRows, count_tokens
+from .device_metrics import DeviceMetrics
 from .evaluation import TokenSums, evaluation_loader
 from .losses import install_token_loss
 from .metrics import Throughput, TokenMetrics
@@ -39,6 +40,8 @@ class LMTrainer(GaudiTrainer):
         self.throughput = Throughput(self.args.throughput_warmup_steps, self._synchronise)
         self._window = (0, 0, 0)
         self._graphed_model: torch.nn.Module | None = None
+        self.device_metrics = DeviceMetrics(self.args.throughput_warmup_steps)
+        self.add_callback(self.device_metrics)
 
     def _synchronise(self) -> None:
         if self.args.device.type == "hpu":
