@@ -1,0 +1,135 @@
+"""Text to blocks: by Arrow against Python lists, against the tokenizer alone, and its memory."""
+
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, disable_caching, load_dataset
+from tokenizers import ByteLevelBPETokenizer
+
+from .measure import MIB, forget_peak, resident, write_report
+from .workloads import paragraphs
+
+BLOCK = 512
+
+
+def _alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each of several functions, one call of each per round, after one that does not count."""
+    seconds = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, contender in contenders.items():
+            started = time.perf_counter()
+            contender()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def _read(blocks: Dataset) -> int:
+    """Look at every token once, as a collator does: a view that was never read has cost nothing."""
+    return sum(int(batch["input_ids"].sum()) for batch in blocks.with_format("numpy").iter(1000))
+
+
+def grouping(rounds: int = 5, rows: int = 40_000) -> None:
+    """Tokenised rows to blocks, both ways, the blocks read once."""
+    from gaudi_lm.packing import group_into_blocks
+
+    disable_caching()
+    generator = np.random.default_rng(0)
+    lengths = generator.lognormal(4.2, 0.8, rows).astype(int)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    tokens = generator.integers(50257, size=offsets[-1], dtype=np.int32)
+    column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))
+    tokenised = Dataset(pa.table({"input_ids": column}))
+
+    def by_lists(examples):
+        joined = list(chain(*examples["input_ids"]))
+        whole = len(joined) // BLOCK * BLOCK
+        pieces = [joined[start : start + BLOCK] for start in range(0, whole, BLOCK)]
+        return {"input_ids": pieces, "labels": pieces.copy()}
+
+    seconds = _alternate(
+        {
+            "arrow": lambda: _read(group_into_blocks(tokenised, BLOCK)),
+            "lists": lambda: _read(tokenised.map(by_lists, batched=True, keep_in_memory=True)),
+        },
+        rounds,
+    )
+    ratio = float(np.median(np.array(seconds["lists"]) / np.array(seconds["arrow"])))
+    figures = {"tokens": int(offsets[-1])}
+    figures |= {f"{who}_seconds": float(np.median(values)) for who, values in seconds.items()}
+    write_report("grouping", ratio, ">= 30", ratio >= 30, figures)
+
+
+def make_tokenizer():
+    """A fast byte-level tokenizer of 8,000 tokens, trained on the same text."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(paragraphs(), vocab_size=8000, min_frequency=2)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|endoftext|>")
+
+
+def preprocess(rounds: int = 5, copies: int = 4) -> None:
+    """Tokenise and cut into blocks, as run_clm.py does, against the tokenizer's encode_batch alone."""
+    from gaudi_lm.packing import group_into_blocks, tokenise
+
+    tokenizer = make_tokenizer()
+    texts = paragraphs() * copies
+    dataset = Dataset.from_dict({"text": texts})
+    backend = tokenizer.backend_tokenizer
+    seconds = _alternate(
+        {
+            "ours": lambda: group_into_blocks(tokenise(dataset, tokenizer, "text", use_cache=False), BLOCK),
+            "encode_batch": lambda: backend.encode_batch(texts),
+        },
+        rounds,
+    )
+    ratio = float(np.median(np.array(seconds["ours"]) / np.array(seconds["encode_batch"])))
+    figures = {"texts": len(texts), "characters": sum(map(len, texts))}
+    figures |= {f"{who}_seconds": float(np.median(values)) for who, values in seconds.items()}
+    write_report("preprocess", ratio, "<= 1.25", ratio <= 1.25, figures)
+
+
+def _prepare(copies: int, folder: str, connection) -> None:
+    """In a process of its own: text file to blocks on disk; sends peak memory in bytes and the number of blocks."""
+    sys.argv = ["run_clm.py", "--use_cpu"]
+    from run_clm import make_blocks
+
+    file = Path(folder) / f"{copies}.jsonl"
+    with file.open("w") as lines:
+        for _ in range(copies):
+            lines.writelines(json.dumps({"text": text}) + "\n" for text in paragraphs())
+    texts = load_dataset("json", data_files=str(file), cache_dir=folder, split="train")
+    tokenizer = make_tokenizer()
+    forget_peak()
+    blocks = make_blocks(texts, tokenizer, "text", BLOCK, None, "train")
+    connection.send((resident("VmHWM"), len(blocks), file.stat().st_size))
+
+
+def memory_scale(small: int = 20) -> None:
+    """Peak resident memory of preprocessing, with ten times the data."""
+    context = multiprocessing.get_context("spawn")
+    peaks, sizes = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for copies in (small, 10 * small):
+            receiver, sender = context.Pipe()
+            process = context.Process(target=_prepare, args=(copies, folder, sender))
+            process.start()
+            peaks[copies], _, sizes[copies] = receiver.recv()
+            process.join()
+    ratio = peaks[10 * small] / peaks[small]
+    figures = {
+        "text_mib": sizes[small] / MIB,
+        "peak_mib": peaks[small] / MIB,
+        "ten_times_text_mib": sizes[10 * small] / MIB,
+        "ten_times_peak_mib": peaks[10 * small] / MIB,
+    }
+    write_report("memory_scale", ratio, "<= 1.1", ratio <= 1.1, figures)

@@ -1,0 +1,138 @@
+"""The scripts as they are run: memory of an evaluation, start-up, graphs and waits on a simulated card, two ranks."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from .measure import MIB, write_report
+from .preprocessing import make_tokenizer
+from .workloads import paragraphs
+
+ROOT = Path(__file__).parent.parent
+TINY = "n_embd=64,n_layer=2,n_head=2,n_positions=512"
+
+
+def _prepare(folder: str) -> list[str]:
+    """A text file and a tokenizer in `folder`; the flags that name them."""
+    make_tokenizer().save_pretrained(f"{folder}/tokenizer")
+    Path(folder, "text.txt").write_text("\n".join(paragraphs()))
+    file = f"{folder}/text.txt"
+    return ["--tokenizer_name", f"{folder}/tokenizer", "--train_file", file, "--validation_file", file]
+
+
+def _environment(folder: str, threads: int, **more: str) -> dict[str, str]:
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/hub", "OMP_NUM_THREADS": str(threads)}
+    return {**os.environ, **offline, **more}
+
+
+def _run(command: list[str], environment: dict[str, str], cores: set[int] | None = None) -> int:
+    """Run a command to its good end; its peak resident memory in bytes."""
+    pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, preexec_fn=pin)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            raise RuntimeError(f"{' '.join(command)}\n{log.read().decode()}")
+    return usage.ru_maxrss * 1024
+
+
+def eval_memory(blocks: int = 25) -> None:
+    """Peak memory of run_clm.py --do_eval, with ten times the data."""
+    peaks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        flags = _prepare(folder)
+        for count in (blocks, 10 * blocks):
+            command = [sys.executable, "run_clm.py", "--use_cpu", *flags, "--model_type", "gpt2"]
+            command += ["--config_overrides", TINY, "--block_size", "512", "--do_eval"]
+            command += ["--max_eval_samples", str(count), "--output_dir", f"{folder}/{count}"]
+            peaks[count] = _run(command, _environment(folder, 1))
+            done = json.loads(Path(folder, str(count), "all_results.json").read_text())
+            if done["eval_samples"] != count:
+                raise RuntimeError(f"{done['eval_samples']} blocks were evaluated, not {count}")
+    ratio = peaks[10 * blocks] / peaks[blocks]
+    vocabulary = len(make_tokenizer())
+    figures = {
+        "blocks": blocks,
+        "peak_mib": peaks[blocks] / MIB,
+        "ten_times_peak_mib": peaks[10 * blocks] / MIB,
+        "logits_of_ten_times_the_data_mib": 10 * blocks * 512 * vocabulary * 4 / MIB,
+    }
+    write_report("eval_memory", ratio, "<= 1.02", ratio <= 1.02, figures)
+
+
+def _seconds_to(pattern: str, command: list[str], environment: dict[str, str]) -> float:
+    """Seconds from the start of a command to the first line on stderr that matches; it is left to end by itself."""
+    started = time.perf_counter()
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        seconds, lines = None, []
+        for line in process.stderr:
+            lines.append(line)
+            if seconds is None and re.search(pattern, line):
+                seconds = time.perf_counter() - started
+    if process.returncode or seconds is None:
+        raise RuntimeError("".join(lines))
+    return seconds
+
+
+def startup(rounds: int = 5) -> None:
+    """From the start of run_clm.py to its first step, against importing optimum-habana and its patches alone."""
+    imports = (
+        "import sys; from gaudi_lm.runtime import choose_card; choose_card(['--use_cpu']);"
+        "from optimum.habana import GaudiTrainer, GaudiTrainingArguments;"
+        "from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi;"
+        "adapt_transformers_to_gaudi(); print('imported', file=sys.stderr)"
+    )
+    ours, theirs = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "run_clm.py", "--use_cpu", *_prepare(folder), "--model_type", "gpt2"]
+        command += ["--config_overrides", TINY, "--block_size", "512", "--do_train", "--max_steps", "1"]
+        command += ["--logging_steps", "1", "--overwrite_output_dir", "--output_dir", f"{folder}/output"]
+        environment = _environment(folder, 1)
+        for turn in range(rounds + 1):
+            first_step = _seconds_to(r"step 1/1", command, environment)
+            imported = _seconds_to("imported", [sys.executable, "-c", imports], environment)
+            if turn:
+                ours.append(first_step)
+                theirs.append(imported)
+    pairs = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    ratio = pairs[len(pairs) // 2]
+    figures = {
+        "seconds_to_first_step": sorted(ours)[len(ours) // 2],
+        "seconds_to_import": sorted(theirs)[len(theirs) // 2],
+    }
+    write_report("startup", ratio, "<= 1.3", ratio <= 1.3, figures)
+
+
+def weak_scaling(rounds: int = 3, steps: int = 6, warmup: int = 2) -> None:
+    """Tokens per second per rank of a GPT-2 of 124 million parameters: two ranks on two cores against one on one."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        raise SystemExit("weak_scaling needs two cores")
+    speeds = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        script = ["run_clm.py", "--use_cpu", *_prepare(folder), "--model_type", "gpt2", "--block_size", "512"]
+        script += ["--do_train", "--max_steps", str(steps), "--throughput_warmup_steps", str(warmup)]
+        script += ["--per_device_train_batch_size", "2", "--save_strategy", "no", "--save_last_ckpt", "False"]
+        script += ["--overwrite_output_dir", "--output_dir", f"{folder}/output"]
+        environment = _environment(folder, 1)
+        launched = [sys.executable, "gaudi_spawn.py", "--world_size", "2", *script]
+        for turn in range(rounds + 1):
+            for ranks, command in ((1, [sys.executable, *script]), (2, launched)):
+                _run(command, environment, {cores[0]} if ranks == 1 else set(cores))
+                results = json.loads(Path(folder, "output", "all_results.json").read_text())
+                if turn:
+                    speeds[ranks].append(results["train_tokens_per_second"] / ranks)
+    pairs = sorted(two / one for one, two in zip(speeds[1], speeds[2], strict=True))
+    ratio = pairs[len(pairs) // 2]
+    figures = {
+        "one_rank_tokens_per_second": sorted(speeds[1])[rounds // 2],
+        "two_ranks_tokens_per_second_each": sorted(speeds[2])[rounds // 2],
+    }
+    write_report("weak_scaling", ratio, ">= 0.9", ratio >= 0.9, figures)
