@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -195,6 +196,9 @@ def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftMode
 
 
 def _announced(model: PeftModel) -> PeftModel:
+    if model.peft_type == "ADAPTION_PROMPT":
+        # Its wrapper keeps the model's forward method of this moment; the one that is there later must be called.
+        model.base_model.forward = partial(torch.nn.Module.__call__, model.base_model.model)
     trained, total = model.get_nb_trainable_parameters()
     kind = model.active_peft_config.peft_type.lower().replace("adaption_prompt", "llama-adapter")
     logger.info("adapter: %s; %d of %d parameters are trained (%.4g%%)", kind, trained, total, 100 * trained / total)
