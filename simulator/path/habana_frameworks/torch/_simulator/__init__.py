@@ -104,6 +104,7 @@ def one_graph() -> Iterator[None]:
 
 def compile_for_card(module: torch.fx.GraphModule, inputs: list, **_options):
     """The backend `hpu_backend` of torch.compile: forward and backward are one graph each."""
+    from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
     def compiler(traced: torch.fx.GraphModule, _example_inputs: list):
@@ -111,6 +112,6 @@ def compile_for_card(module: torch.fx.GraphModule, inputs: list, **_options):
             with one_graph():
                 return traced(*arguments)
 
-        return call
+        return make_boxed_func(call)
 
     return aot_autograd(fw_compiler=compiler)(module, inputs)

@@ -69,7 +69,7 @@ void charge(c10::DeviceIndex index, int64_t bytes) {
   if (in_use > memory_limit()) {
     card.in_use -= bytes;
     TORCH_CHECK_WITH(
-        OutOfMemoryError, false, "Allocation failed for size :", bytes, " (", bytes / 1048576, ")MB: simulated hpu:", index,
+        OutOfMemoryError, false, "Allocation failed for size :", bytes, " (", bytes / 1048576, ")MB: simulated hpu:", static_cast<int>(index),
         " is out of memory, with ", (in_use - bytes) / 1048576, " MB of ", memory_limit() / 1048576,
         " MB in use (the limit is GAUDI_SIMULATOR_MEMORY_GB)");
   }

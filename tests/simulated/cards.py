@@ -1,0 +1,36 @@
+"""Run things on simulated cards, in a process of their own: PyTorch cannot lose a device that it has been given."""
+
+import os
+import subprocess
+import sys
+
+from running import ROOT, environment
+
+FILES = ROOT / "tests" / "simulated" / "on_card"
+
+
+def card_environment(cards: int = 1, **changes: str) -> dict[str, str]:
+    """The environment of a run on simulated cards, built once into the clone."""
+    cache = os.environ.get("GAUDI_SIMULATOR_CACHE", str(ROOT / "build"))
+    return {"GAUDI_SIMULATOR": str(cards), "GAUDI_SIMULATOR_CACHE": cache, "PT_HPU_LAZY_MODE": "1", **changes}
+
+
+def test_on_card(file: str, **changes: str) -> None:
+    """Run the tests of a file in `on_card`, on two cards."""
+    command = [
+        *(sys.executable, "-m", "pytest", str(FILES / file), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
+        *("-o", "python_files=card_*.py", "-o", "addopts=--strict-markers"),
+    ]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(**card_environment(2, **changes)),
+        timeout=900,
+    )
+    assert result.returncode == 0, f"{result.stdout[-20000:]}\n{result.stderr[-4000:]}"
+    assert " passed" in result.stdout and "skipped" not in result.stdout
+
+
+test_on_card.__test__ = False

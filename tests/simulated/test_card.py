@@ -1,0 +1,30 @@
+"""The simulated card, by the tests in `on_card`, which run in a process that has cards."""
+
+import pytest
+from cards import test_on_card as run_on_card
+
+
+def test_device():
+    run_on_card("card_device.py", GAUDI_SIMULATOR_MEMORY_GB="0.0625")
+
+
+def test_random_and_autocast():
+    run_on_card("card_numerics.py")
+
+
+def test_graphs():
+    run_on_card("card_graphs.py")
+
+
+def test_graphs_in_eager_mode():
+    run_on_card("card_eager.py", PT_HPU_LAZY_MODE="0")
+
+
+@pytest.mark.slow
+def test_recorded_operations():
+    run_on_card("card_operations.py")
+
+
+@pytest.mark.slow
+def test_gaudi_models():
+    run_on_card("card_models.py")
