@@ -126,6 +126,13 @@ def train_byte_level(special_tokens: list[str], size: int = VOCABULARY) -> Token
     return tokenizer
 
 
+def masked_tokenizer() -> RobertaTokenizerFast:
+    """A tokenizer as RoBERTa's: byte-level BPE, a start and an end around each text, and a mask."""
+    tokenizer = train_byte_level(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    return RobertaTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS)
+
+
 def train_llama(size: int = VOCABULARY) -> Tokenizer:
     """A tokenizer in the manner of Llama's: BPE over words with a leading mark, unknown characters as bytes."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -172,15 +179,11 @@ def write_models(folder: Path) -> None:
     neox_folder, half = folder / "EleutherAI/gpt-neox-20b/main", torch.float16
     write_model(neox_folder, GPTNeoXForCausalLM, neox, neox_tokenizer, dtype=half, max_shard_size="60KB")
 
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    tokenizer = train_byte_level(special)
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    roberta_tokenizer = RobertaTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS)
     roberta = RobertaConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=VOCABULARY,
         max_position_embeddings=POSITIONS + 2, type_vocab_size=1, layer_norm_eps=1e-5,
     )  # fmt: skip
-    write_model(folder / "FacebookAI/roberta-base/main", RobertaForMaskedLM, roberta, roberta_tokenizer)
+    write_model(folder / "FacebookAI/roberta-base/main", RobertaForMaskedLM, roberta, masked_tokenizer())
 
     tokenizer = train_llama()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

@@ -1,12 +1,9 @@
 """What `run_clm.py` makes of the hub's answers: the flags for it, and one line for what cannot be had."""
 
-import json
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from several_runs import End, run_several
 
 from hub.server import Cut, Hub
 from hub.stand_ins import GATED
@@ -16,49 +13,12 @@ pytestmark = pytest.mark.slow
 TEXTS = ["--dataset_name", "wikitext", "--dataset_config_name", "wikitext-2-raw-v1"]
 MODEL = ["--model_name_or_path", "gpt2"]
 
-# One process for several runs: most of the time of such a run is imports.
-RUNS = """
-import contextlib, io, json, sys
-runs = json.load(sys.stdin)
-sys.argv[1:] = runs[0]
-import run_clm
-from gaudi_lm.runtime import user_errors
-ends = []
-for flags in runs:
-    stderr, status, metrics = io.StringIO(), 0, None
-    try:
-        with contextlib.redirect_stderr(stderr), user_errors():
-            metrics = run_clm.main(flags)
-    except SystemExit as end:
-        status = end.code
-    ends.append([status, stderr.getvalue(), metrics])
-print(json.dumps(ends))
-"""
-
-
-@dataclass
-class End:
-    """How a run ended."""
-
-    status: int
-    stderr: str
-    metrics: dict | None
-
 
 def evaluate(hub: Hub, home: Path, *runs: list[str], **environment: str) -> list[End]:
     """Evaluate on the CPU, once for each list of flags, one after the other, the nth into `home/<n>`."""
     common = ["--do_eval", "--max_eval_samples", "2", "--use_cpu"]
-    done = subprocess.run(
-        [sys.executable, "-c", RUNS],
-        input=json.dumps([[*flags, *common, "--output_dir", str(home / str(n))] for n, flags in enumerate(runs)]),
-        cwd=Path(__file__).parents[2],
-        env=hub.environment(home / "cache") | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return [End(*end) for end in json.loads(done.stdout.splitlines()[-1])]
+    flags = [[*run, *common, "--output_dir", str(home / str(number))] for number, run in enumerate(runs)]
+    return run_several("run_clm", flags, hub.environment(home / "cache") | environment)
 
 
 def test_revision_token_and_offline(hub: Hub, tmp_path: Path):
@@ -73,12 +33,12 @@ def test_revision_token_and_offline(hub: Hub, tmp_path: Path):
     assert main.metrics["eval_loss"] != v2.metrics["eval_loss"]
     # The gated model has the weights of gpt2.
     assert main.metrics["eval_loss"] == gated.metrics["eval_loss"]
-    assert "hf_reader" not in gated.stderr
+    assert "hf_reader" not in gated.log
     assert hub.escapes == []
 
     asked = len(hub.log)
     (offline,) = evaluate(hub, tmp_path, [*TEXTS, *MODEL], HF_HUB_OFFLINE="1")
-    assert offline.status == 0, offline.stderr
+    assert offline.status == 0, offline.log
     assert offline.metrics["eval_loss"] == main.metrics["eval_loss"]
     assert len(hub.log) == asked
 
@@ -101,8 +61,8 @@ def test_refusals_are_one_line(hub: Hub, tmp_path: Path):
     assert ends.pop().status == 0
     for number, (named, end) in enumerate(zip([*cut, *cases], ends, strict=True)):
         assert end.status == 2, (named, end)
-        (line,) = [line for line in end.stderr.splitlines() if line.startswith("error: ")]
+        (line,) = [line for line in end.log.splitlines() if line.startswith("error: ")]
         assert named in line
         assert not (tmp_path / str(number)).exists()
-    assert "--token" in ends[2].stderr
+    assert "--token" in ends[2].log
     assert hub.escapes == []
