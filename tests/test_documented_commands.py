@@ -22,8 +22,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from hub.fixtures import stand_in_hub
 from hub.server import Hub
 from hub.stand_ins import POSITIONS
+from launch.hosts import SimulatedHost, two_hosts
 from transformers import AutoTokenizer
 
 REPOSITORY = Path(__file__).parents[1]
@@ -155,18 +157,26 @@ class Sandbox:
             return self.root / "work" / output_dir
         return self.root / output_dir.removeprefix("/tmp/") if NAMESPACES else Path(output_dir)
 
-    def run(self, command: str, seconds: int) -> subprocess.CompletedProcess:
+    def mounts(self, *needed: Path) -> str:
+        """A shell script that puts this folder in the place of /tmp.
+
+        What lies below /tmp and is still needed, as this repository in some checkouts, is mounted again.
+        """
+        needed = [path for path in (REPOSITORY, Path(sys.prefix), *needed) if path.is_relative_to("/tmp")]
+        places = {str(path): f"{self.root}/{path.relative_to('/tmp')}" for path in needed}
+        again = [f"mkdir -p {place}; mount --rbind {path} {place}" for path, place in places.items()]
+        return "; ".join(["set -e", *again, f"mount --bind {self.root} /tmp"])
+
+    def run(self, command: str, seconds: int, host: SimulatedHost | None = None) -> subprocess.CompletedProcess:
         """Run a command by bash, on 8 simulated cards, with the hub as the only address that can be reached."""
         home = "/tmp" if NAMESPACES else str(self.root)
         environment = self.hub.environment(Path(home, "home")) | {"GAUDI_SIMULATOR": "8"}
         environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         shell = ["bash", "-e", "-c", command]
-        if NAMESPACES:
-            # What lies below /tmp and is still needed, as this repository in some checkouts, is mounted again.
-            kept = {str(path)[4:] for path in (REPOSITORY, Path(sys.prefix)) if path.is_relative_to("/tmp")}
-            mounts = [f"mkdir -p {self.root}{path}; mount --rbind /tmp{path} {self.root}{path}" for path in kept]
-            script = ["set -e", *mounts, f"mount --bind {self.root} /tmp", "cd /tmp/work", 'exec "$@"']
-            shell = [*UNSHARE, "bash", "-c", "; ".join(script), "bash", *shell]
+        if host:
+            shell = host.inside("bash", "-c", 'cd /tmp/work; exec "$@"', "bash", *shell)
+        elif NAMESPACES:
+            shell = [*UNSHARE, "bash", "-c", f'{self.mounts()}; cd /tmp/work; exec "$@"', "bash", *shell]
         process = subprocess.Popen(
             shell,
             cwd=self.root / "work",
@@ -283,6 +293,25 @@ def test_eight_cards(name: str, sandbox: Sandbox):
     assert done.returncode == 0, done.stderr[-5000:]
     assert "8 card(s)" in done.stderr
     check_output(command, sandbox, ranks=8)
+
+
+@pytest.mark.slow
+@heavy
+def test_sixteen_cards_on_two_hosts(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, stand_ins: Path):
+    keys = tmp_path_factory.mktemp("hosts")
+    with two_hosts(keys) as hosts:
+        network = {"address": hosts[0].address, "namespace": hosts[0].process.pid}
+        with stand_in_hub(stand_ins, **network) as hub:
+            sandbox = Sandbox(tmp_path, hub)
+            for host in hosts:
+                host.run("bash", "-c", sandbox.mounts(keys))
+            lines = "".join(f"{host.name} slots=8\n" for host in hosts)
+            (sandbox.root / "work/hostfile").write_text(lines)
+            command = documented("clm_gptneox_16_cards_deepspeed").replace("path_to_my_hostfile", "hostfile")
+            done = sandbox.run(command, 1100, hosts[0])
+            assert done.returncode == 0, done.stderr[-5000:]
+            assert "16 card(s)" in done.stderr
+            check_output(command, sandbox, ranks=16)
 
 
 @pytest.mark.slow

@@ -24,10 +24,15 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     return root
 
 
-@pytest.fixture
-def hub(stand_ins: Path) -> Iterator[Hub]:
-    """A running hub with the stand-ins, its log empty."""
+def stand_in_hub(stand_ins: Path, **options) -> Hub:
+    """A hub with the stand-ins; use it in a `with`."""
     from hub.stand_ins import GATED, MOVED
 
-    with Hub(stand_ins, moved=dict(MOVED), gated={GATED}, tokens={"hf_reader"}) as running:
+    return Hub(stand_ins, moved=dict(MOVED), gated={GATED}, tokens={"hf_reader"}, **options)
+
+
+@pytest.fixture
+def hub(stand_ins: Path) -> Iterator[Hub]:
+    """A running hub on loopback, its log empty."""
+    with stand_in_hub(stand_ins) as running:
         yield running

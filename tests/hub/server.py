@@ -6,11 +6,13 @@ poses as the proxy to everywhere else, refuses, and remembers what was asked for
 process at it; the variables are read when the libraries are imported.
 """
 
+import ctypes
 import hashlib
 import json
 import os
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -99,13 +101,25 @@ class Cut:
     times: int
 
 
+def enter_network(pid: int | None) -> None:
+    """Move the calling thread into the network namespace of a process."""
+    if pid is None:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/proc/{pid}/ns/net") as namespace:
+        if libc.setns(namespace.fileno(), 0x40000000):  # CLONE_NEWNET
+            raise OSError(ctypes.get_errno(), "setns")
+
+
 @dataclass
 class Hub:
     """What is served and what was asked.
 
     `root` holds `models/<owner>/<name>/<branch>/...` and the same under `datasets`. `moved` maps an old name, like
     `("datasets", "wikitext")`, to the present one; requests for the old one are redirected. Repositories in `gated`
-    are served only to a bearer of one of `tokens`. `log` lists (method, path, status, token), in order.
+    are served only to a bearer of one of `tokens`. `cuts` are transfers to break off. The hub listens on `address`, in
+    the network namespace of the process `namespace` if that is given. `log` lists (method, path, status, token), in
+    order.
     """
 
     root: Path
@@ -113,6 +127,8 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     tokens: set[str] = field(default_factory=set)
     cuts: list[Cut] = field(default_factory=list)
+    address: str = "127.0.0.1"
+    namespace: int | None = None
     log: list[tuple[str, str, int, str | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -124,7 +140,9 @@ class Hub:
         BoundHandler.hub = hub
         self._revisions: dict[tuple[str, str, str], Revision] = {}
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), BoundHandler)
+        # A socket stays in the namespace of the thread that made it.
+        with ThreadPoolExecutor(1, initializer=enter_network, initargs=(self.namespace,)) as thread:
+            self._server = thread.submit(ThreadingHTTPServer, (self.address, 0), BoundHandler).result()
         self._server.daemon_threads = True
 
     def __enter__(self) -> "Hub":
@@ -138,7 +156,7 @@ class Hub:
     @property
     def url(self) -> str:
         """The address for HF_ENDPOINT."""
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http://{self.address}:{self._server.server_port}"
 
     def environment(self, home: Path) -> dict[str, str]:
         """The environment of a child process that knows no other hub, has its caches in `home` and no way out."""
@@ -146,7 +164,7 @@ class Hub:
             name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE_"))
         }
         proxies = dict.fromkeys(["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"], self.url)
-        direct = dict.fromkeys(["NO_PROXY", "no_proxy"], "127.0.0.1,localhost")
+        direct = dict.fromkeys(["NO_PROXY", "no_proxy"], f"{self.address},localhost")
         return inherited | proxies | direct | {"HF_ENDPOINT": self.url, "HF_HOME": str(home)}
 
     @property
