@@ -165,7 +165,7 @@ class Sandbox:
         needed = [path for path in (REPOSITORY, Path(sys.prefix), *needed) if path.is_relative_to("/tmp")]
         places = {str(path): f"{self.root}/{path.relative_to('/tmp')}" for path in needed}
         again = [f"mkdir -p {place}; mount --rbind {path} {place}" for path, place in places.items()]
-        return "; ".join(["set -e", *again, f"mount --bind {self.root} /tmp"])
+        return "; ".join(["set -e", *again, f"mount --rbind {self.root} /tmp"])
 
     def run(self, command: str, seconds: int, host: SimulatedHost | None = None) -> subprocess.CompletedProcess:
         """Run a command by bash, on 8 simulated cards, with the hub as the only address that can be reached."""
