@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .arguments import TrainingArguments
 from .batches import TrainingBatches, TrainingRows, count_tokens
+from .cpu_ranks import average_gradients
 from .device_metrics import DeviceMetrics
 from .evaluation import TokenSums, evaluation_loader
 from .losses import install_token_loss
@@ -42,6 +43,7 @@ class LMTrainer(GaudiTrainer):
         self._graphed_model: torch.nn.Module | None = None
         self.device_metrics = DeviceMetrics(self.args.throughput_warmup_steps)
         self.add_callback(self.device_metrics)
+        average_gradients(self.accelerator)
 
     def _synchronise(self) -> None:
         if self.args.device.type == "hpu":
