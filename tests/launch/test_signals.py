@@ -1,0 +1,99 @@
+"""Signals to the launcher, at any time: no rank survives, and no interrupted job is a success.
+
+``make stress`` sets STRESS_ROUNDS to 20: that many launches for each engine and signal.
+"""
+
+import os
+import signal
+import time
+
+import pytest
+
+from launch.spawning import ENGINES, RANKS, Launch, last_line
+
+ACT = str(RANKS / "act.py")
+ROUNDS = int(os.environ.get("STRESS_ROUNDS", "2"))
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
+GRACE = 2.0
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize("round_", range(ROUNDS // 2))
+def test_running_jobs(engine, deaf, round_, tmp_path):
+    """All four signals, each to a job of its own; the jobs run side by side and do not disturb one another."""
+    jobs = {}
+    for number in SIGNALS:
+        options = ["--world_size", "2", "--grace", str(GRACE), "--log_dir", str(tmp_path / number.name)]
+        jobs[number] = Launch(*ENGINES[engine], *options, ACT, "0", "wait", *(["deaf"] if deaf else []))
+    logs = {number: [tmp_path / number.name / f"rank{rank}.log" for rank in range(2)] for number in SIGNALS}
+    deadline = time.monotonic() + 120
+    for log in [log for both in logs.values() for log in both]:
+        while not (log.exists() and "is here" in log.read_text()):
+            assert time.monotonic() < deadline, f"{log} shows no rank"
+            time.sleep(0.05)
+    for number, job in jobs.items():
+        job.process.send_signal(number)
+        done = job.finish()
+        assert job.survivors(GRACE + 5.0) == []
+        if number == signal.SIGKILL:
+            assert done.returncode == -signal.SIGKILL
+            continue
+        assert done.returncode == 128 + number
+        assert last_line(done).startswith(f"gaudi_spawn: stopped by {number.name}")
+        assert ("killed at the end of the grace" in last_line(done)) == deaf
+        for rank, log in enumerate(logs[number]):
+            assert (f"rank {rank} got {number.name}" in log.read_text()) != deaf
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("round_", range(ROUNDS // 2))
+def test_starting_jobs(engine, round_):
+    """The same while the engine starts: each job is stopped somewhat later than the one before."""
+    begun = time.monotonic()
+    jobs = [(number, Launch(*ENGINES[engine], "--grace", str(GRACE), ACT, "0", "wait")) for number in SIGNALS * 2]
+    for step, (number, job) in enumerate(jobs):
+        time.sleep(max(0.0, begun + 0.3 + step * 0.45 - time.monotonic()))
+        job.process.send_signal(number)
+    for _, job in jobs:
+        done = job.finish()
+        assert job.survivors(GRACE + 5.0) == []
+        # A signal that comes while Python itself starts ends it with a status of Python's choice.
+        assert done.returncode != 0
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    job = Launch("--use_mpi", "--world_size", "2", "--grace", "100", ACT, "0", "wait", "deaf")
+    job.wait_for(b"rank 0 is here")
+    job.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert job.process.poll() is None
+    job.process.send_signal(signal.SIGINT)
+    assert job.finish(30).returncode == 130
+    assert job.survivors(5.0) == []
+
+
+def test_nohup_is_respected():
+    job = Launch("--use_mpi", "--world_size", "2", ACT, "0", "wait", inside=["nohup"])
+    job.wait_for(b"rank 0 is here")
+    job.process.send_signal(signal.SIGHUP)
+    time.sleep(1.0)
+    assert job.process.poll() is None
+    job.process.send_signal(signal.SIGTERM)
+    assert job.finish().returncode == 143
+    assert job.survivors(5.0) == []
+
+
+def test_jobs_of_others_are_left_alone():
+    """A job of the same script and flags goes on when another one fails and is cleaned up."""
+    other = Launch("--use_deepspeed", "--world_size", "2", ACT, "1", "wait")
+    other.wait_for(b"rank 0 is here")
+    before = other.survivors()
+    failing = Launch("--use_deepspeed", "--world_size", "2", ACT, "1", "exit7")
+    assert failing.finish().returncode == 7
+    assert other.process.poll() is None
+    assert other.survivors() == before
+    other.process.send_signal(signal.SIGTERM)
+    assert other.finish().returncode == 143
+    assert other.survivors(5.0) == []
