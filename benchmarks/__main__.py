@@ -4,6 +4,8 @@ import argparse
 import importlib
 import os
 
+from gaudi_lm.runtime import choose_card
+
 # Name: module. clm_limit is answered by the same run as clm_step.
 BENCHMARKS = {
     "grouping": "preprocessing",
@@ -16,6 +18,8 @@ BENCHMARKS = {
     "clm_limit": "causal",
     "eval_memory": "running",
     "startup": "running",
+    "graphs": "running",
+    "syncs": "running",
     "weak_scaling": "running",
 }
 
@@ -30,6 +34,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}: there are {', '.join(BENCHMARKS)}")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    choose_card(["--use_cpu"])
     for name in names:
         getattr(importlib.import_module(f"benchmarks.{BENCHMARKS[name]}"), name)()
 

@@ -20,7 +20,7 @@ TINY = "n_embd=64,n_layer=2,n_head=2,n_positions=512"
 def _prepare(folder: str) -> list[str]:
     """A text file and a tokenizer in `folder`; the flags that name them."""
     make_tokenizer().save_pretrained(f"{folder}/tokenizer")
-    Path(folder, "text.txt").write_text("\n".join(paragraphs()))
+    Path(folder, "text.txt").write_text("\n".join(paragraphs() * 2))
     file = f"{folder}/text.txt"
     return ["--tokenizer_name", f"{folder}/tokenizer", "--train_file", file, "--validation_file", file]
 
@@ -136,3 +136,46 @@ def weak_scaling(rounds: int = 3, steps: int = 6, warmup: int = 2) -> None:
         "two_ranks_tokens_per_second_each": sorted(speeds[2])[rounds // 2],
     }
     write_report("weak_scaling", ratio, ">= 0.9", ratio >= 0.9, figures)
+
+
+def _documented(folder: str) -> dict[str, dict]:
+    """Run every single-card command of the README on a simulated card; their figures, by the name of the file."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from hub.server import Hub
+    from hub.stand_ins import GATED, MOVED, write_stand_ins
+
+    write_stand_ins(Path(folder, "stand-ins"))
+    text = "\n".join(paragraphs())
+    for name in ("train", "validation"):
+        Path(folder, f"{name}.txt").write_text(text)
+    scripts = {"clm": "run_clm.py", "mlm": "run_mlm.py", "lora": "run_lora_clm.py"}
+    found = {}
+    with Hub(Path(folder, "stand-ins"), moved=dict(MOVED), gated={GATED}, tokens=set()) as hub:
+        environment = hub.environment(Path(folder, "home")) | {"GAUDI_SIMULATOR": "1", "OMP_NUM_THREADS": "1"}
+        for file in sorted((ROOT / "configs").glob("*.json")):
+            settings = json.loads(file.read_text())
+            if re.search(r"\d_cards", file.stem) or "n_layer=48" in settings.get("config_overrides", ""):
+                continue
+            command = [sys.executable, scripts[file.stem.split("_")[0]], f"configs/{file.name}"]
+            command += ["--output_dir", f"{folder}/{file.stem}"]
+            if "train_file" in settings:
+                command += ["--train_file", f"{folder}/train.txt", "--validation_file", f"{folder}/validation.txt"]
+            _run(command, environment)
+            found[file.stem] = json.loads(Path(folder, file.stem, "all_results.json").read_text())
+    return found
+
+
+def graphs() -> None:
+    """Graphs compiled after warm-up on a simulated card, over the documented commands; the same runs answer syncs."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = _documented(folder)
+    compiled = {name: results["graph_compilations_after_warmup"] for name, results in found.items()}
+    note = "Multi-card commands differ from these in the number of ranks only, and are left out."
+    write_report("graphs", sum(compiled.values()), "0", not any(compiled.values()), compiled, note)
+    waits = {name: results.get("host_syncs_per_step", 0.0) for name, results in found.items()}
+    write_report("syncs", max(waits.values()), "0", not any(waits.values()), waits, note)
+
+
+def syncs() -> None:
+    """How often the host waits for the simulated card in a training step between log lines: `graphs` measures it."""
+    graphs()

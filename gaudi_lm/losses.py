@@ -140,6 +140,8 @@ def install_token_loss(
         [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *listed, extra]
     )
     base.forward = MethodType(forward, base)
+    # It reads the input ids back from the card in every step, to warn once of what our collators never do.
+    base.base_model.warn_if_padding_and_no_attention_mask = _no_warning
 
     if reason:
         return f"Loss of {objective} language modelling from the full logits: {reason}"
@@ -178,6 +180,10 @@ def _run_without_head(model, run, kwargs, labels, entry, rows):
             if forward is not None:
                 module.forward = forward
     return outputs, captured[0], labels
+
+
+def _no_warning(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    pass
 
 
 def _logit_transform(model) -> tuple[float, float | None]:

@@ -66,7 +66,6 @@ CAUSAL = {
         "num_experts_per_tok": 1,
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32,
-        "output_router_logits": True,
     },
     "qwen3": {**_LLAMA_LIKE, "head_dim": 8},
     "smollm3": _LLAMA_LIKE,
