@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pyarrow.compute as pc
@@ -12,9 +13,11 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .runtime import UserError
 
+PADDING_ROW = "padding_row"
+
 
 class TrainingRows(torch.utils.data.Dataset):
-    """Rows as numpy arrays, asked for by numbers ``epoch * len + row``.
+    """Rows as numpy arrays, asked for by numbers ``epoch * len + row``; a complement, ``~number``, completes a batch.
 
     Each row carries that number as ``draw``: a collator that draws at random seeds itself from it, so that the draw is
     new in each epoch and the same after a resume, in any number of worker processes.
@@ -27,19 +30,36 @@ class TrainingRows(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitems__(self, numbers: list[int]) -> list[dict]:
-        columns = self.dataset[[number % len(self.dataset) for number in numbers]]
-        return [
+        own = [number if number >= 0 else ~number for number in numbers]
+        columns = self.dataset[[number % len(self.dataset) for number in own]]
+        rows = [
             {**{name: column[place] for name, column in columns.items()}, "draw": number}
-            for place, number in enumerate(numbers)
+            for place, number in enumerate(own)
         ]
+        for row, number in zip(rows, numbers, strict=True):
+            if number < 0:
+                row[PADDING_ROW] = True
+        return rows
+
+
+def silence_padding_rows(collator: Callable[[list[dict]], dict]) -> Callable[[list[dict]], dict]:
+    """A collator that gives rows which only complete a batch the labels -100, so that they add nothing to any sum."""
+    return partial(_collate_silenced, collator)
+
+
+def _collate_silenced(collator: Callable[[list[dict]], dict], rows: list[dict]) -> dict:
+    completing = torch.tensor([row.pop(PADDING_ROW, False) for row in rows])
+    batch = collator(rows)
+    batch["labels"][completing] = -100
+    return batch
 
 
 class TrainingBatches:
     """Batches of one rank: a new permutation each epoch, every batch full.
 
     Batch k of an epoch belongs to rank ``k % world_size``, so that n ranks take in one step the rows that one rank
-    with n times the batch takes. The last step is completed with the first rows of the epoch's permutation, or left
-    out with ``drop_last``.
+    with n times the batch takes. The last step is completed with the first rows of the epoch's permutation, which come
+    as complements and are not trained on again, or left out with ``drop_last``.
 
     Raises:
         UserError: ``drop_last`` leaves nothing.
@@ -88,6 +108,7 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.resize(self._order(), self.steps * self.batch_size * self.world_size) + self.epoch * self.rows
+        order[self.rows :] = ~order[self.rows :]
         for step in range(self.steps):
             start = (step * self.world_size + self.rank) * self.batch_size
             yield order[start : start + self.batch_size].tolist()

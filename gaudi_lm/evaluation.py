@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-PADDING_ROW = "padding_row"
+from .batches import PADDING_ROW, silence_padding_rows
+
 WINDOW = 32  # batches between two transfers of the sums to the host
 
 
@@ -68,13 +69,8 @@ def evaluation_loader(
 ) -> DataLoader:
     """Batches of the rows of this rank; ``labels`` of completing rows are -100."""
 
-    def collate(rows: list[dict]) -> dict:
-        completing = torch.tensor([row.pop(PADDING_ROW, False) for row in rows])
-        batch = collator(rows)
-        batch["labels"][completing] = -100
-        return batch
-
-    return DataLoader(EvaluationRows(dataset, batch_size, rank, world_size), batch_size=batch_size, collate_fn=collate)
+    rows = EvaluationRows(dataset, batch_size, rank, world_size)
+    return DataLoader(rows, batch_size=batch_size, collate_fn=silence_padding_rows(collator))
 
 
 class TokenSums:

@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zer
 from transformers.trainer_utils import SaveStrategy
 
 from .arguments import TrainingArguments
-from .batches import TrainingBatches, TrainingRows, count_tokens
+from .batches import TrainingBatches, TrainingRows, count_tokens, silence_padding_rows
 from .cpu_ranks import average_gradients
 from .device_metrics import DeviceMetrics
 from .evaluation import TokenSums, evaluation_loader
@@ -71,6 +71,7 @@ class LMTrainer(GaudiTrainer):
             drop_last=args.dataloader_drop_last,
             group_by_length=args.group_by_length,
         )
+        options["collate_fn"] = silence_padding_rows(self.data_collator)
         loader = DataLoader(TrainingRows(self.train_dataset), batch_sampler=sampler, **options)
         loader.set_epoch = sampler.set_epoch
         return loader
@@ -151,9 +152,9 @@ class LMTrainer(GaudiTrainer):
     def _throughput_figures(self, throughput: Throughput, prefix: str) -> dict[str, float]:
         throughput.pause()
         own = [throughput.samples, throughput.tokens, throughput.positions, throughput.seconds, throughput.steps]
-        ranks = torch.tensor(own, dtype=torch.float32, device=self.args.device)
+        ranks = torch.tensor(own, dtype=torch.float32)
         if self.args.world_size > 1:
-            ranks = self.accelerator.gather(ranks)
+            ranks = self.accelerator.gather(ranks.to(self.args.device))
         ranks = ranks.reshape(-1, len(own)).cpu().double()
         samples, tokens, positions = ranks[:, :3].sum(0).tolist()
         seconds, steps = ranks[:, 3].max().item(), int(ranks[0, 4])

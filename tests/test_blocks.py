@@ -93,15 +93,19 @@ def test_ranks_share_the_batches_of_one(rows, batch, world, epoch):
         sampler.set_epoch(epoch)
     steps = [sum(step, []) for step in zip(*ranks, strict=True)]
     assert steps == list(one)
-    seen = [number % rows for step in steps for number in step]
-    assert set(seen) == set(range(rows)) and len(seen) == len(one) * batch * world
-    assert {number // rows for step in steps for number in step} == {epoch}
+    numbers = [number for step in steps for number in step]
+    assert sorted(number for number in numbers if number >= 0) == list(range(epoch * rows, (epoch + 1) * rows))
+    # What completes the last step is marked by its sign, and repeats the epoch's first rows.
+    completing = [~number for number in numbers if number < 0]
+    assert numbers[rows:] == [~number for number in completing] and len(completing) < batch * world
+    assert completing == np.resize(numbers[:rows], len(completing)).tolist()
 
 
 def test_rows_carry_their_draw():
     data = Dataset.from_dict({"input_ids": [[1, 2], [3, 4], [5, 6]]})
     rows = TrainingRows(data).__getitems__([4, 2])
     assert [(row["draw"], row["input_ids"].tolist()) for row in rows] == [(4, [3, 4]), (2, [5, 6])]
+    assert [PADDING_ROW in row for row in TrainingRows(data).__getitems__([0, ~0])] == [False, True]
 
 
 @given(rows=st.integers(1, 30), batch=st.integers(1, 5), world=st.integers(1, 4), sized=st.booleans())
