@@ -86,7 +86,7 @@ def start_host(name: str, address: str, folder: Path) -> SimulatedHost:
 
 
 @contextlib.contextmanager
-def two_hosts(folder: Path) -> Iterator[tuple[SimulatedHost, SimulatedHost]]:
+def two_hosts(folder: Path, sshd_lines: str = "") -> Iterator[tuple[SimulatedHost, SimulatedHost]]:
     """``hosta`` and ``hostb``, each able to log in to the other; gone at the end."""
     require_programs()
     names = {"hosta": "10.77.0.1", "hostb": "10.77.0.2"}
@@ -101,7 +101,7 @@ def two_hosts(folder: Path) -> Iterator[tuple[SimulatedHost, SimulatedHost]]:
     shutil.copy(folder / "key.pub", folder / "authorized_keys")
     (folder / "sshd_config").write_text(
         f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\n"
-        "PermitRootLogin prohibit-password\nMaxStartups 100\nPidFile none\n"
+        "PermitRootLogin prohibit-password\nMaxStartups 100\nPidFile none\n" + sshd_lines
     )
     Path("/run/sshd").mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:

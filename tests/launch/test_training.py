@@ -12,9 +12,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
 def flags(assets, output, batch: int, *more: str) -> list[str]:
     """Twelve steps of a small GPT-2 from scratch, in fp32 and without dropout; the ranks' batches make 8."""
     text = (
-        f"--model_type gpt2 --tokenizer_name {assets.tokenizer} --config_overrides {SMALL} --train_file {assets.train} "
-        f"--output_dir {output} --per_device_train_batch_size {batch} --block_size 64 --logging_steps 1 --max_steps 12 "
-        "--learning_rate 1e-3 --do_train --save_strategy no"
+        f"--model_type gpt2 --tokenizer_name {assets.tokenizer} --config_overrides {SMALL} "
+        f"--train_file {assets.train} --output_dir {output} --per_device_train_batch_size {batch} --block_size 64 "
+        "--logging_steps 1 --max_steps 12 --learning_rate 1e-3 --do_train --save_strategy no"
     )
     return [*text.split(), *more]
 

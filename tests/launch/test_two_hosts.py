@@ -1,0 +1,188 @@
+"""Two hosts on one machine, joined by a cable, an sshd in each: DeepSpeed and MPI jobs across both."""
+
+import os
+import signal
+import time
+
+import pytest
+from running import environment, losses
+
+from launch.hosts import two_hosts
+from launch.spawning import HOSTILE, RANKS, ROOT, Launch, dumped, last_line, spawn
+from launch.test_training import flags
+
+DUMP, ACT = str(RANKS / "dump.py"), str(RANKS / "act.py")
+ENGINES = {"mpi": "--use_mpi", "deepspeed": "--use_deepspeed"}
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    with two_hosts(tmp_path_factory.mktemp("hosts") / "etc") as both:
+        yield both
+
+
+@pytest.fixture
+def hostfile(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# rehearsal\nhosta slots=2\nroot@hostb slots=2\r\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_arguments_and_environment_arrive(engine, hosts, hostfile, tmp_path):
+    environ = {
+        "PT_X": "it's\n$HOME; `id`",
+        "HCCL_X": "1",
+        "HF_TOKEN": "s3cr3t",
+        "HF_HOME": "/h",
+        "MY_KEY": "n4m3d",
+        "MY_LEFT_OUT": "1",
+        "PYTHONPATH": "/a b",
+        "OMP_NUM_THREADS": "3",
+        "GAUDI_SIMULATOR": "2",
+    }
+    options = [
+        "--hostfile",
+        hostfile,
+        "--log_dir",
+        str(tmp_path / "logs"),
+        "--env",
+        "MY_KEY",
+        "--env",
+        "MY_TEXT= a=b ",
+    ]
+    options += ["--env", "MY_TEXT= a=b "]
+    job = Launch(ENGINES[engine], *options, DUMP, *HOSTILE, environ=environ, inside=hosts[0].inside())
+    commands = []
+    while job.process.poll() is None:
+        commands += [line for line in job._survivors() if "s3cr3t" in line or "n4m3d" in line]
+    done = job.finish()
+    assert done.returncode == 0, done.stderr
+    assert not commands, "a secret on a command line"
+    assert "s3cr3t" not in done.stderr and "n4m3d" not in done.stderr
+    assert "s3cr3t" not in (tmp_path / "logs/engine.log").read_text()
+    got = [dumped((tmp_path / f"logs/rank{rank}.log").read_text()) for rank in range(4)]
+    assert [one["host"] for one in got] == ["hosta", "hosta", "hostb", "hostb"]
+    assert all(one["arguments"] == [os.fsencode(word) for word in HOSTILE] for one in got)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    places = [tuple(int(one["environment"][name]) for name in names) for one in got]
+    assert places == [(0, 0, 4, 2), (1, 1, 4, 2), (2, 0, 4, 2), (3, 1, 4, 2)]
+    for name in ("PT_X", "HCCL_X", "HF_HOME", "MY_KEY", "OMP_NUM_THREADS", "GAUDI_SIMULATOR"):
+        assert [one["environment"][name] for one in got] == [environ[name]] * 4
+    assert [one["environment"]["MY_TEXT"] for one in got] == [" a=b "] * 4
+    assert [one["environment"]["MASTER_ADDR"] for one in got] == [hosts[0].address] * 4
+    assert all(one["environment"]["PYTHONPATH"].startswith("/a b:") for one in got)
+    for one in got[2:]:
+        assert not {"HF_TOKEN", "MY_LEFT_OUT"} & one["environment"].keys()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_addresses_of_version_6_and_unequal_hosts(engine, hosts, tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text(f"[{hosts[1].address6}] slots=1\n{hosts[0].address6} slots=2\n")
+    options = ["--hostfile", str(path), "--world_size", "3", "--log_dir", str(tmp_path)]
+    done = spawn(ENGINES[engine], *options, DUMP, inside=hosts[0].inside())
+    assert done.returncode == 0, done.stderr
+    got = [dumped((tmp_path / f"rank{rank}.log").read_text()) for rank in range(3)]
+    assert [one["host"] for one in got] == ["hostb", "hosta", "hosta"]
+    assert [one["environment"]["LOCAL_RANK"] for one in got] == ["0", "0", "1"]
+    assert {one["environment"]["MASTER_ADDR"] for one in got} == {hosts[1].address6}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_failing_rank_on_the_other_host(engine, hosts, hostfile):
+    done = spawn(ENGINES[engine], "--hostfile", hostfile, ACT, "-1", "exit7", inside=hosts[0].inside())
+    assert done.returncode == 7
+    assert last_line(done).startswith("gaudi_spawn: error: rank 3 on host hostb failed with exit status 7")
+    assert "rank 3 is here" in done.stderr
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_signals_reach_the_other_host(engine, name, hosts, hostfile, tmp_path):
+    options = ["--hostfile", hostfile, "--grace", "2", "--log_dir", str(tmp_path)]
+    job = Launch(ENGINES[engine], *options, ACT, "0", "wait", inside=["env", *hosts[0].inside()])
+    log = tmp_path / "rank3.log"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "is here" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.process.send_signal(signal.Signals[name])
+    done = job.finish()
+    assert job.survivors(7.0) == []
+    assert done.returncode == (143 if name == "SIGTERM" else -9)
+    assert ("rank 3 got SIGTERM" in log.read_text()) == (name == "SIGTERM")
+
+
+@pytest.mark.parametrize("event", ["cable", "sshd"])
+def test_a_lost_host_ends_its_jobs_with_its_name(event, tmp_path):
+    with two_hosts(tmp_path / "etc") as hosts:
+        (tmp_path / "hosts").write_text("hosta slots=2\nhostb slots=2\n")
+        options = ["--hostfile", str(tmp_path / "hosts"), "--grace", "2"]
+        jobs = [Launch(name, *options, ACT, "0", "wait", inside=hosts[0].inside()) for name in ENGINES.values()]
+        for job in jobs:
+            job.wait_for(b"rank 0 is here")
+        if event == "cable":
+            hosts[1].cable("down")
+        else:
+            hosts[1].stop_sshd()
+        for job in jobs:
+            done = job.finish(60)
+            assert done.returncode not in (0, None)
+            assert "host hostb" in last_line(done)
+            # The other host, alone, gives the launcher up as well.
+            assert job.survivors(60.0) == []
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_unreachable_host_is_named_at_once(engine, hosts, tmp_path):
+    (tmp_path / "hosts").write_text("hosta slots=2\nhostb slots=2\nhostc slots=2\n")
+    done = spawn(ENGINES[engine], "--hostfile", str(tmp_path / "hosts"), DUMP, inside=hosts[0].inside())
+    assert done.returncode == 1
+    assert last_line(done).startswith("gaudi_spawn: error: host hostc: ")
+    assert "command: " not in done.stderr
+
+
+def test_a_missing_folder_on_the_other_host_is_named(hosts, hostfile, tmp_path):
+    here = tmp_path / "only_here"
+    here.mkdir()
+    (here / "my.py").write_text("print('hello')\n")
+    hosts[1].run("mount", "-t", "tmpfs", "none", str(here))
+    done = spawn("--use_mpi", "--hostfile", hostfile, str(here / "my.py"), inside=hosts[0].inside())
+    assert done.returncode == 1
+    assert last_line(done) == f"gaudi_spawn: error: host hostb: {here / 'my.py'}: no such file"
+
+
+def test_a_setting_that_differs_is_an_error(tmp_path):
+    with two_hosts(tmp_path / "etc", sshd_lines="SetEnv PT_HPU_OTHER=1\n") as hosts:
+        (tmp_path / "hosts").write_text("hosta slots=1\nhostb slots=1\n")
+        options = ["--hostfile", str(tmp_path / "hosts"), "--use_deepspeed"]
+        done = spawn(*options, DUMP, inside=hosts[0].inside())
+        assert done.returncode == 1
+        assert "PT_HPU_OTHER: rank 1 on host hostb has another value than rank 0" in last_line(done)
+        assert done.stdout == ""
+        done = spawn(*options, "--env", "PT_HPU_OTHER=2", DUMP, inside=hosts[0].inside())
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def one_rank(assets, tmp_path_factory):
+    """Losses of one simulated card with the whole batch."""
+    output = tmp_path_factory.mktemp("one")
+    done = spawn(str(ROOT / "run_clm.py"), *flags(assets, output, 8, "--use_habana"), environ=simulated(1))
+    assert done.returncode == 0, done.stderr
+    return losses(output)
+
+
+def simulated(cards: int) -> dict[str, str]:
+    return environment(GAUDI_SIMULATOR=str(cards))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_training_across_both(engine, hosts, hostfile, assets, one_rank, tmp_path):
+    script = [str(ROOT / "run_clm.py"), *flags(assets, tmp_path / "out", 2, "--use_habana")]
+    options = ["--hostfile", hostfile, "--world_size", "4", ENGINES[engine], "--log_dir", str(tmp_path / "logs")]
+    done = spawn(*options, *script, environ=simulated(2), inside=hosts[0].inside())
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "out") == pytest.approx(one_rank, abs=1e-5)
