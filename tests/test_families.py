@@ -46,10 +46,13 @@ STEPS, HALF = 8, 4
 
 
 def write_inputs(folder: Path) -> None:
-    """Text files, a tokenizer for each script, and a tiny configuration of each family."""
+    """Text files, a tokenizer for each script, and a tiny configuration of each family.
+
+    The vocabulary is left at the family's own: the scripts fit it to the tokenizer.
+    """
     from pydoc_data.topics import topics
 
-    from hub.stand_ins import VOCABULARY, masked_tokenizer, train_byte_level
+    from hub.stand_ins import masked_tokenizer, train_byte_level
     from tiny_models import CAUSAL, MASKED
     from transformers import AutoConfig, GPT2TokenizerFast
 
@@ -61,7 +64,7 @@ def write_inputs(folder: Path) -> None:
     for families in FAMILIES.values():
         for model_type in families.values():
             settings = CAUSAL.get(model_type) or MASKED[model_type]
-            AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **settings).save_pretrained(folder / model_type)
+            AutoConfig.for_model(model_type, **settings).save_pretrained(folder / model_type)
 
 
 def flags(script: str, model_type: str, folder: Path, output_dir: Path) -> list[str]:

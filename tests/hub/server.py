@@ -140,10 +140,15 @@ class Hub:
         BoundHandler.hub = hub
         self._revisions: dict[tuple[str, str, str], Revision] = {}
         self._lock = threading.Lock()
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            # Sixteen ranks ask at once, each over several connections.
+            request_queue_size = 256
+
         # A socket stays in the namespace of the thread that made it.
         with ThreadPoolExecutor(1, initializer=enter_network, initargs=(self.namespace,)) as thread:
-            self._server = thread.submit(ThreadingHTTPServer, (self.address, 0), BoundHandler).result()
-        self._server.daemon_threads = True
+            self._server = thread.submit(Server, (self.address, 0), BoundHandler).result()
 
     def __enter__(self) -> "Hub":
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -165,7 +170,9 @@ class Hub:
         }
         proxies = dict.fromkeys(["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"], self.url)
         direct = dict.fromkeys(["NO_PROXY", "no_proxy"], f"{self.address},localhost")
-        return inherited | proxies | direct | {"HF_ENDPOINT": self.url, "HF_HOME": str(home)}
+        # Many ranks on few processors are slow to read an answer; the clients give up after 10 s by default.
+        patience = {"HF_HUB_ETAG_TIMEOUT": "120", "HF_HUB_DOWNLOAD_TIMEOUT": "120"}
+        return inherited | proxies | direct | patience | {"HF_ENDPOINT": self.url, "HF_HOME": str(home)}
 
     @property
     def escapes(self) -> list[str]:
