@@ -135,7 +135,7 @@ def _load_files(data_args: DataArguments, model_args: ModelArguments) -> Dataset
         return load_dataset(
             kind, data_files=files, cache_dir=model_args.cache_dir, streaming=data_args.streaming, **options
         )
-    except (DatasetGenerationError, pa.ArrowInvalid, UnicodeDecodeError, ValueError) as error:
+    except (DatasetGenerationError, pa.ArrowInvalid, UnicodeDecodeError, ValueError, TypeError) as error:
         raise _unreadable(files, kind, error) from error
 
 
@@ -249,9 +249,11 @@ def text_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
     if features is not None:
         feature = features[column]
         if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "null")):
-            kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
+            values = ((row, value) for row, value in enumerate(dataset.take(100_000)[column], 1) if value is not None)
+            row, value = next(((row, value) for row, value in values if not isinstance(value, str)), (1, None))
             raise UserError(
-                f"column {column!r}, row 1: {kind}, not text; --text_column_name takes one of {', '.join(columns)}"
+                f"column {column!r}, row {row}: {type(value).__name__}, not text; "
+                f"--text_column_name takes one of {', '.join(columns)}"
             )
     return column
 

@@ -1,0 +1,89 @@
+"""Every flag: accepted, with the default that users know, explained, and read by something."""
+
+import argparse
+import ast
+import dataclasses
+import importlib
+import sys
+
+import pytest
+from running import ROOT, documented_flags, help_flags, run
+
+SCRIPTS = ("run_clm.py", "run_mlm.py", "run_lora_clm.py")
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def parser(request, monkeypatch_module) -> tuple[str, argparse.ArgumentParser]:
+    """A script's name and its parser, caught where its main function makes it."""
+    monkeypatch_module.setattr(sys, "argv", [request.param])
+    monkeypatch_module.syspath_prepend(str(ROOT))
+    script = importlib.import_module(request.param.removesuffix(".py"))
+    caught: list = []
+
+    def catch(argv, *types):
+        from gaudi_lm.arguments import build_parser
+
+        caught.append((build_parser(*types), types))
+        raise SystemExit
+
+    monkeypatch_module.setattr(script, "parse", catch)
+    with pytest.raises(SystemExit):
+        script.main([])
+    built, types = caught[0]
+    built.types = types
+    return request.param, built
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def test_defaults_are_those_that_users_know(parser):
+    script, built = parser
+    # A flag that is on by default has a second action, --no_..., of the same destination.
+    actions = {option.removeprefix("--"): action for action in built._actions for option in action.option_strings}
+    for flag, default in documented_flags(script.removesuffix(".py")).items():
+        assert flag in actions, f"{script} lacks --{flag}"
+        assert str(actions[flag].default) == default, flag
+    for flag in ("low_cpu_mem_usage", "eval_strategy", "streaming"):
+        assert flag in actions
+
+
+def test_every_flag_is_explained(parser):
+    _, built = parser
+    for action in built._actions:
+        assert action.help and len(action.help.split()) >= 2, action.option_strings
+
+
+def test_every_flag_of_ours_is_read(parser):
+    """A flag that no line of code reads would be ignored in silence."""
+    from optimum.habana import GaudiTrainingArguments
+
+    _, built = parser
+    upstream = {field.name for field in dataclasses.fields(GaudiTrainingArguments)}
+    read = set()
+    for file in [*ROOT.glob("gaudi_lm/*.py"), *ROOT.glob("run_*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+            # Flags that are read by a computed name stand in the code as words.
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                read.update(word.removeprefix("--") for word in node.value.split())
+    for kind in built.types:
+        for field in dataclasses.fields(kind):
+            if field.name not in upstream:
+                assert field.name in read, f"nothing reads --{field.name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [*SCRIPTS, "gaudi_spawn.py"])
+def test_help_on_any_host(script, tmp_path):
+    result = run(ROOT / script, "--help", cwd=tmp_path)
+    assert result.stderr == ""
+    flags = help_flags(result.stdout)
+    if script != "gaudi_spawn.py":
+        assert {f"--{flag}" for flag in documented_flags(script.removesuffix(".py"))} <= flags
+    else:
+        assert {"--world_size", "--use_mpi", "--use_deepspeed", "--hostfile", "--master_port"} <= flags

@@ -1,0 +1,134 @@
+"""Figures against their definitions."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from running import ROOT
+
+from gaudi_lm.batches import count_tokens
+from gaudi_lm.evaluation import TokenSums
+from gaudi_lm.metrics import Throughput, TokenMetrics, save_loss_curve
+
+
+@given(
+    seed=st.integers(0, 1000),
+    ranks=st.integers(1, 3),
+    batches=st.integers(1, 70),
+    ignored=st.floats(0, 0.9),
+)
+def test_sums_equal_the_full_logits(seed, ranks, batches, ignored):
+    """Loss, perplexity and accuracy from sums over batches and ranks, against all logits at once."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(ranks, batches, 6, 11, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 11, (ranks, batches, 6), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < ignored] = -100
+    labels[0, 0, 0] = 3
+    parts = []
+    for rank in range(ranks):
+        sums = TokenSums()
+        for batch in range(batches):
+            own, target = logits[rank, batch], labels[rank, batch]
+            loss = torch.nn.functional.cross_entropy(own, target, reduction="sum", ignore_index=-100)
+            sums.add(loss, (own.argmax(-1) == target).sum(), (target != -100).sum())
+        parts.append(sums.over_ranks(lambda tensor: tensor, torch.device("cpu")))
+    rows = {name: [part[name][0] for part in parts] for name in parts[0]}
+    result = TokenMetrics(keep_in_memory=True, experiment_id="test").compute(**rows)
+    flat, targets = logits.reshape(-1, 11), labels.reshape(-1)
+    loss = torch.nn.functional.cross_entropy(flat, targets, ignore_index=-100).item()
+    kept = targets != -100
+    assert result["loss"] == pytest.approx(loss, rel=1e-6)
+    assert result["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert result["accuracy"] == pytest.approx((flat.argmax(-1) == targets)[kept].double().mean().item())
+    assert sum(rows["count"]) == int(kept.sum())
+
+
+def test_counts_beyond_float32_are_exact():
+    sums = TokenSums()
+    sums.windows = [(1.0, 123_456_789_012, 223_456_789_013)]
+    parts = sums.over_ranks(lambda tensor: torch.cat([tensor, tensor]), torch.device("cpu"))
+    assert parts["correct"] == [123_456_789_012] * 2 and parts["count"] == [223_456_789_013] * 2
+
+
+def test_no_label_gives_no_number():
+    result = TokenMetrics(keep_in_memory=True, experiment_id="none").compute(loss_sum=[0.0], correct=[0], count=[0])
+    assert all(math.isnan(value) for value in result.values())
+
+
+def test_throughput_leaves_out_warm_up_and_pauses(monkeypatch):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("gaudi_lm.metrics.time.perf_counter", lambda: float(next(clock)))
+    waits = []
+    throughput = Throughput(2, lambda: waits.append(1))
+    for step in range(6):
+        throughput.begin_step()
+        throughput.end_step(samples=4, tokens=30, positions=40)
+        if step == 3:
+            throughput.pause()
+            throughput.pause()  # evaluation and saving after one step: the second changes nothing
+    throughput.pause()
+    # The clock moves 10 s a reading: two stretches, one from step 2 to the pause, one after it.
+    assert (throughput.steps, throughput.samples, throughput.tokens, throughput.positions) == (4, 16, 120, 160)
+    assert throughput.seconds == 20 and len(waits) == 4
+
+
+def test_all_warm_up_counts_nothing():
+    throughput = Throughput(5, lambda: None)
+    for _ in range(5):
+        throughput.begin_step()
+        throughput.end_step(1, 1, 1)
+    throughput.pause()
+    assert throughput.steps == 0 and throughput.seconds == 0 and throughput.steps_seen == 5
+
+
+def test_tokens_of_a_batch():
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    assert count_tokens({"input_ids": ids}) == (2, 6, 6)
+    assert count_tokens({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}) == (2, 3, 6)
+    blocks = torch.stack([torch.eye(3), torch.diag(torch.tensor([1.0, 0.0, 0.0]))]).bool()
+    assert count_tokens({"input_ids": ids, "attention_mask": blocks}) == (2, 4, 6)
+
+
+def test_the_loss_curve_shows_what_was_logged(tmp_path):
+    from matplotlib.image import imread
+
+    path = tmp_path / "curve.png"
+    history = [{"step": step, "loss": 5 - step / 10} for step in range(1, 30)] + [{"step": 29, "eval_loss": 2.5}]
+    assert save_loss_curve(history, path)
+    colours = {tuple(colour) for colour in (imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3).tolist()}
+    assert (31, 119, 180) in colours and (255, 127, 14) in colours, "a line for training, a mark for evaluation"
+    assert not save_loss_curve([{"step": 1, "learning_rate": 1}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.slow
+def test_requirements_leave_habanas_builds_alone(tmp_path):
+    """With torch, torchvision and DeepSpeed installed as SynapseAI does, requirements.txt replaces none of them."""
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    site = next((tmp_path / "venv" / "lib").glob("python3*")) / "site-packages"
+    habana = {
+        "torch": "2.9.0+hpu.1.23.0",
+        "torchvision": "0.24.0a0+b919bd0",
+        "deepspeed": "0.18.2+hpu.synapse.v1.23.0",
+    }
+    for name, version in habana.items():
+        folder = site / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (folder / "INSTALLER").write_text("pip\n")
+        (folder / "RECORD").write_text("")
+    plan = tmp_path / "plan.json"
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--dry-run", "--report", plan, "-r", ROOT / "requirements.txt"],
+        check=True, timeout=600,
+    )  # fmt: skip
+    names = {item["metadata"]["name"].lower() for item in json.loads(plan.read_text())["install"]}
+    assert "optimum-habana" in names or "optimum_habana" in names
+    assert not names & {*habana, "torchaudio", "habana-torch-plugin", "habana_torch_plugin"}
+    assert not {name for name in names if name.startswith("nvidia")}
