@@ -27,7 +27,7 @@ class DeviceMetrics(TrainerCallback):
     - *housekeeping* ends with `on_log`, `on_save` or `on_evaluate`.
 
     Warm-up is the first `warmup_steps` training steps, the first `warmup_steps` evaluation steps, and the first
-    housekeeping of each kind. The lazy graph is closed after housekeeping: without that, the arithmetic of a log line
+    housekeeping of each kind, a log line of other figures being another kind. The lazy graph is closed after housekeeping: without that, the arithmetic of a log line
     becomes part of the next step's graph, which is then compiled anew.
     """
 
@@ -50,7 +50,7 @@ class DeviceMetrics(TrainerCallback):
         - `graph_compilations_after_warmup`: those of them after warm-up, see above;
         - `host_syncs_per_step`: how often, in a training step after warm-up, the host waited for the card (`item`, a
           copy to the host, an operation whose result has a shape that depends on values, `synchronize`): mean over
-          those steps; housekeeping, which waits to log, is not counted;
+          those steps without the first, where the clock is started; housekeeping, which waits to log, is not counted;
         - `peak_device_memory_gb`: in units of 2^30 bytes.
 
         Empty without a card.
@@ -81,9 +81,8 @@ class DeviceMetrics(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._training_steps += 1
-        counts = self._training_steps > self.warmup_steps
-        syncs = self._attribute(f"training step {state.global_step}", counts)
-        if counts:
+        syncs = self._attribute(f"training step {state.global_step}", self._training_steps > self.warmup_steps)
+        if self._training_steps > self.warmup_steps + 1:
             self._counted_steps += 1
             self._counted_syncs += syncs
 
@@ -91,8 +90,8 @@ class DeviceMetrics(TrainerCallback):
         self._evaluation_steps += 1
         self._attribute(f"evaluation step {self._evaluation_steps}", self._evaluation_steps > self.warmup_steps)
 
-    def on_log(self, args, state, control, **kwargs):
-        self._keep_house("log")
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self._keep_house(f"log of {', '.join(sorted(logs or ()))}")
 
     def on_save(self, args, state, control, **kwargs):
         self._keep_house("save")

@@ -184,8 +184,8 @@ class Run:
         self.state.global_step += 1
         self.event("step_end")
 
-    def event(self, name: str) -> None:
-        getattr(self.metrics, f"on_{name}")(None, self.state, None)
+    def event(self, name: str, **details) -> None:
+        getattr(self.metrics, f"on_{name}")(None, self.state, None, **details)
 
 
 def test_device_metrics_count_after_warmup():
@@ -203,15 +203,21 @@ def test_device_metrics_count_after_warmup():
 
 def test_device_metrics_keep_logging_apart():
     run = Run(2)
-    for step in range(6):
+    for step in range(7):
         run.step(31, wait=step % 2 == 1)
         if step % 2 == 1:  # what a trainer does for a log line
             (torch.ones(3, 5, device="hpu").mean() * 2).item()
             torch.ones(2, 9, device="hpu") * 2
-            run.event("log")
+            run.event("log", logs={"loss": 1.0})
     figures = run.metrics.figures()
     assert figures["graph_compilations_after_warmup"] == 0
-    assert figures["host_syncs_per_step"] == 0.5
+    assert figures["host_syncs_per_step"] == 0.5, "steps 4 to 7, two of which wait"
+    (torch.ones(3, 6, device="hpu").mean() * 2).item()
+    run.event("log", logs={"eval_loss": 1.0})
+    assert run.metrics.figures()["graph_compilations_after_warmup"] == 0, "another log line"
+    (torch.ones(3, 7, device="hpu").mean() * 2).item()
+    run.event("log", logs={"eval_loss": 1.0})
+    assert run.metrics.figures()["graph_compilations_after_warmup"] == 1
 
 
 def test_device_metrics_watch_evaluation():
