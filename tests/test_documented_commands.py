@@ -76,7 +76,7 @@ def test_readme_lists_every_configuration_file():
 
 
 PARSE = """
-import importlib, json, sys
+import importlib, json, re, sys
 arguments = json.loads(sys.stdin.read())
 sys.argv[1:] = ["--use_habana"]
 found = []
@@ -89,9 +89,10 @@ for script, file, flags in arguments:
         pass
 
     def capture(argv, *types):
-        # The default of logging_dir holds the time.
+        # The default of logging_dir holds the time, and some objects are shown by their address.
         parts = [vars(part) for part in parse(argv, *types)]
-        pair.append([{k: repr(v) for k, v in part.items() if k != "logging_dir"} for part in parts])
+        shown = [{k: re.sub("0x[0-9a-f]+", "", repr(v)) for k, v in p.items() if k != "logging_dir"} for p in parts]
+        pair.append(shown)
         raise Parsed
 
     module.parse = capture
