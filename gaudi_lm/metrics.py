@@ -52,7 +52,7 @@ class Throughput:
 
     Args:
         warmup_steps: optimizer steps at the start of this process that do not count.
-        synchronise: waits until the card has done its work; called only where the clock starts or stops.
+        synchronise: waits until the card has done its work; called at the end of warm-up and where the clock stops.
     """
 
     def __init__(self, warmup_steps: int, synchronise: Callable[[], None]):
@@ -65,7 +65,6 @@ class Throughput:
     def begin_step(self) -> None:
         """Before the data of an optimizer step is fetched."""
         if self._started is None and self.steps_seen >= self.warmup_steps:
-            self.synchronise()
             self._started = time.perf_counter()
 
     def end_step(self, samples: int, tokens: int, positions: int) -> None:
@@ -75,6 +74,8 @@ class Throughput:
             samples: rows, of which ``tokens`` are not padding and ``positions`` are all.
         """
         self.steps_seen += 1
+        if self.steps_seen == self.warmup_steps:
+            self.synchronise()
         if self._started is not None:
             self.steps += 1
             self.samples += samples

@@ -42,6 +42,8 @@ class LMTrainer(GaudiTrainer):
         self._window = (0, 0, 0)
         self._graphed_model: torch.nn.Module | None = None
         self.device_metrics = DeviceMetrics(self.args.throughput_warmup_steps)
+        # The clock waits for the card at the end of warm-up, before that step's figures of the card are read.
+        self.add_callback(StepClock(self))
         self.add_callback(self.device_metrics)
         average_gradients(self.accelerator)
 
@@ -104,9 +106,6 @@ class LMTrainer(GaudiTrainer):
     def _maybe_log_save_evaluate(
         self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
     ):
-        if self.state.global_step > getattr(self, "_counted_step", -1):
-            self._counted_step = self.state.global_step
-            self.throughput.end_step(*self._window)
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
             total = self._nested_gather(tr_loss).mean().item()
             tr_loss.zero_()
@@ -197,7 +196,7 @@ class LMTrainer(GaudiTrainer):
             throughput.end_step(*window)
             throughput.begin_step()
         gather = self.accelerator.gather if args.world_size > 1 else (lambda tensor: tensor)
-        parts = sums.over_ranks(gather, args.device)
+        parts = sums.over_ranks(gather, args.device if args.world_size > 1 else torch.device("cpu"))
         result = TokenMetrics(keep_in_memory=True, experiment_id=f"rank{args.process_index}").compute(**parts)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
         metrics[f"{metric_key_prefix}_samples"] = loader.dataset.rows_seen
@@ -232,6 +231,16 @@ class LMTrainer(GaudiTrainer):
                 model = self._graphed_model
         model.eval()
         return model
+
+
+class StepClock(TrainerCallback):
+    """Tells the trainer's throughput that an optimizer step is over."""
+
+    def __init__(self, trainer: LMTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.throughput.end_step(*self.trainer._window)
 
 
 class LogLines(TrainerCallback):

@@ -74,7 +74,7 @@ def test_throughput_leaves_out_warm_up_and_pauses(monkeypatch):
     throughput.pause()
     # The clock moves 10 s a reading: two stretches, one from step 2 to the pause, one after it.
     assert (throughput.steps, throughput.samples, throughput.tokens, throughput.positions) == (4, 16, 120, 160)
-    assert throughput.seconds == 20 and len(waits) == 4
+    assert throughput.seconds == 20 and len(waits) == 3
 
 
 def test_all_warm_up_counts_nothing():
