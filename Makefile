@@ -1,13 +1,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Whatever is cached stays in this folder: built devices, prepared data, matplotlib's fonts.
+export XDG_CACHE_HOME := $(CURDIR)/build/cache
+export HF_HOME := $(XDG_CACHE_HOME)/huggingface
+export PIP_NO_CACHE_DIR := 1
 
 .PHONY: demo test test-fast lint clean
 .DELETE_ON_ERROR:
 
 # The CPU set-up. Torch goes first, so that no other package pulls in a build with another backend.
 .venv/cpu: requirements.txt requirements-cpu.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+	  $(PYTHON) -m pip install --quiet --target build/virtualenv virtualenv && \
+	  PYTHONPATH=build/virtualenv $(PYTHON) -m virtualenv --quiet .venv; }
 	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
 	$(BIN)/python -m pip install --quiet -r requirements-cpu.txt
 	$(BIN)/python -m pip install --quiet -e .
@@ -26,10 +32,10 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 clean:
 	rm -rf .venv output build
