@@ -1,9 +1,9 @@
 """Figures against their definitions."""
 
-import json
 import math
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
@@ -112,6 +112,8 @@ def test_requirements_leave_habanas_builds_alone(tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     site = next((tmp_path / "venv" / "lib").glob("python3*")) / "site-packages"
+    # All else is there already, so that only these three are in question.
+    (site / "rest.pth").write_text(sysconfig.get_path("purelib") + "\n")
     habana = {
         "torch": "2.9.0+hpu.1.23.0",
         "torchvision": "0.24.0a0+b919bd0",
@@ -123,12 +125,10 @@ def test_requirements_leave_habanas_builds_alone(tmp_path):
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         (folder / "INSTALLER").write_text("pip\n")
         (folder / "RECORD").write_text("")
-    plan = tmp_path / "plan.json"
-    subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--dry-run", "--report", plan, "-r", ROOT / "requirements.txt"],
-        check=True, timeout=600,
+    result = subprocess.run(
+        [python, "-m", "pip", "install", "--dry-run", "-r", ROOT / "requirements.txt"],
+        check=True, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    names = {item["metadata"]["name"].lower() for item in json.loads(plan.read_text())["install"]}
-    assert "optimum-habana" in names or "optimum_habana" in names
-    assert not names & {*habana, "torchaudio", "habana-torch-plugin", "habana_torch_plugin"}
-    assert not {name for name in names if name.startswith("nvidia")}
+    assert "Requirement already satisfied: optimum-habana==" in result.stdout
+    assert f"({habana['torch']})" in result.stdout, "the check saw another torch than Habana's"
+    assert "Would install" not in result.stdout
