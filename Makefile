@@ -6,7 +6,7 @@ export XDG_CACHE_HOME := $(CURDIR)/build/cache
 export HF_HOME := $(XDG_CACHE_HOME)/huggingface
 export PIP_NO_CACHE_DIR := 1
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast stress lint clean
 .DELETE_ON_ERROR:
 
 # The CPU set-up. Torch goes first, so that no other package pulls in a build with another backend.
@@ -36,6 +36,10 @@ test: .venv/dev
 
 test-fast: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+# Twenty launches for each engine and signal: nothing may survive, nothing interrupted may be a success.
+stress: .venv/dev
+	STRESS_ROUNDS=20 $(BIN)/python -m pytest --timeout 3600 tests/launch/test_signals.py
 
 clean:
 	rm -rf .venv output build

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import secrets
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from gaudi_lm import launch
 from gaudi_lm.hostfile import Host
 from gaudi_lm.placement import address_towards
 from gaudi_lm.processes import PR_SET_PDEATHSIG, frame, prctl
+from gaudi_lm.rank import TAIL_BYTES
 
 
 def signal_name(number: int) -> str:
@@ -82,11 +84,38 @@ class Peer:
     threads: int = 0
     status: int | None = None
 
+    def introduce(self, payload: bytes, token: str) -> bool:
+        """Take what a connection says of itself; False where it does not know the token."""
+        try:
+            hello = json.loads(payload)
+            if not secrets.compare_digest(hello["token"].encode(), token.encode()):
+                return False
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return False
+        self.place, self.settings, self.threads = tuple(hello["place"]), hello["settings"], hello["threads"]
+        self.rank = self.place[0]
+        return True
+
     def send(self, kind: bytes, payload: bytes = b"") -> None:
         """Send an order; a rank that is gone has been or will be noticed when reading."""
         # Orders are small and ranks always read: the kernel's buffer takes them.
         with contextlib.suppress(OSError):
             self.connection.sendall(frame(kind, payload))
+
+
+def disagreement(plan: launch.Plan, ranks: dict[int, Peer]) -> str | None:
+    """What keeps ranks from being one job: places that the engine gave otherwise, settings of one host alone."""
+    first = ranks[0].settings
+    for rank, peer in sorted(ranks.items()):
+        name = f"rank {rank} on host {plan.host_of(rank).name}"
+        # DeepSpeed's launcher counts local ranks wrongly where hosts differ in slots; ours are used instead.
+        if plan.engine == "mpi" and peer.place != plan.places[rank]:
+            return f"mpirun made {name} local rank {peer.place[1]} of {peer.place[3]}, against the hostfile"
+        names = sorted(n for n in first.keys() | peer.settings.keys() if first.get(n) != peer.settings.get(n))
+        if names:
+            way = f"--env {names[0]}=VALUE gives all ranks the same"
+            return f"{', '.join(names)}: {name} has another value than rank 0; {way}"
+    return None
 
 
 @dataclass
@@ -95,8 +124,25 @@ class Engine:
 
     host: Host | None
     process: subprocess.Popen
+    log: str | None
     output: bytearray = field(default_factory=bytearray)  # an unfinished line
     tail: bytes = b""
+
+    def read(self, hide: list[bytes]) -> bool | None:
+        """Take a piece of its output, with secrets hidden; None for nothing at the moment, False at the end."""
+        data = self.process.stdout.read(65536)
+        if data is None:
+            return None
+        self.output += data
+        lines = bytes(self.output[: self.output.rfind(b"\n") + 1] if data else self.output)
+        del self.output[: len(lines)]
+        for secret in hide:
+            lines = lines.replace(secret, b"***")
+        self.tail = (self.tail + lines)[-TAIL_BYTES:]
+        if self.log and lines:
+            with open(self.log, "ab") as file:
+                file.write(lines)
+        return bool(data)
 
 
 def listen(plan: launch.Plan, token: str) -> tuple[socket.socket, str]:
@@ -137,16 +183,21 @@ def start(command: list[str], environ: dict[str, str], source: int | IO = subpro
 
 
 def start_engine(
-    plan: launch.Plan, host: Host | None, command: list[str], environ: dict[str, str], remote_environ: dict[str, str]
+    plan: launch.Plan,
+    host: Host | None,
+    command: list[str],
+    environ: dict[str, str],
+    remote_environ: dict[str, str],
+    log: str | None,
 ) -> Engine:
     """Start an engine on this host, or with ssh on another, which gets ``remote_environ`` without a command line."""
     if host is None:
-        return Engine(host, start(command, environ))
+        return Engine(host, start(command, environ), log)
     order = {"command": command, "folder": plan.folder, "env": remote_environ}
     with tempfile.TemporaryFile() as source:
         source.write(json.dumps(order).encode() + b"\n")
         source.seek(0)
-        return Engine(host, start(launch.over_ssh(host, launch.REMOTE_START), environ, source))
+        return Engine(host, start(launch.over_ssh(host, launch.REMOTE_START), environ, source), log)
 
 
 def check_hosts(plan: launch.Plan) -> str | None:

@@ -89,6 +89,20 @@ def place_of_rank(environ: dict) -> tuple[int, int, int, int]:
     return tuple(int(environ[name]) for name in (mpi if mpi[0] in environ else torch))
 
 
+def prepare(environ: dict, place: tuple[int, int, int, int], map_by: str, threads: bool) -> dict:
+    """Pin this process to its share of the CPUs; the environment of the script."""
+    rank, local_rank, world_size, ranks = place
+    environ = dict(environ)
+    for name, value in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), place, strict=True):
+        environ[name] = str(value)
+    allowed = os.sched_getaffinity(0)
+    if threads:
+        environ["OMP_NUM_THREADS"] = str(threads_per_rank(len(allowed), ranks, cpu_quota()))
+    if map_by != "none":
+        os.sched_setaffinity(0, share(ordered_cpus(allowed, map_by), ranks, local_rank))
+    return environ
+
+
 def count_cards(environ: dict, root: str = "/") -> int:
     """Cards on this host: simulated ones, else those under /dev/accel or /sys/class/accel that may be used."""
     if simulated := simulated_cards():
@@ -118,7 +132,7 @@ def check_cards(cards: int, ranks: int, arguments: list[str]) -> None:
 
 def is_local(name: str) -> bool:
     """Whether a host of this name is the one that this process runs on."""
-    if name in ("localhost", socket.gethostname(), socket.getfqdn()):
+    if name in ("localhost", socket.gethostname()):
         return True
     try:
         family, _, _, _, address = socket.getaddrinfo(name, 0, type=socket.SOCK_DGRAM)[0]

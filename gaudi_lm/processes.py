@@ -78,3 +78,18 @@ def kill_descendants(seconds: float = 5.0) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
+
+
+def signal_pipe(numbers: tuple[int, ...]) -> int:
+    """A file descriptor that can be waited for and read: one byte, its number, for each of these signals that comes.
+
+    Signals that are ignored, as nohup or a shell's background job has set them, stay ignored.
+    """
+    reading, writing = os.pipe()
+    for end in (reading, writing):
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+    return reading

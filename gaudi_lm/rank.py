@@ -43,7 +43,7 @@ if __name__ == "__main__":
     # Started by path, perhaps where the package is not installed.
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from gaudi_lm.placement import cpu_quota, ordered_cpus, place_of_rank, probe_port, share, threads_per_rank
+from gaudi_lm.placement import cpu_quota, place_of_rank, prepare, probe_port, threads_per_rank
 from gaudi_lm.processes import (
     PR_SET_CHILD_SUBREAPER,
     PR_SET_PDEATHSIG,
@@ -51,6 +51,7 @@ from gaudi_lm.processes import (
     keep_alive,
     kill_descendants,
     prctl,
+    signal_pipe,
     take_frames,
 )
 
@@ -61,20 +62,6 @@ BUFFER_BYTES = 1024 * 1024
 AGREED_PREFIXES = ("PT_", "HCCL_", "HABANA_")
 PER_RANK = ("HABANA_VISIBLE_", "HABANA_LOGS", "HCCL_SOCKET_IFNAME")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def prepare(environ: dict, place: tuple[int, int, int, int], map_by: str, threads: bool) -> dict:
-    """Pin this process to its share of the CPUs; the environment of the script."""
-    rank, local_rank, world_size, ranks = place
-    environ = dict(environ)
-    for name, value in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), place, strict=True):
-        environ[name] = str(value)
-    allowed = os.sched_getaffinity(0)
-    if threads:
-        environ["OMP_NUM_THREADS"] = str(threads_per_rank(len(allowed), ranks, cpu_quota()))
-    if map_by != "none":
-        os.sched_setaffinity(0, share(ordered_cpus(allowed, map_by), ranks, local_rank))
-    return environ
 
 
 def script_command(script: list[str]) -> list[str]:
@@ -98,14 +85,8 @@ class Rank:
         self.settings: dict = {}
         self.streams: dict[int, bytes] = {}
         self.selector = selectors.DefaultSelector()
-        wake, self.wakeup = os.pipe()
-        for end in (wake, self.wakeup):
-            os.set_blocking(end, False)
-        signal.set_wakeup_fd(self.wakeup)
-        for number in (*STOP_SIGNALS, signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)
-        self.selector.register(wake, selectors.EVENT_READ)
-        self.wake = wake
+        self.wake = signal_pipe((*STOP_SIGNALS, signal.SIGCHLD))
+        self.selector.register(self.wake, selectors.EVENT_READ)
 
     def _connect(self, job: dict) -> socket.socket:
         errors = []

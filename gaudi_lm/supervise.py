@@ -7,6 +7,7 @@ goes over these connections; what is left at the end is killed as a descendant o
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import secrets
@@ -16,9 +17,9 @@ import socket
 import time
 
 from gaudi_lm import launch
-from gaudi_lm.connections import Engine, Peer, Terminal, check_hosts, listen, signal_name, start_engine
-from gaudi_lm.processes import PR_SET_CHILD_SUBREAPER, keep_alive, kill_descendants, prctl, take_frames
-from gaudi_lm.rank import JOB_VARIABLE, STOP_SIGNALS, TAIL_BYTES
+from gaudi_lm.connections import Engine, Peer, Terminal, check_hosts, disagreement, listen, signal_name, start_engine
+from gaudi_lm.processes import PR_SET_CHILD_SUBREAPER, keep_alive, kill_descendants, prctl, signal_pipe, take_frames
+from gaudi_lm.rank import JOB_VARIABLE, STOP_SIGNALS
 
 FAILURE_GRACE = 5.0  # s between the first failure and the end of the other ranks
 KILL_GRACE = 3.0  # s that killed processes have to be gone
@@ -62,6 +63,7 @@ class Job:
         self.started = self.released = self.killed = False
         self.signalled: int | None = None
         self.failure: tuple[str, int] | None = None
+        self.outside: tuple[str, int] | None = None
         self.deadline = time.monotonic() + START_LIMIT
 
     def run(self) -> int:
@@ -69,18 +71,24 @@ class Job:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         if problem := check_hosts(self.plan):
             self.failure = problem, 1
+            self.terminal.open()
         else:
-            self._watch_signals()
+            wake = signal_pipe((*STOP_SIGNALS, signal.SIGCHLD))
+            self.selector.register(wake, selectors.EVENT_READ, lambda: self._on_signals(os.read(wake, 512)))
             listener, job = listen(self.plan, self.token)
             self.environ = {**self.environ, JOB_VARIABLE: job}
             remote = {**self.forwarded, JOB_VARIABLE: job}
             with listener:
                 self.selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
-                if self.log_dir:
-                    open(os.path.join(self.log_dir, "engine.log"), "wb").close()
+                log = os.path.join(self.log_dir, "engine.log") if self.log_dir else None
+                if log:
+                    open(log, "wb").close()
                 for host, command in launch.engine_commands(self.plan, self.forwarded):
                     self.terminal.say(f"command{f' on {host.name}' if host else ''}: {launch.shown(command)}")
-                    self._add_engine(start_engine(self.plan, host, command, self.environ, remote))
+                    engine = start_engine(self.plan, host, command, self.environ, remote, log)
+                    read = functools.partial(self._read_engine, engine)
+                    self.selector.register(engine.process.stdout, selectors.EVENT_READ, read)
+                    self.engines.append(engine)
                 self.terminal.open()
                 try:
                     while self._step():
@@ -89,33 +97,15 @@ class Job:
                     for peer in self.ranks.values():
                         peer.connection.close()
                     kill_descendants()
-        self.terminal.open()
         status = self._conclude()
         self.terminal.finish()
         return status
-
-    def _watch_signals(self) -> None:
-        wake, wakeup = os.pipe()
-        for end in (wake, wakeup):
-            os.set_blocking(end, False)
-        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        for number in STOP_SIGNALS:
-            # What nohup or a shell's background job has set to be ignored stays ignored.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda *_: None)
-        self.selector.register(wake, selectors.EVENT_READ, lambda: self._on_signals(os.read(wake, 512)))
-
-    def _add_engine(self, engine: Engine) -> None:
-        self.engines.append(engine)
-        self.selector.register(engine.process.stdout, selectors.EVENT_READ, lambda: self._read_engine(engine))
 
     def _step(self) -> bool:
         """Serve what has happened; False when the job is over."""
         # While the terminal stands still, so does the output of the ranks; not while they are being stopped.
         paused = self.terminal.waiting > 8 * 1024 * 1024 and not self._stopping()
-        left = max(0.0, self.deadline - time.monotonic())
-        for key, _ in self.selector.select(min(left, 1.0)):
+        for key, _ in self.selector.select(min(1.0, max(0.0, self.deadline - time.monotonic()))):
             if not (paused and isinstance(key.fileobj, socket.socket)):
                 key.data()
         if paused:
@@ -143,7 +133,8 @@ class Job:
         if not self._stopping():
             absent = sorted(set(range(self.plan.world_size)) - set(self.ranks))
             hosts = ", ".join(dict.fromkeys(self.plan.host_of(rank).name for rank in absent))
-            self._fail(f"ranks {absent} on host {hosts} did not start within {START_LIMIT:.0f} s", 1)
+            late = f"ranks {absent} on host {hosts} did not start within {START_LIMIT:.0f} s"
+            self._fail(*(self.outside or (late, 1)))
             return True
         self.killed, self.deadline = True, time.monotonic() + KILL_GRACE
         for peer in self.ranks.values():
@@ -154,11 +145,9 @@ class Job:
         for number in numbers:
             if number in STOP_SIGNALS and not self.released:
                 again = self.signalled == number == signal.SIGINT
-                if self.signalled is None:
+                if not self._stopping():
                     self.signalled = number
-                    self.terminal.say(
-                        f"{signal_name(number)}: passed on to all ranks, which have {self.grace:g} s to end"
-                    )
+                    self.terminal.say(f"{signal_name(number)}: passed on to all ranks; {self.grace:g} s to end")
                 self._stop(number, 0 if again else self.grace)
 
     def _fail(self, what: str, status: int) -> None:
@@ -179,22 +168,9 @@ class Job:
 
     def _read_engine(self, engine: Engine) -> bool:
         """Take a piece of an engine's output; False when there is none."""
-        data = engine.process.stdout.read(65536)
-        if data is None:
-            return False
-        engine.output += data
-        whole = engine.output[: engine.output.rfind(b"\n") + 1] if data else engine.output
-        lines = bytes(whole)
-        del engine.output[: len(lines)]
-        for secret in self.hide:
-            lines = lines.replace(secret, b"***")
-        engine.tail = (engine.tail + lines)[-TAIL_BYTES:]
-        if self.log_dir and lines:
-            with open(os.path.join(self.log_dir, "engine.log"), "ab") as file:
-                file.write(lines)
-        if not data:
+        if (took := engine.read(self.hide)) is False:
             self.selector.unregister(engine.process.stdout)
-        return bool(data)
+        return bool(took)
 
     def _accept(self, listener: socket.socket) -> None:
         connection, _ = listener.accept()
@@ -209,7 +185,10 @@ class Job:
         except OSError as error:
             data, problem = b"", error
         peer.inbox += data
+        if peer.rank is None and len(peer.inbox) > 1024 * 1024:
+            data = b""
         for kind, payload in take_frames(peer.inbox):
+            # Nothing is believed of a connection before it has shown the token.
             if peer.rank is None and not (kind == b"H" and self._hello(peer, payload)):
                 data = b""
                 break
@@ -228,15 +207,8 @@ class Job:
 
     def _hello(self, peer: Peer, payload: bytes) -> bool:
         """Take a connection for a rank, if it knows the token."""
-        try:
-            hello = json.loads(payload)
-            known = secrets.compare_digest(hello["token"].encode(), self.token.encode())
-        except (ValueError, TypeError, KeyError, AttributeError):
+        if not peer.introduce(payload, self.token):
             return False
-        if not known:
-            return False
-        peer.place, peer.settings, peer.threads = tuple(hello["place"]), hello["settings"], hello["threads"]
-        peer.rank = peer.place[0]
         self.ranks[peer.rank] = peer
         if self._stopping():
             peer.send(b"K", str(int(signal.SIGTERM)).encode())
@@ -245,18 +217,9 @@ class Job:
         return True
 
     def _start_ranks(self) -> None:
-        first = self.ranks[0].settings
-        for rank, peer in sorted(self.ranks.items()):
-            # DeepSpeed's launcher counts local ranks wrongly where hosts differ in slots; ours are used instead.
-            if self.plan.engine == "mpi" and peer.place != self.plan.places[rank]:
-                _, local_rank, _, ranks = peer.place
-                self._fail(f"mpirun made {self._name(rank)} local rank {local_rank} of {ranks}, against the hostfile", 1)
-                return
-            names = sorted(n for n in first.keys() | peer.settings.keys() if first.get(n) != peer.settings.get(n))
-            if names:
-                which, way = ", ".join(names), f"--env {names[0]}=VALUE gives all ranks the same"
-                self._fail(f"{which}: {self._name(rank)} has another value than rank 0; {way}", 1)
-                return
+        if problem := disagreement(self.plan, self.ranks):
+            self._fail(problem, 1)
+            return
         threads = "OMP_NUM_THREADS" not in self.rank_environ
         if threads:
             counts = ", ".join(sorted({str(peer.threads) for peer in self.ranks.values()}))
@@ -264,8 +227,7 @@ class Job:
         terminals = [os.isatty(1), os.isatty(2)]
         size = list(os.get_terminal_size(2))[::-1] if terminals[1] else [24, 80]
         self.started, self.deadline = True, float("inf")
-        for place in self.plan.places:
-            rank = place[0]
+        for rank, place in enumerate(self.plan.places):
             settings = {
                 "place": place,
                 "env": self.rank_environ,
@@ -290,7 +252,9 @@ class Job:
     def _ended(self, peer: Peer, status: int, stopped_by: str | None) -> None:
         peer.status = status
         if stopped_by == "engine" and not self._stopping():
-            # The reason is the engine's to give, when it has ended.
+            # If it was the engine, it ends too, and has more to say.
+            what = f"{self._name(peer.rank)} was stopped from outside, exit status {status}{self._see(peer.rank)}"
+            self.outside = self.outside or (what, status or 128 + signal.SIGTERM)
             self.deadline = min(self.deadline, time.monotonic() + FAILURE_GRACE)
         elif status:
             number = status - 128
@@ -301,16 +265,17 @@ class Job:
         return f"; log: {self._log_of(rank)}" if self.log_dir else "; log: above, kept in files with --log_dir"
 
     def _lost(self, peer: Peer, problem: OSError | None) -> None:
-        peer.status = 128 + signal.SIGKILL
+        peer.status = status = 128 + signal.SIGKILL
+        what = f"{self._name(peer.rank)} was killed with its watcher, exit status {status}{self._see(peer.rank)}"
         if problem is not None and problem.errno in LOST:
-            self._fail(f"host {self.plan.host_of(peer.rank).name} is lost: {problem.strerror} (rank {peer.rank})", 1)
-        else:
-            what = f"{self._name(peer.rank)} was killed with its watcher, exit status {peer.status}"
-            self._fail(what + self._see(peer.rank), peer.status)
+            what, status = f"host {self.plan.host_of(peer.rank).name} is lost: {problem.strerror}", 1
+        self._fail(what, status)
 
     def _engine_failure(self, engine: Engine) -> tuple[str, int]:
         """What to say about an engine that ended before its ranks had, and the exit status."""
-        self._show(engine)
+        while engine.process.stdout in self.selector.get_map() and self._read_engine(engine):
+            pass
+        self.terminal.put(2, engine.tail)
         code, name = engine.process.returncode, launch.ENGINES[self.plan.engine]
         if engine.host:
             what = "ssh has lost or not reached it" if code == 255 else f"{name} ended there with exit status {code}"
@@ -319,11 +284,6 @@ class Job:
         where = f"; its message names host {', '.join(others)}" if others else ""
         status = code if code > 0 else 128 - code if code < 0 else 1
         return f"{name} ended before the ranks had, with exit status {code}{where}", status
-
-    def _show(self, engine: Engine) -> None:
-        while engine.process.stdout in self.selector.get_map() and self._read_engine(engine):
-            pass
-        self.terminal.put(2, engine.tail)
 
     def _conclude(self) -> int:
         """Say how the job ended, if not well; the exit status."""
@@ -334,7 +294,7 @@ class Job:
         failed = [engine for engine in self.engines if engine.process.returncode or not self.started]
         if self.failure is None and failed:
             self.failure = self._engine_failure(failed[0])
-        if self.failure is None:
-            return 0
-        self.terminal.say(f"error: {self.failure[0]}")
-        return self.failure[1]
+        what, status = self.failure or self.outside or ("", 0)
+        if status:
+            self.terminal.say(f"error: {what}")
+        return status

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 
 from launch.spawning import ENGINES, RANKS, Launch, last_line
@@ -97,3 +98,16 @@ def test_jobs_of_others_are_left_alone():
     other.process.send_signal(signal.SIGTERM)
     assert other.finish().returncode == 143
     assert other.survivors(5.0) == []
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_engine_that_is_stopped_from_outside_is_no_success(engine, number):
+    job = Launch(*ENGINES[engine], "--world_size", "2", "--grace", str(GRACE), ACT, "0", "wait")
+    job.wait_for(b"rank 0 is here")
+    [child] = [child for child in psutil.Process(job.process.pid).children() if "rank.py" in " ".join(child.cmdline())]
+    child.send_signal(number)
+    done = job.finish()
+    assert job.survivors(5.0) == []
+    assert done.returncode not in (0, 130)
+    assert last_line(done).startswith("gaudi_spawn: error: ")
