@@ -126,7 +126,9 @@ def engine_commands(plan: Plan, forwarded: dict[str, str] | None = None) -> list
 
 
 def _mpirun(plan: Plan, forwarded: dict[str, str]) -> list[str]:
-    command = [plan.engine_program, "-n", str(plan.world_size), "--bind-to", "none"]
+    # Of the three engines, mpirun alone does not tell the ranks where to meet.
+    command = ["env", f"MASTER_ADDR={plan.master_address}", f"MASTER_PORT={plan.master_port}"]
+    command += [plan.engine_program, "-n", str(plan.world_size), "--bind-to", "none"]
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
     if all(plan.local):

@@ -81,6 +81,7 @@ def test_shown_command_runs_alone(engine):
     got = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert sorted(one["environment"]["RANK"] for one in got) == ["0", "1"]
     assert all([bytes.fromhex(word) for word in one["arguments"]] == [b"a b", b":"] for one in got)
+    assert all(one["environment"]["MASTER_ADDR"] == "127.0.0.1" for one in got)
 
 
 def test_dry_run_tells_the_plan_and_hides_secrets(tmp_path):

@@ -143,7 +143,7 @@ def test_torch_command():
 def test_mpi_command_on_one_host(version, words):
     [(host, command)] = launch.engine_commands(make_plan("mpi", engine_version=version))
     assert host is None
-    assert command[:3] == ["/opt/bin/mpirun", "-n", "2"]
+    assert command[:6] == ["env", "MASTER_ADDR=10.0.0.1", "MASTER_PORT=29511", "/opt/bin/mpirun", "-n", "2"]
     assert shlex.join(words) in shlex.join(command)
     assert "--host" not in command
     assert ("--allow-run-as-root" in command) == (os.geteuid() == 0)
