@@ -27,8 +27,9 @@ class DeviceMetrics(TrainerCallback):
     - *housekeeping* ends with `on_log`, `on_save` or `on_evaluate`.
 
     Warm-up is the first `warmup_steps` training steps, the first `warmup_steps` evaluation steps, and the first
-    housekeeping of each kind, a log line of other figures being another kind. The lazy graph is closed after housekeeping: without that, the arithmetic of a log line
-    becomes part of the next step's graph, which is then compiled anew.
+    housekeeping of each kind, a log line of other figures being another kind. The lazy graph is closed after
+    housekeeping: without that, the arithmetic of a log line becomes part of the next step's graph, which is then
+    compiled anew.
     """
 
     def __init__(self, warmup_steps: int):

@@ -1,6 +1,7 @@
 """`habana_frameworks.torch.hpu`, which is also `torch.hpu` when there are cards."""
 
 import contextlib
+import os
 
 import torch
 
@@ -75,6 +76,9 @@ def current_device() -> int:
 
 
 def set_device(device) -> None:
+    if {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
+        # A rank holds one card, which it sees as hpu:0 whatever its local rank: DeepSpeed sets that, accelerate does not.
+        return
     card = _card(device)
     if not 0 <= card < _simulator.CARDS:
         raise RuntimeError(f"hpu:{card} does not exist: there are {_simulator.CARDS} cards")

@@ -6,10 +6,10 @@ import torch
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """AdamW with eps added to the uncorrected root, as Habana's kernel and the AdamW of transformers do.
+    """AdamW as PyTorch defines it, so that a rehearsal gives the losses of a run on the CPU.
 
-    p -= lr * weight_decay * p, then p -= lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps).
-    PyTorch's own adds eps to the corrected root sqrt(v / (1 - beta2^t)), so it is given eps / sqrt(1 - beta2^t).
+    p -= lr * weight_decay * p, then p -= lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps). A kernel that adds eps
+    to the uncorrected root, as the AdamW that transformers once had did, differs where gradients are as small as eps.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def _update(self, group: dict, params: list[torch.Tensor]) -> None:
         beta1, beta2 = group["betas"]
-        lr, eps, t = group["lr"], group["eps"], group["step"]
+        t = group["step"]
         if not group["bias_correction"]:
             t = 2**24  # both corrections are 1 from here on, in double precision
         # From the host, as the real kernel gets its numbers: a value that the graph reads, not a constant of it.
@@ -71,11 +71,11 @@ class FusedAdamW(torch.optim.Optimizer):
             [self.state[p]["exp_avg_sq"] for p in params],
             [],
             [step] * len(params),
-            lr=lr,
+            lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
             weight_decay=group["weight_decay"],
-            eps=eps / (1 - beta2**t) ** 0.5,
+            eps=group["eps"],
             amsgrad=False,
             maximize=False,
         )
