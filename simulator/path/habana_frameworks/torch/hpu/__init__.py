@@ -77,7 +77,7 @@ def current_device() -> int:
 
 def set_device(device) -> None:
     if {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
-        # A rank holds one card, which it sees as hpu:0 whatever its local rank: DeepSpeed sets that, accelerate does not.
+        # A rank holds one card and sees it as hpu:0, whatever local rank DeepSpeed asks for here.
         return
     card = _card(device)
     if not 0 <= card < _simulator.CARDS:
