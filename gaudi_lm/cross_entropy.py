@@ -59,45 +59,54 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         need_hidden, need_weight, need_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
         cast_weight = weight.to(dtype)
-        cast_bias = None if bias is None else bias.to(dtype)
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if need_weight else None
         grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=hidden.device) if need_bias else None
 
+        # The classes come first on a CPU: the narrow factor of the product is then the one that is packed anew for
+        # each chunk, which makes it a quarter faster.
+        classes = 0 if device == "cpu" else 1
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.shape[0], chunk_rows):
                 rows = slice(start, start + chunk_rows)
                 valid = labels[rows] != IGNORE_INDEX
-                target = labels[rows].clamp(min=0).unsqueeze(1)
+                target = labels[rows].clamp(min=0)
+                index = target.unsqueeze(classes)
                 chunk = hidden[rows].to(dtype)
-                logits = functional.linear(chunk, cast_weight, cast_bias).float()
+                if classes == 0:
+                    logits = torch.mm(cast_weight, chunk.t()).float()
+                else:
+                    logits = functional.linear(chunk, cast_weight).float()
+                if bias is not None:
+                    logits += bias.float().unsqueeze(1 - classes)
                 if scale != 1.0:
-                    logits = logits.mul_(scale)
+                    logits *= scale
                 if softcap is not None:
                     logits = logits.div_(softcap).tanh_().mul_(softcap)
-                correct += ((logits.argmax(dim=1) == target.squeeze(1)) & valid).sum()
-                log_probs = functional.log_softmax(logits, dim=1)
-                loss_sum -= torch.where(valid, log_probs.gather(1, target).squeeze(1), 0.0).sum()
+                correct += ((_argmax(logits, classes) == target) & valid).sum()
+                log_probs = functional.log_softmax(logits, dim=classes)
+                loss_sum -= torch.where(valid, log_probs.gather(classes, index).squeeze(classes), 0.0).sum()
                 if not (need_hidden or need_weight or need_bias):
                     continue
                 grad = log_probs.exp_()
-                grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+                grad.scatter_add_(classes, index, torch.full_like(index, -1, dtype=grad.dtype))
                 if softcap is not None:
                     grad.mul_(1 - (logits / softcap) ** 2)
                 del logits, log_probs
                 grad = grad.to(dtype)
+                by_row, by_class = (grad.t(), grad) if classes == 0 else (grad, grad.t())
                 # Ignored rows and the scale act on the narrow factor of each product: a pass over V columns less.
                 factor = (valid * scale).unsqueeze(1).to(dtype)
                 if need_hidden:
-                    grad_hidden[rows] = torch.mm(grad, cast_weight) * factor
+                    grad_hidden[rows] = torch.mm(by_row, cast_weight) * factor
                 if need_weight and dtype is torch.float32:
-                    grad_weight.addmm_(grad.t(), chunk * factor)
+                    grad_weight.addmm_(by_class, chunk * factor)
                 elif need_weight:
-                    grad_weight += torch.mm(grad.t(), chunk * factor)
+                    grad_weight += torch.mm(by_class, chunk * factor)
                 if need_bias:
-                    grad_bias += torch.mv(grad.t(), factor.squeeze(1))
+                    grad_bias += torch.mv(by_class, factor.squeeze(1))
 
         ctx.gradients = (
             grad_hidden,
@@ -114,3 +123,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place, to spare a second copy of the weight's
         scaled = [None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients]
         return *scaled, None, None, None, None, None
+
+
+def _argmax(logits: Tensor, dim: int, group: int = 256) -> Tensor:
+    """`logits.argmax(dim)`; over a first dimension, which PyTorch does not vectorise, in two stages."""
+    whole = logits.shape[0] // group * group
+    if dim != 0 or whole == 0:
+        return logits.argmax(dim)
+    groups = logits[:whole].view(whole // group, group, -1)
+    best_group = groups.amax(1).argmax(0)
+    in_group = groups.gather(0, best_group.expand(1, group, -1)).squeeze(0)
+    highest, place = in_group.max(0)
+    best = best_group * group + place
+    if whole == logits.shape[0]:
+        return best
+    highest_of_rest, place = logits[whole:].max(0)
+    return torch.where(highest_of_rest > highest, place + whole, best)

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .activations import fuse_activations
 from .arguments import ModelArguments, TrainingArguments, nearest
 from .attention import hand_over_flags
 from .runtime import UserError, parse_bool
@@ -219,6 +220,7 @@ def load_model(
         logger.info("embedding: enlarged from %d to the tokenizer's %d rows", rows, len(tokenizer))
         model.resize_token_embeddings(len(tokenizer))
     hand_over_flags(model, model_args, training_args)
+    fuse_activations(model)
     if not name:
         total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         logger.info("new %s with %.1fM parameters", config.model_type, total / 1e6)

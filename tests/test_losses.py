@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from gaudi_lm.cross_entropy import chunked_cross_entropy
+from gaudi_lm.cross_entropy import _argmax, chunked_cross_entropy
 from gaudi_lm.losses import CAUSAL_MODELS, MASKED_HEADS, TokenLossOutput, install_token_loss
 from gaudi_lm.predictions import IGNORE_INDEX, limit_predictions, prediction_rows, select_targets
 
@@ -158,6 +158,15 @@ def test_chunked_cross_entropy(rows, vocabulary, chunk, ignored, bias, scale, so
     for ours, reference in zip((hidden, weight, offset), exact, strict=True):
         if ours is not None and ours.requires_grad:
             assert distance(ours.grad, reference.grad) <= 1e-6 * reference.grad.norm().item() + floor
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(2, 50), st.integers(0, 2**16))
+def test_argmax_takes_the_first_of_equals(classes, rows, values, seed):
+    logits = torch.randint(values, (classes, rows), generator=torch.Generator().manual_seed(seed)).float()
+    wanted = (logits == logits.amax(0)).int().argmax(0)
+    assert torch.equal(_argmax(logits, 0, group=4), wanted)
+    assert torch.equal(_argmax(logits.t().contiguous(), 1), wanted)
 
 
 @settings(max_examples=12, deadline=None)
