@@ -1,4 +1,4 @@
-"""`python -m simulator --report`: what is simulated, how faithfully, and what is not. `--build`: build the device now."""
+"""`python -m simulator --report`: what is simulated, how faithfully, what is not. `--build`: build the device."""
 
 import argparse
 import os
@@ -7,25 +7,27 @@ import sys
 from . import STAND_IN
 
 REPORT = """\
-A simulated Gaudi: n cards of a PyTorch device `hpu` in host memory, for GAUDI_SIMULATOR=n. The real optimum-habana,
-accelerate and DeepSpeed run their Gaudi code on it, unchanged. A real habana_frameworks always takes its place.
+A simulated Gaudi: n cards of a PyTorch device `hpu` in host memory, for GAUDI_SIMULATOR=n. The real
+optimum-habana, accelerate and DeepSpeed run their Gaudi code on it, unchanged. A real habana_frameworks always takes
+its place.
 
 Simulated, as on a card
-  results          float32: the CPU's, to the bit. bf16 and fp16 products: computed in float32, rounded once. Attention by
-                   the kernel that the CPU would choose.
-  device           views, in-place and resized outputs, streams, events, pinned memory, files; tensors of two devices in
-                   one operation are an error.
-  memory           per card: in use, peak, limit (96 GB, or GAUDI_SIMULATOR_MEMORY_GB), out-of-memory errors. Counted are
-                   tensors; the workspace of a kernel or a compiled graph is not.
-  random numbers   a generator for each card, apart from the CPU's, in checkpoints by torch.hpu.random. Other numbers than
-                   a Gaudi draws.
-  autocast         by PyTorch's operation lists; PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST and _FP32_OPS_LIST replace them.
+  results          float32: the CPU's, to the bit. bf16 and fp16 products: computed in float32, rounded once.
+                   Attention by the kernel that the CPU would choose.
+  device           views, in-place and resized outputs, streams, events, pinned memory, files; tensors of two devices
+                   in one operation are an error.
+  memory           per card: in use, peak, limit (96 GB, or GAUDI_SIMULATOR_MEMORY_GB), out-of-memory errors. Counted
+                   are tensors; the workspace of a kernel or a compiled graph is not.
+  random numbers   a generator for each card, apart from the CPU's, in checkpoints by torch.hpu.random. Other numbers
+                   than a Gaudi draws.
+  autocast         by PyTorch's operation lists; PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST and _FP32_OPS_LIST replace
+                   them.
   lazy mode        PT_HPU_LAZY_MODE=1: what happens between marks of a step, waits of the host and collectives is one
-                   graph: its operations, shapes, dtypes, and the integers and floating-point attributes (`alpha`, fill
-                   values) that a compiler bakes in. Values are no part of it: x * 0.5 and the numbers of the fused
-                   optimizer compile nothing anew. metric_global("graph_compilation") counts new graphs.
-  eager mode       PT_HPU_LAZY_MODE=0: every operation with new shapes is a compilation. torch.compile with hpu_backend:
-                   one graph forward, one backward.
+                   graph: its operations, shapes, dtypes, and the integers and floating-point attributes (`alpha`,
+                   fill values) that a compiler bakes in. Values are no part of it: x * 0.5 and the numbers of the
+                   fused optimizer compile nothing anew. metric_global("graph_compilation") counts new graphs.
+  eager mode       PT_HPU_LAZY_MODE=0: every operation with new shapes is a compilation. torch.compile with
+                   hpu_backend: one graph forward, one backward.
   HPU graphs       a wrapped module is one graph for each set of shapes; it runs in Python at each call. An explicit
                    capture computes nothing, is replayed in place, and refuses to wait for the host.
   host waits       counted by operation: item, copies to the host, results of unknown shape, synchronize.

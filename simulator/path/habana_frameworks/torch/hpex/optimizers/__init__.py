@@ -8,8 +8,8 @@ import torch
 class FusedAdamW(torch.optim.Optimizer):
     """AdamW as PyTorch defines it, so that a rehearsal gives the losses of a run on the CPU.
 
-    p -= lr * weight_decay * p, then p -= lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps). A kernel that adds eps
-    to the uncorrected root, as the AdamW that transformers once had did, differs where gradients are as small as eps.
+    p -= lr * weight_decay * p, then p -= lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps). A kernel that adds
+    eps to the uncorrected root, as transformers' own AdamW did, differs where gradients are as small as eps.
     """
 
     def __init__(
