@@ -249,8 +249,9 @@ def text_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
     if features is not None:
         feature = features[column]
         if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "null")):
-            values = ((row, value) for row, value in enumerate(dataset.take(100_000)[column], 1) if value is not None)
-            row, value = next(((row, value) for row, value in values if not isinstance(value, str)), (1, None))
+            values = enumerate((row[column] for row in dataset), 1)
+            others = ((row, value) for row, value in values if value is not None and not isinstance(value, str))
+            row, value = next(others, (1, None))
             raise UserError(
                 f"column {column!r}, row {row}: {type(value).__name__}, not text; "
                 f"--text_column_name takes one of {', '.join(columns)}"
