@@ -83,13 +83,13 @@ def kill_descendants(seconds: float = 5.0) -> None:
 def signal_pipe(numbers: tuple[int, ...]) -> int:
     """A file descriptor that can be waited for and read: one byte, its number, for each of these signals that comes.
 
-    Signals that are ignored, as nohup or a shell's background job has set them, stay ignored.
+    SIGHUP stays ignored where nohup has set it so. SIGINT does not, though shells start background jobs so.
     """
     reading, writing = os.pipe()
     for end in (reading, writing):
         os.set_blocking(end, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in numbers:
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
     return reading

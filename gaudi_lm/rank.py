@@ -195,8 +195,6 @@ class Rank:
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != wrapper:
                 os._exit(128 + signal.SIGKILL)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
 
         self.process = subprocess.Popen(
             script_command(self.script),

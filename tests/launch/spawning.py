@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -79,13 +81,18 @@ HOSTILE = [
 class Launch:
     """A running launcher and everything that it has started, which carries a mark in its environment."""
 
+    begun_here: list[Launch] = []
+
     def __init__(self, *options: str, inside: list[str] | None = None, environ: dict | None = None, **popen) -> None:
         self.mark = uuid.uuid4().hex
         own = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], MARK: self.mark, **(environ or {})}
         command = [*(inside or []), sys.executable, str(ROOT / "gaudi_spawn.py"), "--env", MARK, *options]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen}
         self.begun = time.monotonic()
-        self.process = subprocess.Popen(command, env=own, **pipes)
+        # Whatever started the tests may ignore SIGHUP.
+        heed = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+        self.process = subprocess.Popen(command, env=own, preexec_fn=heed, **pipes)
+        self.begun_here.append(self)
 
     def wait_for(self, text: bytes) -> None:
         """Read standard output up to a line that has ``text``."""

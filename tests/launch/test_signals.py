@@ -111,3 +111,14 @@ def test_an_engine_that_is_stopped_from_outside_is_no_success(engine, number):
     assert job.survivors(5.0) == []
     assert done.returncode not in (0, 130)
     assert last_line(done).startswith("gaudi_spawn: error: ")
+
+
+def test_a_background_job_of_a_shell_heeds_ctrl_c():
+    """Shells start background jobs with SIGINT ignored; kill -INT must reach the ranks all the same."""
+    job = Launch("--use_mpi", "--world_size", "2", ACT, "0", "wait", inside=["env", "--ignore-signal=INT"])
+    job.wait_for(b"rank 0 is here")
+    job.process.send_signal(signal.SIGINT)
+    done = job.finish()
+    assert "rank 0 got SIGINT" in done.stdout
+    assert done.returncode == 130
+    assert job.survivors(5.0) == []
