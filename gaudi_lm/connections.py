@@ -107,7 +107,7 @@ def disagreement(plan: launch.Plan, ranks: dict[int, Peer]) -> str | None:
     """What keeps ranks from being one job: places that the engine gave otherwise, settings of one host alone."""
     first = ranks[0].settings
     for rank, peer in sorted(ranks.items()):
-        name = f"rank {rank} on host {plan.host_of(rank).name}"
+        name = f"rank {rank} on host {plan.host_of[rank].name}"
         # DeepSpeed's launcher counts local ranks wrongly where hosts differ in slots; ours are used instead.
         if plan.engine == "mpi" and peer.place != plan.places[rank]:
             return f"mpirun made {name} local rank {peer.place[1]} of {peer.place[3]}, against the hostfile"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import fnmatch
+import functools
 import importlib.util
 import json
 import os
@@ -34,17 +35,7 @@ STALE = (
     f"TORCHELASTIC_* OMPI_COMM_WORLD_* PMIX_* PMI_* {JOB_VARIABLE}"
 ).split()
 # The connection of a host that is gone is given up after 20 s.
-SSH = [
-    "ssh",
-    "-o",
-    "BatchMode=yes",
-    "-o",
-    "ConnectTimeout=15",
-    "-o",
-    "ServerAliveInterval=5",
-    "-o",
-    "ServerAliveCountMax=4",
-]
+SSH = ["ssh", "-oBatchMode=yes", "-oConnectTimeout=15", "-oServerAliveInterval=5", "-oServerAliveCountMax=4"]
 # Starts an engine on another host: its arguments and environment arrive on stdin, where ps does not show them.
 REMOTE_START = [
     sys.executable,
@@ -57,7 +48,11 @@ REMOTE_START = [
 
 @dataclass(frozen=True)
 class Plan:
-    """A job: which engine starts which script on which hosts, and where the ranks meet."""
+    """A job: which engine starts which script on which hosts, and where the ranks meet.
+
+    ``script`` is the script with its arguments, ``local`` says for each host whether it is this one, ``folder`` is
+    where the ranks work, and ``mpi_hostfile`` the path of a hostfile for mpirun, where it needs one.
+    """
 
     engine: str
     hosts: tuple[Host, ...]
@@ -74,14 +69,16 @@ class Plan:
     def world_size(self) -> int:
         return sum(host.slots for host in self.hosts)
 
-    @property
+    @functools.cached_property
+    def host_of(self) -> list[Host]:
+        """The host of every rank."""
+        return [host for host in self.hosts for _ in range(host.slots)]
+
+    @functools.cached_property
     def places(self) -> list[tuple[int, int, int, int]]:
         """(rank, local rank, world size, ranks on its host) of every rank."""
-        return [(i + first, i, self.world_size, h.slots) for h, first in self._first_ranks() for i in range(h.slots)]
-
-    def _first_ranks(self) -> list[tuple[Host, int]]:
-        firsts = [sum(host.slots for host in self.hosts[:index]) for index in range(len(self.hosts))]
-        return list(zip(self.hosts, firsts, strict=True))
+        local = [(index, host.slots) for host in self.hosts for index in range(host.slots)]
+        return [(rank, index, self.world_size, slots) for rank, (index, slots) in enumerate(local)]
 
     def ranks_here(self) -> int:
         """Ranks on this host."""
@@ -92,11 +89,9 @@ class Plan:
         return [host for host, here in zip(self.hosts, self.local, strict=True) if not here]
 
     def ranks_of(self, host: Host) -> range:
-        first = next(first for other, first in self._first_ranks() if other is host)
+        """The ranks on ``host``: hosts are filled in their order."""
+        first = sum(other.slots for other in self.hosts[: self.hosts.index(host)])
         return range(first, first + host.slots)
-
-    def host_of(self, rank: int) -> Host:
-        return next(host for host in self.hosts if rank in self.ranks_of(host))
 
 
 def engine_commands(plan: Plan, forwarded: dict[str, str] | None = None) -> list[tuple[Host | None, list[str]]]:
@@ -210,22 +205,23 @@ def hidden(name: str, value: str) -> str:
 
 def shown(command: list[str]) -> str:
     """A command that can be pasted into a shell, with the values of flags such as ``--hub_token`` hidden."""
-    hide = secret_values(command)
-    words = []
+    words, follows = [], False
     for word in command:
-        name, equals, value = word.partition("=")
-        words.append("***" if word in hide else f"{name}=***" if equals and value in hide else word)
+        name, equals, _ = word.partition("=")
+        secret = name.startswith("--") and is_secret(name)
+        value = follows and not word.startswith("--")
+        words.append("***" if value else f"{name}=***" if secret and equals else word)
+        follows = secret and not equals
     return shlex.join(words)
 
 
 def secret_values(command: list[str]) -> set[str]:
-    """What follows flags such as ``--hub_token``, in the same word after ``=`` or in the next."""
-    found = set()
-    for word, following in zip(command, [*command[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        if name.startswith("--") and is_secret(name):
-            found.add(value if equals else following)
-    return {value for value in found if value and not value.startswith("--")}
+    """What :func:`shown` hides in a command and is long enough to be a secret."""
+    visible = shlex.split(shown(command))
+    hidden_words = {
+        word.partition("=")[2] or word for word, same in zip(command, visible, strict=True) if word != same
+    }
+    return {word for word in hidden_words if len(word) >= 8}
 
 
 def mpi_hostfile(hosts: tuple[Host, ...]) -> str:

@@ -132,7 +132,7 @@ class Job:
             return False
         if not self._stopping():
             absent = sorted(set(range(self.plan.world_size)) - set(self.ranks))
-            hosts = ", ".join(dict.fromkeys(self.plan.host_of(rank).name for rank in absent))
+            hosts = ", ".join(dict.fromkeys(self.plan.host_of[rank].name for rank in absent))
             late = f"ranks {absent} on host {hosts} did not start within {START_LIMIT:.0f} s"
             self._fail(*(self.outside or (late, 1)))
             return True
@@ -247,7 +247,7 @@ class Job:
         return os.path.join(self.log_dir, f"rank{rank}.log") if self.log_dir else None
 
     def _name(self, rank: int) -> str:
-        return f"rank {rank} on host {self.plan.host_of(rank).name}"
+        return f"rank {rank} on host {self.plan.host_of[rank].name}"
 
     def _ended(self, peer: Peer, status: int, stopped_by: str | None) -> None:
         peer.status = status
@@ -268,7 +268,7 @@ class Job:
         peer.status = status = 128 + signal.SIGKILL
         what = f"{self._name(peer.rank)} was killed with its watcher, exit status {status}{self._see(peer.rank)}"
         if problem is not None and problem.errno in LOST:
-            what, status = f"host {self.plan.host_of(peer.rank).name} is lost: {problem.strerror}", 1
+            what, status = f"host {self.plan.host_of[peer.rank].name} is lost: {problem.strerror}", 1
         self._fail(what, status)
 
     def _engine_failure(self, engine: Engine) -> tuple[str, int]:

@@ -39,6 +39,7 @@ def test_arguments_environment_and_places(engine, ranks, tmp_path):
     for name, value in {**environ, "MY_TEXT": "it's\n$HOME", "MASTER_ADDR": "127.0.0.1"}.items():
         assert {one["environment"][name] for one in got} == {value}
     assert len({one["environment"]["MASTER_PORT"] for one in got}) == 1
+    assert not any("GAUDI_SPAWN_JOB" in one["environment"] for one in got)
     allowed = sorted(os.sched_getaffinity(0))
     threads = max(1, len(allowed) // ranks)
     assert {one["environment"]["OMP_NUM_THREADS"] for one in got} == {str(threads)}

@@ -121,7 +121,7 @@ def test_hostfile_round_trip(table, data):
 def test_places_of_ranks():
     plan = make_plan("mpi", hosts=(Host("a", 2), Host("b", 3)))
     assert plan.places == [(0, 0, 5, 2), (1, 1, 5, 2), (2, 0, 5, 3), (3, 1, 5, 3), (4, 2, 5, 3)]
-    assert [plan.host_of(rank).name for rank in range(5)] == ["a", "a", "b", "b", "b"]
+    assert [plan.host_of[rank].name for rank in range(5)] == ["a", "a", "b", "b", "b"]
     assert list(plan.ranks_of(plan.hosts[1])) == [2, 3, 4]
 
 
@@ -227,6 +227,7 @@ def test_commands_over_ssh_survive_the_other_shell(arguments):
 def test_shown_command_hides_secrets():
     shown = launch.shown(["run.py", "--hub_token", "hf_abc", "--api_key=k1", "--token", "--lr", "1", "--tokens", "5"])
     assert shown == "run.py --hub_token '***' '--api_key=***' --token --lr 1 --tokens 5"
+    assert launch.secret_values(["--hub_token", "hf_abcdef", "--use_auth_token", "True", "True"]) == {"hf_abcdef"}
 
 
 def test_remote_start_keeps_arguments_and_environment(tmp_path):
