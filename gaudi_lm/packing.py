@@ -102,7 +102,7 @@ def map_rows(
 
     def encode_range(start: int, stop: int) -> Dataset:
         rows = dataset.select(range(start, stop))
-        return rows.with_format("arrow").map(
+        encoded = rows.with_format("arrow").map(
             encode_rows,
             batched=True,
             batch_size=ROWS,
@@ -113,6 +113,7 @@ def map_rows(
             new_fingerprint=fingerprint(rows._fingerprint),
             desc="Tokenising",
         )
+        return encoded.with_format(None)
 
     total = len(dataset)
     if wanted is None:
