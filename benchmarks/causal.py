@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import TrainerCallback
 
+from gaudi_lm.activations import fuse_activations
+from gaudi_lm.heap import keep_freed_memory
 from gaudi_lm.losses import install_token_loss
 from gaudi_lm.sequences import PackedCollator, pack_sequences
 
@@ -59,6 +61,8 @@ def trainer(pace: Pace) -> None:
             pace.lap(tokens=BATCH * LENGTH)
 
     model = gpt2()
+    fuse_activations(model)  # this and the next as load_model does
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -99,11 +103,6 @@ def clm_step(rounds: int = 9) -> None:
     write_report("clm_limit", share, ">= 0.75", share >= 0.75, figures)
 
 
-def clm_limit(rounds: int = 9) -> None:
-    """The share of the measured sgemm rate that run_clm.py's trainer reaches: `clm_step` measures it too."""
-    clm_step(rounds)
-
-
 def alpaca_like_lengths(texts: int = 2000) -> np.ndarray:
     """Lengths in tokens like those of Alpaca's examples in their prompt template.
 
@@ -118,6 +117,7 @@ def lora(pace: Pace, batches: list[dict], cheap_loss: bool) -> None:
     adapters = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
     model = get_peft_model(llama_100m(), adapters)
     if cheap_loss:
+        keep_freed_memory()
         install_token_loss(model, "causal")
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=True)
     step = 0

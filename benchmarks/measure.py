@@ -45,15 +45,16 @@ class Pace:
 
     def lap(self, **figures) -> None:
         """Report the step that ends here with `figures`, wait for the next turn. The first call reports nothing."""
-        if self.started is not None:
-            seconds = time.perf_counter() - self.started
-            peak = resident("VmHWM") - self.before
-            self.connection.send({"seconds": seconds, "added_memory": peak, **figures})
-        else:
+        if self.started is None:
             self.connection.send(None)
-        if not self.connection.recv():
+        else:
+            seconds = time.perf_counter() - self.started
+            self.connection.send({"seconds": seconds, "peak": resident("VmHWM"), "before": self.before, **figures})
+        turn = self.connection.recv()
+        if turn == "stop":
             raise SystemExit
-        forget_peak()
+        if turn == "memory":  # a step that starts without any free memory in hand is slower: it is not timed
+            forget_peak()
         self.before = resident()
         self.started = time.perf_counter()
 
@@ -72,10 +73,11 @@ def race(
     Args:
         contenders: by name, a module-level function that calls `pace.lap()` after each step, for ever, and its other
             arguments. Its set-up lies before the first call.
-        rounds: turns that count; warmup: turns before them that do not.
+        rounds: turns that count; warmup: turns before them that do not. One turn between them is for the memory.
         threads: of each contender; by default all cores that this process may use.
 
-    Returns: by name, the figures of each counted turn.
+    Returns: by name, the figures of each counted turn: `seconds`, what was passed to `lap`, and `added_memory`, bytes
+    of resident memory that a step needs at its peak beyond what the contender holds between steps.
     """
     threads = threads or len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -88,14 +90,17 @@ def race(
         end.close()
         lines[name].recv()  # set up one after the other, so that none slows another's first step
     turns = {name: [] for name in contenders}
-    for turn in range(warmup + rounds):
+    added_memory = {}
+    for turn in ["warm up"] * warmup + ["memory"] + ["time"] * rounds:
         for name, line in lines.items():
-            line.send(True)
+            line.send(turn)
             figures = line.recv()
-            if turn >= warmup:
-                turns[name].append(figures)
+            if turn == "memory":
+                added_memory[name] = figures["peak"] - figures["before"]
+            elif turn == "time":
+                turns[name].append(figures | {"added_memory": added_memory[name]})
     for line in lines.values():
-        line.send(False)
+        line.send("stop")
     for process in processes:
         process.join()
     return turns

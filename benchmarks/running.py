@@ -174,8 +174,3 @@ def graphs() -> None:
     write_report("graphs", sum(compiled.values()), "0", not any(compiled.values()), compiled, note)
     waits = {name: results.get("host_syncs_per_step", 0.0) for name, results in found.items()}
     write_report("syncs", max(waits.values()), "0", not any(waits.values()), waits, note)
-
-
-def syncs() -> None:
-    """How often the host waits for the simulated card in a training step between log lines: `graphs` measures it."""
-    graphs()
