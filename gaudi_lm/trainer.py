@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .arguments import TrainingArguments
 from .batches import TrainingBatches, TrainingRows, count_tokens, silence_padding_rows
+from .checkpointing import repair_gradient_checkpointing
 from .cpu_ranks import average_gradients
 from .device_metrics import DeviceMetrics
 from .evaluation import TokenSums, evaluation_loader
@@ -282,6 +283,8 @@ def build_trainer(
         evaluation_collator: for evaluation, where it differs; ``draw`` is then the row's number.
         loss_options: passed to :func:`gaudi_lm.losses.install_token_loss`.
     """
+    if training_args.gradient_checkpointing:
+        repair_gradient_checkpointing(model)
     logger.info(install_token_loss(model, objective, **loss_options))
     trainer = LMTrainer(
         model=model,
