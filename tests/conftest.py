@@ -9,13 +9,14 @@ import pytest
 from filelock import FileLock
 from hub.fixtures import hub, stand_ins
 from hypothesis import HealthCheck, settings
+from small_models import instructions, masked_assets
 
 from gaudi_lm.runtime import add_stand_in, real_frameworks
 
 if not real_frameworks():
     add_stand_in()  # optimum.habana cannot be imported without it
 
-__all__ = ["assets", "hub", "stand_ins"]
+__all__ = ["assets", "hub", "instructions", "masked_assets", "stand_ins"]
 
 # A loaded machine is slow at times, which is no failure.
 settings.register_profile("suite", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
