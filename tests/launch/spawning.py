@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 RANKS = Path(__file__).parent / "ranks"
 ENGINES = {"torch": [], "mpi": ["--use_mpi"], "deepspeed": ["--use_deepspeed"]}
 MARK = "MY_LAUNCH_MARK"
+SMALL = "n_embd=32,n_layer=2,n_head=2,n_positions=64,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0"
 HOSTILE = [
     "a b",
     "",
@@ -147,3 +148,13 @@ def dumped(text: str) -> dict:
     what = json.loads(text.strip().rpartition("\n")[2])
     what["arguments"] = [bytes.fromhex(word) for word in what["arguments"]]
     return what
+
+
+def clm_flags(assets, output, batch: int, *more: str) -> list[str]:
+    """Twelve steps of a small GPT-2 from scratch, in fp32 and without dropout; the ranks' batches make 8."""
+    text = (
+        f"--model_type gpt2 --tokenizer_name {assets.tokenizer} --config_overrides {SMALL} "
+        f"--train_file {assets.train} --output_dir {output} --per_device_train_batch_size {batch} --block_size 64 "
+        "--logging_steps 1 --max_steps 12 --learning_rate 1e-3 --do_train --save_strategy no"
+    )
+    return [*text.split(), *more]

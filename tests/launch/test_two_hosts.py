@@ -8,8 +8,7 @@ import pytest
 from running import environment, losses
 
 from launch.hosts import two_hosts
-from launch.spawning import HOSTILE, RANKS, ROOT, Launch, dumped, last_line, spawn
-from launch.test_training import flags
+from launch.spawning import HOSTILE, RANKS, ROOT, Launch, clm_flags, dumped, last_line, spawn
 
 DUMP, ACT = str(RANKS / "dump.py"), str(RANKS / "act.py")
 ENGINES = {"mpi": "--use_mpi", "deepspeed": "--use_deepspeed"}
@@ -166,23 +165,10 @@ def test_a_setting_that_differs_is_an_error(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="module")
-def one_rank(assets, tmp_path_factory):
-    """Losses of one simulated card with the whole batch."""
-    output = tmp_path_factory.mktemp("one")
-    done = spawn(str(ROOT / "run_clm.py"), *flags(assets, output, 8, "--use_habana"), environ=simulated(1))
-    assert done.returncode == 0, done.stderr
-    return losses(output)
-
-
-def simulated(cards: int) -> dict[str, str]:
-    return environment(GAUDI_SIMULATOR=str(cards))
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 def test_training_across_both(engine, hosts, hostfile, assets, one_rank, tmp_path):
-    script = [str(ROOT / "run_clm.py"), *flags(assets, tmp_path / "out", 2, "--use_habana")]
+    script = [str(ROOT / "run_clm.py"), *clm_flags(assets, tmp_path / "out", 2, "--use_habana")]
     options = ["--hostfile", hostfile, "--world_size", "4", ENGINES[engine], "--log_dir", str(tmp_path / "logs")]
-    done = spawn(*options, *script, environ=simulated(2), inside=hosts[0].inside())
+    done = spawn(*options, *script, environ=environment(GAUDI_SIMULATOR="2"), inside=hosts[0].inside())
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "out") == pytest.approx(one_rank, abs=1e-5)
