@@ -1,0 +1,264 @@
+"""Exactly what is trained, for every style of prompt: tables of expected tokens, written by hand.
+
+Tokens are words here, so that the tables can be read: an untrained word stands as it is, a trained one between stars.
+"""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from gaudi_lm.instructions import (
+    collate_examples,
+    collate_packed,
+    finish_rows,
+    show_targets,
+    split_targets,
+    tokenise_examples,
+)
+from gaudi_lm.prompts import SQL, WITH_INPUT, WITHOUT_INPUT, ExampleFormat, find_format, split_conversation
+from gaudi_lm.runtime import UserError
+from gaudi_lm.sequences import PackedCollator, pack_sequences
+
+CHAT = "<bos> {% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {{ eos_token }} {% endfor %}" + (
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_tokenizer(pad: str | None = None) -> PreTrainedTokenizerFast:
+    """Words at spaces, a start before each text; the padding token is the EOS where `pad` says so."""
+    words = {"<bos>": 0, "<eos>": 1, "<pad>": 2, "<unk>": 3}
+    text = " ".join([WITH_INPUT, WITHOUT_INPUT, SQL, "<user> <assistant> <system> a b c d e f g h"])
+    for part in ("{instruction}", "{input}"):
+        text = text.replace(part, " ")
+    for word in text.split():
+        words.setdefault(word, len(words))
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token=pad,
+        chat_template=CHAT,
+    )  # fmt: skip
+
+
+def words(tokenizer, input_ids, labels) -> str:
+    """Tokens as words, the trained ones between stars."""
+    marked = []
+    for word, label in zip(tokenizer.convert_ids_to_tokens(list(map(int, input_ids))), labels, strict=True):
+        marked.append(f"*{word}*" if label != -100 else word)
+    return " ".join(marked)
+
+
+def spans(tokenizer, examples: list[dict], max_length: int = 200, inputs: bool = False, **flags) -> list[str]:
+    """The rows of `tokenise_examples` as words."""
+    concatenate = flags.pop("concatenate", False)
+    data = Dataset.from_list(examples)
+    rows = tokenise_examples(
+        data, find_format(data, **flags), tokenizer, max_length,
+        train_on_inputs=inputs, concatenate=concatenate, limit=None, split="train",
+    )  # fmt: skip
+    return [words(tokenizer, *split_targets(row["input_ids"])) for row in rows.with_format("numpy")]
+
+
+ALPACA = [
+    {"instruction": "a b", "input": "", "output": "c d"},
+    {"instruction": "a", "input": "e f", "output": "g"},
+    {"instruction": "b", "input": None, "output": ""},
+]
+START = (
+    "<bos> Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+START_INPUT = (
+    "<bos> Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+EXPECTED = [
+    f"{START} ### Instruction: a b ### Response: *c* *d* *<eos>*",
+    f"{START_INPUT} ### Instruction: a ### Input: e f ### Response: *g* *<eos>*",
+    f"{START} ### Instruction: b ### Response: *<eos>*",
+]
+
+
+@pytest.mark.parametrize("pad", [None, "<eos>", "<pad>"])
+def test_instruction(pad):
+    tokenizer = make_tokenizer(pad)
+    assert spans(tokenizer, ALPACA) == EXPECTED
+    everything = [" ".join(f"*{word.strip('*')}*" for word in row.split()) for row in EXPECTED]
+    assert spans(tokenizer, ALPACA, inputs=True) == everything
+    renamed = [{"q": "a b", "more": "", "reply": "c d"}]
+    assert spans(tokenizer, renamed, instruction="q", input="more", output="reply") == EXPECTED[:1]
+    assert spans(tokenizer, [{"q": "a b", "output": "c d"}], instruction="q") == EXPECTED[:1]
+
+
+@pytest.mark.parametrize("pad", [None, "<eos>", "<pad>"])
+def test_padded(pad):
+    """The EOS is learnt, and padding is not, also where they are one token."""
+    tokenizer = make_tokenizer(pad)
+    form = ExampleFormat("instruction", {"instruction": "instruction", "input": "input", "output": "output"})
+    rows = tokenise_examples(
+        Dataset.from_list(ALPACA),
+        form,
+        tokenizer,
+        200,
+        train_on_inputs=False,
+        concatenate=False,
+        limit=None,
+        split="t",
+    ).with_format("numpy")
+    padding = tokenizer.pad_token_id if pad else tokenizer.eos_token_id
+    batch = collate_examples(list(rows), padding, lengths=[40])
+    filler = tokenizer.convert_ids_to_tokens(padding)
+    for place, row in enumerate(EXPECTED):
+        used = len(row.split())
+        shown = words(tokenizer, batch["input_ids"][place], batch["labels"][place])
+        assert shown == " ".join([row, *[filler] * (40 - used)])
+        assert batch["attention_mask"][place].tolist() == [1] * used + [0] * (40 - used)
+    longest = collate_examples(list(rows), padding, lengths=[])
+    assert longest["input_ids"].shape[1] == max(len(row.split()) for row in EXPECTED)
+    # Where all is learnt, the first token still is no target: nothing predicts it.
+    whole = collate_examples([{"input_ids": np.array([5, 6, 7], np.int32)}] * 2, padding, lengths=[])
+    assert whole["labels"].tolist() == [[-100, 6, 7]] * 2 and "attention_mask" not in whole
+
+
+def test_concatenated():
+    tokenizer = make_tokenizer()
+    joined = " ".join(EXPECTED).split()
+    blocks = spans(tokenizer, ALPACA, max_length=16, concatenate=True)
+    assert blocks == [" ".join(joined[start : start + 16]) for start in range(0, len(joined) // 16 * 16, 16)]
+    assert len(blocks) == 5
+
+
+def test_packed():
+    tokenizer = make_tokenizer("<eos>")
+    data = Dataset.from_list(ALPACA)
+    rows = tokenise_examples(
+        data, find_format(data), tokenizer, 64, train_on_inputs=False, concatenate=False, limit=None, split="train"
+    )
+    packed = pack_sequences(rows, 64).with_format("numpy")
+    batch = collate_packed(list(packed), PackedCollator(length=64, pad_token_id=1, causal=True))
+    found = [words(tokenizer, *row) for row in zip(batch["input_ids"], batch["labels"], strict=True)]
+    assert sorted(" ".join(found).replace(" <bos>", "\n<bos>").split("\n")) == sorted(
+        row + " <eos>" * fill for row, fill in zip(*_with_filling(packed, EXPECTED), strict=True)
+    )
+
+
+def _with_filling(packed, rows: list[str]) -> tuple[list[str], list[int]]:
+    """The rows, and how much padding follows each: behind the last text of each packed row."""
+    lengths = {len(row.split()): row for row in rows}
+    order, filling = [], []
+    for row in packed:
+        order += [lengths[length] for length in row["sequence_lengths"].tolist()]
+        filling += [0] * (len(row["sequence_lengths"]) - 1) + [64 - int(row["sequence_lengths"].sum())]
+    return order, filling
+
+
+def test_shortened(caplog):
+    """The EOS has its place; what is cut is counted; an answer that is gone takes its example along."""
+    tokenizer = make_tokenizer()
+    prompt = len(EXPECTED[0].split()) - 3
+    with caplog.at_level("INFO", logger="gaudi_lm"):
+        assert spans(tokenizer, ALPACA[:1], max_length=prompt + 2) == [EXPECTED[0].replace(" *d*", "")]
+    assert "1 examples; 1 shortened" in caplog.text and "0 left out" in caplog.text
+    with caplog.at_level("INFO", logger="gaudi_lm"):
+        assert spans(tokenizer, ALPACA, max_length=prompt + 2) == [EXPECTED[0].replace(" *d*", ""), EXPECTED[2]]
+    assert "1 left out" in caplog.text
+    for inputs in (False, True):
+        with pytest.raises(UserError, match="none of the 1 train examples has an answer within --max_seq_length 20"):
+            spans(tokenizer, ALPACA[:1], max_length=20, inputs=inputs)
+
+
+def test_sql():
+    row = {"question": "a b", "context": "c d e", "answer": "f g"}
+    start = (
+        "<bos> Answer the question about a database with one SQL query. The context holds the statements that made "
+        "its tables."
+    )
+    expected = f"{start} ### Question: a b ### Context: c d e ### SQL: *f* *g* *<eos>*"
+    assert spans(make_tokenizer(), [row], sql_prompt=True) == [expected]
+    alpaca = {"instruction": "a b", "input": "c d e", "output": "f g"}
+    assert spans(make_tokenizer(), [alpaca], sql_prompt=True) == [expected]
+
+
+def test_chat():
+    """One answer by --chat_prompt, and conversations: every answer of the assistant with its EOS, nothing else."""
+    tokenizer = make_tokenizer()
+    one = "<bos> <user> a b <eos> <assistant> *c* *d* *<eos>*"
+    assert spans(tokenizer, ALPACA[:1], chat_prompt=True) == [one]
+    asked = {"role": "user", "content": "a"}
+    conversation = [
+        {"role": "system", "content": "h"}, asked, {"role": "assistant", "content": "b c"},
+        {"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}, {"role": "user", "content": "f"},
+    ]  # fmt: skip
+    long = "<bos> <system> h <eos> <user> a <eos> <assistant> *b* *c* *<eos>* <user> d <eos> <assistant> *e* *<eos>*"
+    rows = [{"messages": conversation}, {"messages": [asked]}, {"messages": conversation[1:3]}]
+    short = "<bos> <user> a <eos> <assistant> *b* *c* *<eos>*"
+    assert spans(tokenizer, rows) == [long, short]
+    assert spans(tokenizer, rows, inputs=True)[1] == " ".join(f"*{word.strip('*')}*" for word in short.split())
+    assert spans(tokenizer, rows, max_length=12) == [" ".join(long.split()[:11]) + " *<eos>*", short]
+    # A template without an EOS still gets one at the end.
+    tokenizer.chat_template = CHAT.replace("{{ eos_token }}", "")
+    assert spans(tokenizer, rows)[1] == "<bos> <user> a <assistant> *b* *c* *<eos>*"
+
+
+def test_a_template_that_rewrites_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT.replace("<assistant>{%", "<assistant> <think>{%")
+    with pytest.raises(UserError, match="generation prompt"):
+        split_conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(UserError, match="no such role"):
+        split_conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenizer)
+
+
+def test_text():
+    assert spans(make_tokenizer(), [{"text": "a b"}, {"text": "c"}], inputs=True) == [
+        "*<bos>* *a* *b* *<eos>*",
+        "*<bos>* *c* *<eos>*",
+    ]
+
+
+def test_shown_example():
+    tokenizer = make_tokenizer()
+    row = np.array([~0, ~5, 6, 1], np.int32)
+    assert show_targets(row, tokenizer) == f"<bos> {tokenizer.decode([5])}>>>{tokenizer.decode([6])} <eos><<<"
+
+
+def test_formats():
+    def columns(*names, **flags):
+        return find_format(Dataset.from_dict({name: ["a"] for name in names}), **flags).style
+
+    assert columns("instruction", "input", "output", "text") == "instruction"
+    assert columns("text", "id") == "text"
+    assert columns("instruction", "output", chat_prompt=True) == "chat"
+    assert columns("question", "context", "answer", sql_prompt=True) == "sql"
+    for names, flags, message in [
+        (["a", "b"], {}, "no columns instruction and output"),
+        (["instruction", "b"], {"instruction": "instruction"}, "--output_column_name output"),
+        (["question", "answer"], {"sql_prompt": True}, "--input_column_name context"),
+        (["text"], {"text_column": "words"}, "--text_column_name words"),
+        (["text", "q"], {"text_column": "text", "instruction": "q"}, "--text_column_name excludes"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            columns(*names, **flags)
+    with pytest.raises(UserError, match="holds int64"):
+        find_format(Dataset.from_dict({"instruction": [1], "output": ["a"]}))
+
+
+@given(data=st.data(), limit=st.none() | st.integers(2, 8), inputs=st.booleans())
+def test_finish_rows_against_lists(data, limit, inputs):
+    pair = st.tuples(st.lists(st.integers(2, 9), min_size=1, max_size=5), st.lists(st.integers(2, 9), max_size=5))
+    rows = data.draw(st.lists(pair, min_size=1, max_size=5))
+    flat = np.array([token for a, b in rows for token in [*(~t for t in a), *b]], np.int32)
+    tokens, lengths = finish_rows(flat, np.array([len(a) + len(b) for a, b in rows]), 1, limit, inputs, True)
+    expected = []
+    for a, b in rows:
+        body = [*(t if inputs else ~t for t in a), *b]
+        room = len(body) if limit is None else limit - 1
+        gone = len(body) > room <= len(a)
+        expected.append([] if gone else [*body[:room], 1])
+    assert lengths.tolist() == [len(row) for row in expected]
+    assert tokens.tolist() == [token for row in expected for token in row]
