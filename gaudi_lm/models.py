@@ -187,6 +187,11 @@ def load_model(
     dtype = resolve_dtype(model_args.torch_dtype)
     options = {"attn_implementation": training_args.attn_implementation, "torch_dtype": dtype, **options}
     name = model_args.model_name_or_path
+    hub_options = _hub_options(model_args)
+    if config._commit_hash and not model_args.config_name:
+        # The configuration's own commit. By a branch's name, ranks that fill one cache together at times find no
+        # weights in it: each writes down anew which commit the branch is at, while others read that.
+        hub_options["revision"] = config._commit_hash
 
     def make(**options) -> PreTrainedModel:
         if name:
@@ -194,7 +199,7 @@ def load_model(
                 name,
                 config=config,
                 low_cpu_mem_usage=model_args.low_cpu_mem_usage or "device_map" in options,
-                **_hub_options(model_args),
+                **hub_options,
                 **options,
             )
         if options["torch_dtype"] == "auto":
