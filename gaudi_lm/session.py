@@ -26,11 +26,13 @@ def set_up(training_args: TrainingArguments) -> logging.Logger:
     set_up_logging(training_args.process_index == 0)
     if training_args.set_aside:
         logger.info("--use_cpu wins over %s", ", ".join(training_args.set_aside))
+    on_card = training_args.device.type == "hpu"
+    plain = "precision by the Gaudi or DeepSpeed configuration" if on_card else "fp32"
     logger.info(
         "%d %s, %s",
         training_args.world_size,
-        "card(s)" if training_args.device.type == "hpu" else "CPU process(es)",
-        "bf16 autocast" if training_args.bf16 else "precision by configuration",
+        ("card" if on_card else "CPU process") + ("" if training_args.world_size == 1 else "s" if on_card else "es"),
+        "bf16 autocast" if training_args.bf16 else plain,
     )
     if training_args.use_cpu and training_args.bf16:
         _warn_slow_bf16()
