@@ -96,6 +96,8 @@ def override_config(config: PretrainedConfig, overrides: str) -> None:
                 value = _guess(text)
             elif kind is bool:
                 value = parse_bool(text)
+            elif kind is int and "dropout" in key:
+                value = float(text)  # some configurations write no dropout as 0
             elif kind in (int, float, str):
                 value = kind(text)
             else:

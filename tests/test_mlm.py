@@ -185,7 +185,8 @@ def test_families_and_modes_on_the_cpu(assets, masked_assets, tmp_path):
         assert end.metrics["eval_perplexity"] == pytest.approx(np.exp(end.metrics["eval_loss"]))
     undone = re.search(r"(\d+) masks beyond --max_predictions_per_seq were undone", ends[6].log)
     assert undone and int(undone[1]) > 0
-    assert ends[6].metrics["eval_tokens"] == 20 * 3
+    # 3 a sequence of a batch of 8; the third batch is completed with 4 rows whose masks do not count.
+    assert 2 * 8 * 3 < ends[6].metrics["eval_tokens"] < 3 * 8 * 3
 
 
 @pytest.mark.slow
