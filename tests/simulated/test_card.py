@@ -8,14 +8,17 @@ def test_device():
     run_on_card("card_device.py", GAUDI_SIMULATOR_MEMORY_GB="0.0625")
 
 
+@pytest.mark.slow
 def test_random_and_autocast():
     run_on_card("card_numerics.py")
 
 
+@pytest.mark.slow
 def test_graphs():
     run_on_card("card_graphs.py")
 
 
+@pytest.mark.slow
 def test_graphs_in_eager_mode():
     run_on_card("card_eager.py", PT_HPU_LAZY_MODE="0")
 

@@ -1,10 +1,13 @@
 """Eager mode: every operation is a graph by itself, compiled once for its shapes."""
 
 import habana_frameworks.torch.core as htcore
+import pytest
 import torch
 from habana_frameworks.torch import _simulator
 from habana_frameworks.torch.hpu.metrics import metric_localcontext
 from habana_frameworks.torch.utils.internal import is_lazy
+from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
+from tiny_models import tiny_model
 
 
 def test_operations_are_graphs():
@@ -32,4 +35,26 @@ def test_compiled_function_is_one_graph():
     work(x)
     with metric_localcontext("graph_compilation") as metric:
         torch.testing.assert_close(work(x).cpu(), (torch.ones(29).exp() + 1).sum() * 2)
+        assert metric.stats()[0][1] == 0
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
+def test_compiled_models(model_type):
+    """Forward and backward are one graph each, and the results are those of the model itself."""
+    adapt_transformers_to_gaudi()
+    model = tiny_model(model_type).to("hpu")
+    tokens = torch.arange(3, 19)[None].to("hpu")
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+    def train(run) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = run(**inputs).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    compiled = torch.compile(model, backend="hpu_backend")
+    for got, wanted in zip(train(compiled), train(model), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    with metric_localcontext("graph_compilation") as metric:
+        train(compiled)
         assert metric.stats()[0][1] == 0

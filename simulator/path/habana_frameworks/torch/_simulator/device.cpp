@@ -993,13 +993,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
   return {back(to_input), back(to_weight), back(to_bias)};
 }
 
+// A CPU tensor of the same geometry without memory, also for the fake tensors that torch.compile traces with.
+at::Tensor hollow(const at::Tensor& tensor) {
+  auto host = at::detail::make_tensor<c10::TensorImpl>(
+      c10::Storage(c10::Storage::use_byte_size_t(), 0, c10::DataPtr(nullptr, at::kCPU), c10::GetCPUAllocator(), true),
+      c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
+  host.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides());
+  return host;
+}
+
 // The attention kernel that the CPU would choose, so that results are the CPU's.
 int64_t attention_kernel(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& mask,
     double dropout, bool is_causal, std::optional<double> scale, bool grouped) {
-  return at::_fused_sdp_choice(
-      twin(query), twin(key), twin(value), mask ? std::optional<at::Tensor>(twin(*mask)) : std::nullopt, dropout, is_causal,
-      scale, grouped);
+  for (const auto* tensor : {&query, &key, &value}) {
+    if (tensor->unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+      return 0;  // shapes that are not known yet: attention as plain products
+    }
+  }
+  // Straight to the CPU's answer: a mode that traces must not see the hollow tensors.
+  return at::_ops::_fused_sdp_choice::redispatch(
+      c10::DispatchKeySet(c10::DispatchKey::CPU), hollow(query), hollow(key), hollow(value), mask ? std::optional<at::Tensor>(hollow(*mask)) : std::nullopt, dropout,
+      is_causal, scale, grouped);
 }
 
 const std::unordered_set<std::string> kOwnKernels = {
