@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from optimum.habana.utils import set_seed
+from torch.utils.checkpoint import DefaultDeviceType
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments import TrainingArguments
@@ -36,6 +37,8 @@ def set_up(training_args: TrainingArguments) -> logging.Logger:
     )
     if training_args.use_cpu and training_args.bf16:
         _warn_slow_bf16()
+    # optimum-habana makes gradient checkpointing look for an hpu device even where all tensors are on the CPU.
+    DefaultDeviceType.set_device_type(training_args.device.type)
     set_seed(training_args.seed)
     return logger
 
