@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import uuid
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -79,6 +78,12 @@ HOSTILE = [
 ] + ["y" * 400] * 100
 
 
+def heed_signals() -> None:
+    """What started the tests, such as nohup or a shell's background job, may ignore these; a user's terminal does not."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Launch:
     """A running launcher and everything that it has started, which carries a mark in its environment."""
 
@@ -89,10 +94,7 @@ class Launch:
         own = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], MARK: self.mark, **(environ or {})}
         command = [*(inside or []), sys.executable, str(ROOT / "gaudi_spawn.py"), "--env", MARK, *options]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen}
-        self.begun = time.monotonic()
-        # Whatever started the tests may ignore SIGHUP.
-        heed = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
-        self.process = subprocess.Popen(command, env=own, preexec_fn=heed, **pipes)
+        self.process = subprocess.Popen(command, env=own, preexec_fn=heed_signals, **pipes)
         self.begun_here.append(self)
 
     def wait_for(self, text: bytes) -> None:
@@ -108,7 +110,6 @@ class Launch:
             out, err = self.process.communicate(timeout=seconds)
         finally:
             self.process.kill()
-        self.seconds = time.monotonic() - self.begun
         code = self.process.returncode
         return subprocess.CompletedProcess(self.process.args, code, *(os.fsdecode(text or b"") for text in (out, err)))
 
@@ -133,9 +134,8 @@ class Launch:
 def spawn(*options: str, **how) -> subprocess.CompletedProcess:
     """Run gaudi_spawn.py to its end; nothing of it may be left."""
     launch = Launch(*options, **how)
-    done = launch.finish()
+    done = launch.finish(600)
     assert launch.survivors(1.0) == []
-    done.seconds = launch.seconds
     return done
 
 
