@@ -2,7 +2,7 @@
 
 Every engine starts ``python -I rank.py SCRIPT ARGUMENTS``, so that placement, logs, signals and exit statuses are the
 same under all of them. It runs by path and, beside this package, needs the standard library only: it starts in 0.1 s.
- Without ``GAUDI_SPAWN_JOB`` in the environment (a pasted command) it becomes the script at once.
+Without ``GAUDI_SPAWN_JOB`` in the environment (a pasted command) it becomes the script at once.
 
 With it, a socket to the launcher carries frames of one kind byte, four length bytes and a payload:
 

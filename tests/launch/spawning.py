@@ -79,7 +79,7 @@ HOSTILE = [
 
 
 def heed_signals() -> None:
-    """What started the tests, such as nohup or a shell's background job, may ignore these; a user's terminal does not."""
+    """What started the tests, such as nohup or a background job, may ignore these; a user's terminal does not."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
