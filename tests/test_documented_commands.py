@@ -341,6 +341,18 @@ def shapes(weights: Path) -> list[list[int]]:
     return [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clm_gptj_8_cards_deepspeed", "lora_llama"])
+def test_use_cpu_appended(name: str, sandbox: Sandbox):
+    command = documented(name)
+    script = "python " + command[command.index("run_") :] + " --use_cpu --max_steps 2"
+    done = sandbox.run(script, 600)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "--use_cpu wins over --use_habana" in done.stderr
+    assert "SIMULATED" not in done.stderr
+    check_output(script, sandbox, ranks=1)
+
+
 OTHER_BLOCKS = [block for block in BLOCKS if not any(allowed_forms(c).fullmatch(block) for c in COMMANDS.values())]
 
 
