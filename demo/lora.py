@@ -81,8 +81,9 @@ def command() -> list[str]:
         f" --train_file {data}/train.jsonl --validation_file {data}/validation.jsonl"
         " --chat_prompt --train_on_inputs False --max_seq_length 192 --lora_rank 16 --lora_alpha 32"
         " --lora_target_modules all-linear --do_train --do_eval --eval_on_start --per_device_train_batch_size 8"
-        " --per_device_eval_batch_size 8 --group_by_length --num_train_epochs 2 --learning_rate 5e-4"
-        " --lr_scheduler_type cosine --warmup_ratio 0.1 --logging_steps 5 --eval_strategy no --save_strategy no"
+        " --per_device_eval_batch_size 8 --group_by_length --max_train_samples 160 --max_eval_samples 40"
+        " --num_train_epochs 1 --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_ratio 0.1 --logging_steps 2"
+        " --eval_strategy no --save_strategy no"
         f" --output_dir {output} --overwrite_output_dir --use_cpu"
     )
 
