@@ -84,8 +84,9 @@ def test_changes_build_anew(compiler):
         ({"PATH": "/nowhere", "CXX": ""}, "the simulated Gaudi needs a C++ compiler: install g++"),
         ({"GAUDI_SIMULATOR_CACHE": "/proc/nothing"}, "cannot be built in /proc/nothing"),
         ({"COMPILER_EXIT": "1"}, "could not compile the simulated Gaudi for torch"),
+        ({"GAUDI_SIMULATOR_MEMORY_GB": "big"}, "GAUDI_SIMULATOR_MEMORY_GB is 'big'"),
     ],
-    ids=["no compiler", "no cache", "compiler fails"],
+    ids=["no compiler", "no cache", "compiler fails", "memory"],
 )
 def test_what_cannot_be_built_is_one_line(compiler, changes, message):
     env = environment(**{**card_environment(1), "PYTHONPATH": simulator.STAND_IN, **compiler, **changes})

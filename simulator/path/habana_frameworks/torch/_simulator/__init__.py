@@ -27,8 +27,9 @@ def register(hpu: ModuleType) -> None:
     from .build import library as build
 
     try:
+        _check_memory_limit()
         path = str(build())
-    except BuildError as error:
+    except (BuildError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     torch.ops.load_library(path)
@@ -50,6 +51,16 @@ def register(hpu: ModuleType) -> None:
 
     register_backend(compile_for_card, name="hpu_backend")
     _announce()
+
+
+def _check_memory_limit() -> None:
+    text = os.environ.get("GAUDI_SIMULATOR_MEMORY_GB") or "96"
+    try:
+        valid = float(text) > 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError(f"GAUDI_SIMULATOR_MEMORY_GB is {text!r}: it holds the memory of a simulated card in GB")
 
 
 def _announce() -> None:
