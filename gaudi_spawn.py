@@ -11,9 +11,13 @@ launcher's; everything after it is the script's, and reaches every rank as it wa
 
 from __future__ import annotations
 
+import signal
+
+# Until a job takes it over: KeyboardInterrupt in the middle of an import may be swallowed, and the signal with it.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import os
-import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -187,7 +191,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    sys.exit(main())
