@@ -7,6 +7,8 @@ import os
 
 from gaudi_lm.runtime import choose_card
 
+from .measure import print_table
+
 # Name: module.
 BENCHMARKS = {
     "grouping": "preprocessing",
@@ -33,7 +35,11 @@ def main() -> None:
         "names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(BENCHMARKS)}; default: all"
     )
     parser.add_argument("--rounds", type=int, help="pairs to measure, for a quick look; by default 5 to 9")
+    parser.add_argument("--table", action="store_true", help="print the table of the results that are there, and end")
     options = parser.parse_args()
+    if options.table:
+        print_table(list(BENCHMARKS))
+        return
     names = options.names or [name for name in BENCHMARKS if name not in ANSWERED_BY]
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:

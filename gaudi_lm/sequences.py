@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 
 from .predictions import IGNORE_INDEX
@@ -38,7 +39,8 @@ CAUSAL = frozenset(
     + ("qwen3", "smollm3", "stablelm", "starcoder2")
 )
 CAUSAL_GAUDI = frozenset(
-    ("falcon", "gemma", "gemma2", "gemma3_text", "gpt_neo", "llama", "mpt", "persimmon", "qwen2", "qwen3", "stablelm")
+    ("falcon", "gemma", "gemma2", "gemma3_text", "gpt_neo", "llama", "mistral", "mpt", "persimmon", "qwen2", "qwen3")
+    + ("stablelm",)
 )
 MASKED = frozenset(
     ("bert", "camembert", "electra", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl")
@@ -127,19 +129,17 @@ def pack_sequences(dataset: Dataset, length: int, *, split: str = "train") -> Da
         for name in names:
             columns[name].append(_lists(tokens_before[ends], _gather(views[name], texts, tokens_before)))
         columns["sequence_lengths"].append(_lists(ends, lengths[texts]))
-    packed = Dataset(pa.table({name: pa.chunked_array(arrays) for name, arrays in columns.items()}))
+    # A fingerprint spares datasets from hashing all tokens to make one.
+    packed = Dataset(
+        pa.table({name: pa.chunked_array(arrays) for name, arrays in columns.items()}),
+        fingerprint=Hasher.hash(["packed", dataset._fingerprint, length]),
+    )
     tokens, rows = int(lengths.sum()), len(texts_in_row)
     logger.info(
         "%s: %d texts with %d tokens packed into %d rows of %d: %.1f %% of the positions used, %.2f texts a row",
         *(split, len(kept), tokens, rows, length, 100 * tokens / (rows * length), len(kept) / rows),
     )
     return packed
-
-
-def texts_per_row(packed: Dataset) -> float:
-    """Mean number of texts in a row of `pack_sequences`: what one row counts for in an optimizer step."""
-    lengths = packed.with_format("arrow")[:]["sequence_lengths"]
-    return pc.sum(pc.list_value_length(lengths)).as_py() / max(1, len(packed))
 
 
 def _views(column: pa.ChunkedArray) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
@@ -180,6 +180,10 @@ def check_packable(model: nn.Module) -> None:
         raise UserError(
             f"--pack_sequences: {where}{name} is not known to keep packed texts apart; leave the flag out, or use one "
             f"of {', '.join(sorted(proven))}"
+        )
+    if getattr(getattr(base, "generation_config", None), "flash_attention_causal_mask", False):
+        raise UserError(
+            "--flash_attention_causal_mask lets packed texts see each other: leave out one of the two flags"
         )
 
 

@@ -11,7 +11,7 @@ from accelerate.utils import convert_outputs_to_fp32, extract_model_from_paralle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tiny_models import CAUSAL, MASKED, VOCABULARY, tiny_model
+from tiny_models import CAUSAL, MASKED, VOCABULARY, distance, gradients, make_batch, objective_of, tiny_model
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -25,32 +25,8 @@ from gaudi_lm.predictions import IGNORE_INDEX, limit_predictions, prediction_row
 torch.set_num_threads(1)
 
 
-def objective_of(model_type):
-    return "causal" if model_type in CAUSAL else "masked"
-
-
-def make_batch(objective, rows=3, length=21, seed=0):
-    """Random ids, some padding, and labels of which some (causal) or most (masked) are ignored."""
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
-    attention_mask = torch.ones_like(input_ids)
-    attention_mask[0, length - 4 :] = 0
-    ignored = torch.rand(rows, length, generator=generator) < (0.3 if objective == "causal" else 0.8)
-    ignored[:, 0] = True
-    labels = input_ids.masked_fill(ignored | (attention_mask == 0), IGNORE_INDEX)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
 def aligned(logits, labels, objective):
     return (logits[:, :-1], labels[:, 1:]) if objective == "causal" else (logits, labels)
-
-
-def gradients(model):
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def distance(a, b):
-    return (a.double() - b.double()).norm().item()
 
 
 def exact_gradients(model, batch, objective):

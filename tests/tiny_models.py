@@ -122,3 +122,29 @@ def tiny_model(model_type: str, seed: int = 0, **overrides) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.train()
+
+
+def objective_of(model_type: str) -> str:
+    return "causal" if model_type in CAUSAL else "masked"
+
+
+def make_batch(objective: str, rows: int = 3, length: int = 21, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random ids, some padding, and labels of which some (causal) or most (masked) are ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, length - 4 :] = 0
+    ignored = torch.rand(rows, length, generator=generator) < (0.3 if objective == "causal" else 0.8)
+    ignored[:, 0] = True
+    labels = input_ids.masked_fill(ignored | (attention_mask == 0), -100)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients that there are, by the name of the parameter."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The Euclidean distance."""
+    return (a.double() - b.double()).norm().item()
