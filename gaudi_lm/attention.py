@@ -38,10 +38,6 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
         idle = [f"--{name}" for name, value in flags.items() if value] + ["--use_fused_rope False"] * (not fused_rope)
         if idle:
             logger.info("--use_cpu wins over %s", ", ".join(idle))
-        # GaudiTrainer reads these from the generation configuration of transformers too, which does not know them.
-        # As class attributes they are not saved with it.
-        for name in ("attn_softmax_bf16", "use_flash_attention", *FLASH_ATTENTION):
-            setattr(GenerationConfig, name, None)
         return
     module = sys.modules[type(model).forward.__module__]
     if not fused_rope:
@@ -61,3 +57,12 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
         if name not in passed:
             flag = "--attn_implementation gaudi_fused_sdpa" if name == "use_flash_attention" else f"--{name}"
             raise UserError(f"{flag}: optimum-habana's {model.config.model_type} does not take it in training")
+
+
+def complete_generation_config() -> None:
+    """Give transformers' generation configuration the settings that GaudiTrainer reads from it, unset.
+
+    On a card, optimum-habana's own configuration has them. As class attributes they are not saved with a model.
+    """
+    for name in ("attn_softmax_bf16", "use_flash_attention", *FLASH_ATTENTION):
+        setattr(GenerationConfig, name, None)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from optimum.habana import GaudiConfig, GaudiTrainer
+from optimum.habana import GaudiTrainer
 from optimum.habana.transformers.trainer import _get_input_update_settings
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
@@ -16,11 +16,13 @@ from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zer
 from transformers.trainer_utils import SaveStrategy
 
 from .arguments import TrainingArguments
+from .attention import complete_generation_config
 from .batches import TrainingBatches, TrainingRows, count_tokens, silence_padding_rows
 from .checkpointing import repair_gradient_checkpointing
 from .cpu_ranks import average_gradients
 from .device_metrics import DeviceMetrics
 from .evaluation import TokenSums, evaluation_loader
+from .gaudi_configs import gaudi_config
 from .losses import install_token_loss
 from .metrics import Throughput, TokenMetrics
 
@@ -253,15 +255,6 @@ class LogLines(TrainerCallback):
             logger.info("step %d/%d: %s", state.global_step, state.max_steps, figures)
 
 
-def gaudi_config(training_args: TrainingArguments) -> GaudiConfig:
-    """The Gaudi configuration of ``--gaudi_config_name``; without one, the fused optimizer and clipping on a card."""
-    if training_args.gaudi_config_name:
-        logger.info("Gaudi configuration: %s", training_args.gaudi_config_name)
-        return GaudiConfig.from_pretrained(training_args.gaudi_config_name)
-    on_card = training_args.use_habana
-    return GaudiConfig(use_fused_adam=on_card, use_fused_clip_norm=on_card)
-
-
 def build_trainer(
     model,
     objective: str,
@@ -286,6 +279,8 @@ def build_trainer(
     if training_args.gradient_checkpointing:
         repair_gradient_checkpointing(model)
     logger.info(install_token_loss(model, objective, **loss_options))
+    if training_args.device.type != "hpu":
+        complete_generation_config()
     trainer = LMTrainer(
         model=model,
         gaudi_config=gaudi_config(training_args),

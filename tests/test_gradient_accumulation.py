@@ -23,7 +23,7 @@ def steps(tmp_path_factory) -> dict[tuple[str, str, int], dict]:
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone",
              str(ROOT / "tests" / "accumulation_runs.py"), str(output), *shares, "--", *FAMILIES],
-            capture_output=True, text=True, env=environment(), timeout=600, check=False,
+            capture_output=True, text=True, env=environment(), timeout=1100, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         found |= {(*key, ranks): value for key, value in torch.load(output).items()}
@@ -62,7 +62,7 @@ def test_masked_script_on_two_ranks(assets, masked_assets, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, "run_mlm.py", *map(str, [*flags, *two])],
-        capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=600, check=False,
+        capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=1100, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     alone, shared = log_history(tmp_path / "one"), log_history(tmp_path / "two")
