@@ -12,9 +12,8 @@ from pathlib import Path
 from optimum.habana import GaudiTrainingArguments
 from transformers import HfArgumentParser
 
+from .gaudi_configs import resolve_gaudi_config
 from .runtime import UserError, expand_config_file, parse_bool
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -209,39 +208,6 @@ class TrainingArguments(GaudiTrainingArguments):
             self.use_lazy_mode = False
 
 
-def resolve_gaudi_config(name: str) -> str:
-    """A folder that holds ``gaudi_config.json``, from a folder, a file or a hub name.
-
-    The hub is asked first; where it cannot be reached, the configurations under ``configs/gaudi`` serve the names of
-    the documentation (``Habana/gpt2``, ``Habana/roberta-base``).
-
-    Raises:
-        UserError: nothing of that name, here or there.
-    """
-    import shutil
-    import tempfile
-
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "gaudi_config.json").is_file():
-            raise UserError(f"--gaudi_config_name {name}: the folder holds no gaudi_config.json")
-        return name
-    if path.is_file():
-        folder = Path(tempfile.mkdtemp(prefix="gaudi_config_"))
-        shutil.copyfile(path, folder / "gaudi_config.json")
-        return str(folder)
-    try:
-        return str(Path(hf_hub_download(name, "gaudi_config.json", etag_timeout=5)).parent)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        bundled = REPOSITORY / "configs" / "gaudi" / path.name
-        if name.startswith("Habana/") and bundled.is_dir():
-            return str(bundled)
-        raise UserError(f"--gaudi_config_name {name}: neither a folder, a file, nor on the hub ({error})") from error
-
-
 class _Parser(HfArgumentParser):
     """HfArgumentParser that takes old names, refuses abbreviations, and suggests the nearest flag."""
 
@@ -310,5 +276,4 @@ __all__ = [
     "nearest",
     "parse",
     "parse_bool",
-    "resolve_gaudi_config",
 ]

@@ -1,0 +1,54 @@
+"""Gaudi configurations: by folder, file or hub name, and what holds without one."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from optimum.habana import GaudiConfig, GaudiTrainingArguments
+
+from .runtime import UserError
+
+logger = logging.getLogger("gaudi_lm")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def resolve_gaudi_config(name: str) -> str:
+    """A folder that holds ``gaudi_config.json``, from a folder, a file or a hub name.
+
+    The hub is asked first; where it cannot be reached, the configurations under ``configs/gaudi`` serve the names of
+    the documentation (``Habana/gpt2``, ``Habana/roberta-base``).
+
+    Raises:
+        UserError: nothing of that name, here or there.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "gaudi_config.json").is_file():
+            raise UserError(f"--gaudi_config_name {name}: the folder holds no gaudi_config.json")
+        return name
+    if path.is_file():
+        folder = Path(tempfile.mkdtemp(prefix="gaudi_config_"))
+        shutil.copyfile(path, folder / "gaudi_config.json")
+        return str(folder)
+    try:
+        return str(Path(hf_hub_download(name, "gaudi_config.json", etag_timeout=5)).parent)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        bundled = REPOSITORY / "configs" / "gaudi" / path.name
+        if name.startswith("Habana/") and bundled.is_dir():
+            return str(bundled)
+        raise UserError(f"--gaudi_config_name {name}: neither a folder, a file, nor on the hub ({error})") from error
+
+
+def gaudi_config(training_args: GaudiTrainingArguments) -> GaudiConfig:
+    """The Gaudi configuration of ``--gaudi_config_name``; without one, the fused optimizer and clipping on a card."""
+    if training_args.gaudi_config_name:
+        logger.info("Gaudi configuration: %s", training_args.gaudi_config_name)
+        return GaudiConfig.from_pretrained(training_args.gaudi_config_name)
+    on_card = training_args.use_habana
+    return GaudiConfig(use_fused_adam=on_card, use_fused_clip_norm=on_card)
