@@ -199,6 +199,9 @@ def _announced(model: PeftModel) -> PeftModel:
     if model.peft_type == "ADAPTION_PROMPT":
         # Its wrapper keeps the model's forward method of this moment; the one that is there later must be called.
         model.base_model.forward = partial(torch.nn.Module.__call__, model.base_model.model)
+    if model.peft_type == "ADALORA" and "trainable_adapter_name" not in vars(model.base_model):
+        # Its forward pass asks for this name whenever there is a loss, and sets it for training only.
+        model.base_model.trainable_adapter_name = model.active_adapter
     trained, total = model.get_nb_trainable_parameters()
     kind = model.active_peft_config.peft_type.lower().replace("adaption_prompt", "llama-adapter")
     logger.info("adapter: %s; %d of %d parameters are trained (%.4g%%)", kind, trained, total, 100 * trained / total)
