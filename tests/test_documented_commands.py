@@ -327,7 +327,7 @@ def test_model_made_on_the_fly(sandbox: Sandbox):
     config = json.loads((folder / "config.json").read_text())
     assert (config["n_embd"], config["n_head"], config["n_layer"], config["n_positions"]) == (1024, 16, 48, 1024)
     weights = sum(math.prod(shape) for name, shape in shapes(folder / "model.safetensors") if name != "lm_head.weight")
-    # 12 squares of the width in each layer, one position and one token embedding (the head is the same), biases and norms.
+    # 12 squares of the width in each layer, embeddings of positions and tokens (also the head), biases, norms.
     assert weights == 48 * (12 * 1024**2 + 13 * 1024) + (1024 + config["vocab_size"]) * 1024 + 2 * 1024
     assert (folder / "checkpoint-1/optimizer.pt").stat().st_size > 2 * 4 * weights
     gigabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
