@@ -142,6 +142,9 @@ class TrainingArguments(GaudiTrainingArguments):
     disable_tqdm: bool | None = field(
         default=None, metadata={"help": "Turn progress bars off; by default they show on a terminal only."}
     )
+    chunked_loss: bool = field(
+        default=True, metadata={"help": "Cross-entropy in chunks of rows; False keeps the logits of a whole batch."}
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={

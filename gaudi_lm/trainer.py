@@ -278,7 +278,9 @@ def build_trainer(
     """
     if training_args.gradient_checkpointing:
         repair_gradient_checkpointing(model)
-    logger.info(install_token_loss(model, objective, **loss_options))
+    # Dynamo cannot follow a forward pass whose head is bypassed for the duration of the call.
+    chunked = training_args.chunked_loss and not training_args.torch_compile
+    logger.info(install_token_loss(model, objective, chunked=chunked, **loss_options))
     if training_args.device.type != "hpu":
         complete_generation_config()
     trainer = LMTrainer(
