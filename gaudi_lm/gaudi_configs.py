@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
+import socket
 import tempfile
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from optimum.habana import GaudiConfig, GaudiTrainingArguments
 
@@ -16,6 +20,18 @@ from .runtime import UserError
 logger = logging.getLogger("gaudi_lm")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def hub_answers() -> bool:
+    """Whether something listens where the hub, or the proxy to it, is expected."""
+    proxy = urllib.request.getproxies().get(urllib.parse.urlsplit(ENDPOINT).scheme)
+    address = urllib.parse.urlsplit(proxy or ENDPOINT)
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def resolve_gaudi_config(name: str) -> str:
@@ -36,11 +52,15 @@ def resolve_gaudi_config(name: str) -> str:
         folder = Path(tempfile.mkdtemp(prefix="gaudi_config_"))
         shutil.copyfile(path, folder / "gaudi_config.json")
         return str(folder)
+    bundled = REPOSITORY / "configs" / "gaudi" / path.name
+    if not (name.startswith("Habana/") and bundled.is_dir()):
+        bundled = None
     try:
-        return str(Path(hf_hub_download(name, "gaudi_config.json", etag_timeout=5)).parent)
+        # Without a connection, the hub's client tries again for half a minute.
+        offline = bundled is not None and not hub_answers()
+        return str(Path(hf_hub_download(name, "gaudi_config.json", etag_timeout=5, local_files_only=offline)).parent)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        bundled = REPOSITORY / "configs" / "gaudi" / path.name
-        if name.startswith("Habana/") and bundled.is_dir():
+        if bundled is not None:
             return str(bundled)
         raise UserError(f"--gaudi_config_name {name}: neither a folder, a file, nor on the hub ({error})") from error
 

@@ -25,6 +25,7 @@ from .evaluation import TokenSums, evaluation_loader
 from .gaudi_configs import gaudi_config
 from .losses import install_token_loss
 from .metrics import Throughput, TokenMetrics
+from .progress import LogLines, StepClock
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -139,11 +140,21 @@ class LMTrainer(GaudiTrainer):
             for name in ("samples", "steps", "tokens"):
                 logs.pop(f"train_{name}_per_second", None)
             logs.update(self._throughput_figures(self.throughput, "train"))
+            # Of the steps of this process: those before a checkpoint have their losses in its log.
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.throughput.steps_seen)
         if self.args.device.type == "hpu":
             super().log(logs, start_time, end_time)
         else:
             # GaudiTrainer asks the card for its memory, which a CPU run does not have.
             super(GaudiTrainer, self).log(logs, start_time)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if state_dict is None and self.args.device.type == "hpu":
+            # Copied to the host one by one, tied weights would be written twice.
+            weights = self.model.state_dict(keep_vars=True)
+            copies = {id(weight): weight.detach().cpu() for weight in weights.values()}
+            state_dict = {name: copies[id(weight)] for name, weight in weights.items()}
+        super()._save(output_dir, state_dict)
 
     def _issue_warnings_after_load(self, load_result):
         # Checkpoints leave out tied weights; a model that ties them misses nothing.
@@ -234,25 +245,6 @@ class LMTrainer(GaudiTrainer):
                 model = self._graphed_model
         model.eval()
         return model
-
-
-class StepClock(TrainerCallback):
-    """Tells the trainer's throughput that an optimizer step is over."""
-
-    def __init__(self, trainer: LMTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.throughput.end_step(*self.trainer._window)
-
-
-class LogLines(TrainerCallback):
-    """One log line for each set of figures, where there is no progress bar to print them."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_local_process_zero and logs and "train_runtime" not in logs and "eval_runtime" not in logs:
-            figures = ", ".join(f"{name} {value:.6g}" for name, value in logs.items() if name != "epoch")
-            logger.info("step %d/%d: %s", state.global_step, state.max_steps, figures)
 
 
 def build_trainer(
