@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from itertools import chain
@@ -102,31 +103,42 @@ def preprocess(rounds: int = 5, copies: int = 4) -> None:
 
 
 def _prepare(copies: int, folder: str, connection) -> None:
-    """In a process of its own: text file to blocks on disk; sends peak memory in bytes and the number of blocks."""
+    """In a process of its own: text file to blocks; sends its peak of memory, and of that without mapped files, bytes."""
     sys.argv = ["run_clm.py", "--use_cpu"]
     from run_clm import make_blocks
 
+    disable_progress_bars()
     file = Path(folder) / f"{copies}.jsonl"
     with file.open("w") as lines:
         for _ in range(copies):
             lines.writelines(json.dumps({"text": text}) + "\n" for text in paragraphs())
     texts = load_dataset("json", data_files=str(file), cache_dir=folder, split="train")
     tokenizer = make_tokenizer()
+    own, done = [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.02):
+            own.append(resident("RssAnon"))
+
     forget_peak()
-    blocks = make_blocks(texts, tokenizer, "text", BLOCK, None, "train")
-    connection.send((resident("VmHWM"), len(blocks), file.stat().st_size))
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    make_blocks(texts, tokenizer, "text", BLOCK, None, "train")
+    done.set()
+    watcher.join()
+    connection.send((resident("VmHWM"), max(own), file.stat().st_size))
 
 
 def memory_scale(small: int = 20) -> None:
     """Peak resident memory of preprocessing, with ten times the data."""
     context = multiprocessing.get_context("spawn")
-    peaks, sizes = {}, {}
+    peaks, own, sizes = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for copies in (small, 10 * small):
             receiver, sender = context.Pipe()
             process = context.Process(target=_prepare, args=(copies, folder, sender))
             process.start()
-            peaks[copies], _, sizes[copies] = receiver.recv()
+            peaks[copies], own[copies], sizes[copies] = receiver.recv()
             process.join()
     ratio = peaks[10 * small] / peaks[small]
     figures = {
@@ -134,5 +146,10 @@ def memory_scale(small: int = 20) -> None:
         "peak_mib": peaks[small] / MIB,
         "ten_times_text_mib": sizes[10 * small] / MIB,
         "ten_times_peak_mib": peaks[10 * small] / MIB,
+        "peak_without_mapped_files_mib": own[small] / MIB,
+        "ten_times_peak_without_mapped_files_mib": own[10 * small] / MIB,
     }
-    write_report("memory_scale", ratio, "<= 1.1", ratio <= 1.1, figures)
+    note = (
+        "Mapped cache files count as resident as long as nothing else needs the memory; the kernel drops them at will."
+    )
+    write_report("memory_scale", ratio, "<= 1.1", ratio <= 1.1, figures, note)

@@ -8,10 +8,11 @@ import test_sequences
 import torch
 from habana_frameworks.torch.hpu import wrap_in_hpu_graph
 from habana_frameworks.torch.hpu.metrics import metric_localcontext
-from optimum.habana.transformers.gradient_checkpointing import checkpoint
+from optimum.habana.transformers import gradient_checkpointing as lazy_mode
 from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 from tiny_models import distance, gradients, make_batch, objective_of, tiny_model
 
+from gaudi_lm.checkpointing import repair_gradient_checkpointing
 from gaudi_lm.losses import install_token_loss
 from gaudi_lm.runtime import UserError
 from gaudi_lm.sequences import CAUSAL_GAUDI, MASKED, MASKED_GAUDI, PackedCollator, is_patched
@@ -72,7 +73,8 @@ def test_autocast(model_type):
 def test_checkpointing_of_lazy_mode(model_type, monkeypatch):
     plain, batch = on_card(model_type)
     checkpointed = copy.deepcopy(plain)
-    monkeypatch.setattr("transformers.modeling_utils.checkpoint", checkpoint)  # as GaudiTrainer does
+    repair_gradient_checkpointing(checkpointed)
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", lazy_mode.checkpoint)  # as GaudiTrainer does
     checkpointed.gradient_checkpointing_enable()
     for model in (plain, checkpointed):
         install(model, model_type)
