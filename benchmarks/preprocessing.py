@@ -103,7 +103,7 @@ def preprocess(rounds: int = 5, copies: int = 4) -> None:
 
 
 def _prepare(copies: int, folder: str, connection) -> None:
-    """In a process of its own: text file to blocks; sends its peak of memory, and of that without mapped files, bytes."""
+    """In a process of its own: text file to blocks; sends its peak of memory with and without mapped files, bytes."""
     sys.argv = ["run_clm.py", "--use_cpu"]
     from run_clm import make_blocks
 
