@@ -87,6 +87,10 @@ def _race_clm(rounds: int) -> tuple[dict, dict]:
         figures[f"{who}_tokens_per_second"] = BATCH * LENGTH / seconds
         figures[f"{who}_share_of_sgemm"] = BATCH * LENGTH * per_token / seconds / limit
         figures[f"{who}_added_memory_mib"] = median(turns[who], "added_memory") / MIB
+    figures["speed_ratio_by_cpu_time"] = paired_ratio(turns["loop"], turns["ours"], "cpu_seconds")
+    cpu_limit = median([{"rate": t["flop"] / t["cpu_seconds"]} for t in turns["sgemm"]], "rate")
+    flop = BATCH * LENGTH * per_token
+    figures["ours_share_of_sgemm_by_cpu_time"] = flop / median(turns["ours"], "cpu_seconds") / cpu_limit
     figures["added_memory_ratio"] = paired_ratio(turns["ours"], turns["loop"], "added_memory")
     return turns, figures
 
@@ -170,8 +174,10 @@ def lora_packed(rounds: int = 9) -> None:
     per_token = flop_per_token(llama_100m(), LENGTH, frozen=True)
     limit = median([{"rate": t["flop"] / t["seconds"]} for t in turns["sgemm"]], "rate")
     speed = {who: [{"speed": t["tokens"] / t["seconds"]} for t in turns[who]] for who in ("packed", "padded")}
+    per_cpu = {who: [{"speed": t["tokens"] / t["cpu_seconds"]} for t in turns[who]] for who in ("packed", "padded")}
     mean = float(np.mean([len(text) for text in texts]))
     figures = {
+        "ratio_by_cpu_time": paired_ratio(per_cpu["packed"], per_cpu["padded"], "speed"),
         "batch": BATCH,
         "mean_tokens_per_text": mean,
         "positions_used_packed": sum(map(len, texts)) / (len(packed) * LENGTH),

@@ -66,7 +66,12 @@ def _report(name, turns, ours, theirs, target, extra, note=""):
     speed = {who: [{"speed": t["tokens"] / t["seconds"]} for t in turns[who]] for who in (ours, theirs)}
     ratio = paired_ratio(speed[ours], speed[theirs], "speed")
     limit = median([{"rate": t["flop"] / t["seconds"]} for t in turns["sgemm"]], "rate")
-    figures = {"sgemm_gflop_per_second": limit / 1e9, **extra}
+    per_cpu = {who: [{"speed": t["tokens"] / t["cpu_seconds"]} for t in turns[who]] for who in (ours, theirs)}
+    figures = {
+        "ratio_by_cpu_time": paired_ratio(per_cpu[ours], per_cpu[theirs], "speed"),
+        "sgemm_gflop_per_second": limit / 1e9,
+        **extra,
+    }
     for who, share in ((ours, extra["head_rows_share"]), (theirs, 1.0)):
         per_token = flop_per_token(model, LENGTH, head_share=share)
         tokens = median(speed[who], "speed")

@@ -48,15 +48,16 @@ class Pace:
         if self.started is None:
             self.connection.send(None)
         else:
-            seconds = time.perf_counter() - self.started
-            self.connection.send({"seconds": seconds, "peak": resident("VmHWM"), "before": self.before, **figures})
+            seconds, cpu = time.perf_counter() - self.started, time.process_time() - self.started_cpu
+            memory = {"peak": resident("VmHWM"), "before": self.before}
+            self.connection.send({"seconds": seconds, "cpu_seconds": cpu, **memory, **figures})
         turn = self.connection.recv()
         if turn == "stop":
             raise SystemExit
         if turn == "memory":  # a step that starts without any free memory in hand is slower: it is not timed
             forget_peak()
         self.before = resident()
-        self.started = time.perf_counter()
+        self.started, self.started_cpu = time.perf_counter(), time.process_time()
 
 
 def _contend(contender, arguments, connection, threads):
@@ -76,8 +77,9 @@ def race(
         rounds: turns that count; warmup: turns before them that do not. One turn between them is for the memory.
         threads: of each contender; by default all cores that this process may use.
 
-    Returns: by name, the figures of each counted turn: `seconds`, what was passed to `lap`, and `added_memory`, bytes
-    of resident memory that a step needs at its peak beyond what the contender holds between steps.
+    Returns: by name, the figures of each counted turn: `seconds`; `cpu_seconds` of all threads, which others on the
+    machine disturb less; what was passed to `lap`; and `added_memory`, bytes of resident memory that a step needs at
+    its peak beyond what the contender holds between steps.
     """
     threads = threads or len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = str(threads)
