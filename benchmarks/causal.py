@@ -67,6 +67,7 @@ def trainer(pace: Pace) -> None:
         arguments = TrainingArguments(
             output_dir=folder,
             use_cpu=True,
+            do_train=True,
             per_device_train_batch_size=BATCH,
             max_steps=10**6,
             logging_steps=10**6,
