@@ -39,7 +39,7 @@ def command() -> list[str]:
         f"{shlex.quote(sys.executable)} run_clm.py --model_type gpt2 --tokenizer_name {data}/tokenizer"
         " --config_overrides n_embd=192,n_layer=3,n_head=4,n_positions=256,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
         f" --train_file {data}/train.txt --validation_file {data}/validation.txt --block_size 128"
-        " --do_train --do_eval --eval_on_start --per_device_train_batch_size 16 --num_train_epochs 4"
+        " --do_train --do_eval --eval_on_start --per_device_train_batch_size 16 --num_train_epochs 6"
         " --learning_rate 2e-3 --lr_scheduler_type cosine --warmup_ratio 0.05 --logging_steps 10"
         " --eval_strategy epoch --save_strategy no --throughput_warmup_steps 3"
         f" --output_dir {output} --overwrite_output_dir --use_cpu"
