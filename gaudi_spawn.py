@@ -134,10 +134,13 @@ def make_plan(options: argparse.Namespace, cards: int) -> tuple[launch.Plan, Exi
     elif local[0]:
         address = placement.address_towards(hosts[local.index(False)].name)
     port, claim = placement.choose_port(options.master_port, address, here=local[0])
-    path = ""
-    if engine == "mpi" and any(":" in host.name for host in hosts):
-        path = os.path.join(claim.enter_context(tempfile.TemporaryDirectory(prefix="gaudi_spawn-")), "hosts")
-        Path(path).write_text(launch.mpi_hostfile(hosts))
+    session_folder = path = ""
+    if engine == "mpi":
+        folder = tempfile.TemporaryDirectory(prefix="gaudi_spawn-", ignore_cleanup_errors=True)
+        session_folder = claim.enter_context(folder)
+        if any(":" in host.name for host in hosts):
+            path = os.path.join(session_folder, "hosts")
+            Path(path).write_text(launch.mpi_hostfile(hosts))
     plan = launch.Plan(
         engine=engine,
         hosts=hosts,
@@ -149,6 +152,7 @@ def make_plan(options: argparse.Namespace, cards: int) -> tuple[launch.Plan, Exi
         folder=os.getcwd(),
         local=local,
         mpi_hostfile=path,
+        session_folder=session_folder,
     )
     return plan, claim
 

@@ -51,7 +51,8 @@ class Plan:
     """A job: which engine starts which script on which hosts, and where the ranks meet.
 
     ``script`` is the script with its arguments, ``local`` says for each host whether it is this one, ``folder`` is
-    where the ranks work, and ``mpi_hostfile`` the path of a hostfile for mpirun, where it needs one.
+    where the ranks work, ``mpi_hostfile`` the path of a hostfile for mpirun, where it needs one, and
+    ``session_folder`` the folder of this job alone where mpirun keeps its files.
     """
 
     engine: str
@@ -64,6 +65,7 @@ class Plan:
     folder: str = field(default_factory=os.getcwd)
     local: tuple[bool, ...] = (True,)
     mpi_hostfile: str = ""
+    session_folder: str = ""
 
     @property
     def world_size(self) -> int:
@@ -182,6 +184,9 @@ def engine_environment(plan: Plan, environ: dict, named: dict[str, str]) -> dict
     """The environment of an engine on this host."""
     kept = {k: v for k, v in environ.items() if not any(fnmatch.fnmatchcase(k, pattern) for pattern in STALE)}
     kept.update(named, MASTER_ADDR=plan.master_address, MASTER_PORT=str(plan.master_port))
+    if plan.session_folder:
+        # A killed mpirun leaves /tmp/ompi.PID, and does not start once a later one gets its process id.
+        kept["PRTE_MCA_prte_local_tmpdir_base"] = kept["OMPI_MCA_orte_local_tmpdir_base"] = plan.session_folder
     # mpirun's own ssh: never a question, and an end when the other host is gone.
     kept.setdefault("PRTE_MCA_plm_ssh_agent", shlex.join(SSH))
     kept.setdefault("OMPI_MCA_plm_rsh_agent", shlex.join(SSH))

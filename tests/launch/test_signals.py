@@ -6,6 +6,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -32,7 +33,9 @@ def test_running_jobs(engine, deaf, round_, tmp_path):
     deadline = time.monotonic() + 120
     for log in [log for both in logs.values() for log in both]:
         while not (log.exists() and "is here" in log.read_text()):
-            assert time.monotonic() < deadline, f"{log} shows no rank"
+            job = jobs[signal.Signals[log.parent.name]]
+            assert job.process.poll() is None, job.finish().stderr
+            assert time.monotonic() < deadline, f"{log} shows no rank: {job.survivors()}"
             time.sleep(0.05)
     for number, job in jobs.items():
         job.process.send_signal(number)
@@ -87,11 +90,27 @@ def test_nohup_is_respected():
     assert job.survivors(5.0) == []
 
 
+def test_a_killed_mpirun_leaves_no_files(tmp_path):
+    """What it leaves in a common folder would keep a later mpirun with the same process id from starting."""
+    job = Launch("--use_mpi", "--grace", "100", ACT, "0", "wait", environ={"TMPDIR": str(tmp_path)})
+    job.wait_for(b"rank 0 is here")
+    below = psutil.Process(job.process.pid).children(recursive=True)
+    [server] = [process.environ()["PMIX_SERVER_TMPDIR"] for process in below if "rank.py" in process.cmdline()[2]]
+    assert Path(server).is_relative_to(tmp_path) and any(Path(server).iterdir())
+    for process in below:
+        process.kill()
+    job.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_jobs_of_others_are_left_alone():
     """A job of the same script and flags goes on when another one fails and is cleaned up."""
     other = Launch("--use_deepspeed", "--world_size", "2", ACT, "1", "wait")
     other.wait_for(b"rank 0 is here")
-    before = other.survivors()
+    deadline = time.monotonic() + 60
+    while str(before := other.survivors()).count("sleep(600)") < 2:  # each rank's own process
+        assert time.monotonic() < deadline, before
+        time.sleep(0.05)
     failing = Launch("--use_deepspeed", "--world_size", "2", ACT, "1", "exit7")
     assert failing.finish().returncode == 7
     assert other.process.poll() is None
