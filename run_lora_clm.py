@@ -200,7 +200,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         logger.info("batches are padded to one of the lengths %s", lengths)
     collator = partial(collate_examples, padding=padding, lengths=lengths)
     if data_args.pack_sequences:
-        rows = {split: pack_sequences(examples, max_length, split=split) for split, examples in rows.items()}
+        step = training_args.rows_per_step
+        rows = {s: pack_sequences(texts, max_length, split=s, rows_per_step=step) for s, texts in rows.items()}
         collator = partial(collate_packed, assemble=PackedCollator.for_model(model, padding, max_length))
     trainer = build_trainer(
         model,

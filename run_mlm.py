@@ -159,7 +159,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                     use_cache=not (data_args.overwrite_cache and training_args.local_process_index == 0),
                 )
         if script_args.pack_sequences:
-            rows = {split: pack_sequences(lines, max_length, split=split) for split, lines in rows.items()}
+            step = training_args.rows_per_step
+            rows = {s: pack_sequences(lines, max_length, split=s, rows_per_step=step) for s, lines in rows.items()}
     model = load_model(AutoModelForMaskedLM, config, tokenizer, model_args, training_args)
 
     # Masking

@@ -13,6 +13,7 @@ from .measure import print_table
 BENCHMARKS = {
     "grouping": "preprocessing",
     "preprocess": "preprocessing",
+    "instructions": "preprocessing",
     "memory_scale": "preprocessing",
     "mlm_head": "masked",
     "mlm_packed": "masked",

@@ -102,6 +102,46 @@ def preprocess(rounds: int = 5, copies: int = 4) -> None:
     write_report("preprocess", ratio, "<= 1.25", ratio <= 1.25, figures)
 
 
+def instructions(rows: int = 200_000, rounds: int = 1) -> None:
+    """Examples like Alpaca's to rows with their trained span, as run_lora_clm.py does, against encode_batch alone."""
+    from gaudi_lm.instructions import tokenise_examples
+    from gaudi_lm.prompts import fill_prompts, find_format
+
+    disable_caching()
+    disable_progress_bars()
+    tokenizer = make_tokenizer()
+    sentences = [text[:400] for text in paragraphs()]
+    generator = np.random.default_rng(0)
+    drawn = generator.integers(len(sentences), size=(3, rows))
+    question, extra, answer = ([sentences[place] for place in column] for column in drawn)
+    extra = [text if with_input else "" for text, with_input in zip(extra, generator.random(rows) < 0.4, strict=True)]
+    dataset = Dataset.from_dict({"instruction": question, "input": extra, "output": answer})
+    form = find_format(dataset)
+    prompts = fill_prompts(dataset.with_format("arrow")[:], form)
+    memory = {}
+
+    def ours():
+        forget_peak()
+        before = resident()
+        options = {"train_on_inputs": False, "concatenate": False, "limit": None, "split": "train"}
+        tokenise_examples(
+            dataset, form, tokenizer, 512, **options, num_proc=None, use_cache=False, keep_in_memory=True
+        )
+        memory["ours"] = resident("VmHWM") - before
+
+    def encode_batch():
+        for texts in (prompts, answer):
+            for start in range(0, rows, 1000):
+                tokenizer.backend_tokenizer.encode_batch(texts[start : start + 1000])
+
+    seconds = _alternate({"ours": ours, "encode_batch": encode_batch}, rounds)
+    ratio = float(np.median(np.array(seconds["ours"]) / np.array(seconds["encode_batch"])))
+    figures = {"examples": rows, "characters": sum(map(len, prompts)) + sum(map(len, answer))}
+    figures |= {f"{who}_seconds": float(np.median(values)) for who, values in seconds.items()}
+    figures["added_peak_mib"] = memory["ours"] / MIB
+    write_report("instructions", ratio, "<= 2", ratio <= 2, figures)
+
+
 def _prepare(copies: int, folder: str, connection) -> None:
     """In a process of its own: text file to blocks; sends its peak of memory with and without mapped files, bytes."""
     sys.argv = ["run_clm.py", "--use_cpu"]

@@ -180,6 +180,11 @@ class TrainingArguments(GaudiTrainingArguments):
         if not (self.do_train or self.do_eval):
             raise UserError("nothing to do: give --do_train, --do_eval, or both")
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step, of all ranks."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
     def _prefer_cpu(self) -> None:
         off = {
             "use_habana": False,

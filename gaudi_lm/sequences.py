@@ -89,7 +89,9 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return rank[row_of]
 
 
-def pack_sequences(dataset: Dataset, length: int, *, split: str = "train") -> Dataset:
+def pack_sequences(
+    dataset: Dataset, length: int, *, split: str = "train", rows_per_step: int | None = None
+) -> Dataset:
     """Pack the texts of a tokenised data set into rows of at most `length` tokens.
 
     Args:
@@ -97,6 +99,7 @@ def pack_sequences(dataset: Dataset, length: int, *, split: str = "train") -> Da
             columns are dropped, and so are empty texts.
         length: tokens in a row.
         split: name for the log line and the error.
+        rows_per_step: rows of an optimizer step, of all ranks; for "train" the log says how many texts that are.
 
     Returns:
         `input_ids` (list<int32>, the texts of a row one after the other, without padding), `sequence_lengths`
@@ -139,6 +142,12 @@ def pack_sequences(dataset: Dataset, length: int, *, split: str = "train") -> Da
         "%s: %d texts with %d tokens packed into %d rows of %d: %.1f %% of the positions used, %.2f texts a row",
         *(split, len(kept), tokens, rows, length, 100 * tokens / (rows * length), len(kept) / rows),
     )
+    if rows_per_step and split == "train":
+        logger.info(
+            "effective batch: %d packed rows an optimizer step, about %.0f texts; for as many texts as without "
+            "packing, divide batch or gradient accumulation by %.1f",
+            *(rows_per_step, rows_per_step * len(kept) / rows, len(kept) / rows),
+        )
     return packed
 
 

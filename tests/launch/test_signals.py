@@ -68,6 +68,17 @@ def test_starting_jobs(engine, round_):
         assert done.returncode == (-number if number == signal.SIGKILL else 128 + number)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_before_anything_is_started(number):
+    """While Python starts and modules are imported, and just after: never a success, and nothing is left."""
+    for step in range(12):
+        job = Launch("--use_mpi", "--grace", str(GRACE), ACT, "0", "wait")
+        time.sleep(step * 0.025)
+        job.process.send_signal(number)
+        assert job.finish().returncode in (-number, 128 + number, 1)  # 1 is Python's own, before our first line
+        assert job.survivors(GRACE + 5.0) == []
+
+
 def test_a_second_ctrl_c_does_not_wait():
     job = Launch("--use_mpi", "--world_size", "2", "--grace", "100", ACT, "0", "wait", "deaf")
     job.wait_for(b"rank 0 is here")
