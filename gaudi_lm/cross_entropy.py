@@ -45,17 +45,24 @@ def chunked_cross_entropy(
     """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if hidden.device.type == "cpu":
-        # Prompts and padding are no targets; leaving them out pays from about a copy of the hidden states on. On a
-        # card it would make the shapes depend on the data.
-        targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        if 8 * len(targets) < 7 * len(labels):
-            hidden, labels = hidden.index_select(0, targets), labels.index_select(0, targets)
+        hidden, labels = _targets_alone(hidden, labels)
     if chunk_rows is None:
         elements = 2**23 if hidden.device.type == "cpu" else 2**26
         chunk_rows = 2 ** max(4, int(math.log2(elements / weight.shape[0])))
     return _ChunkedCrossEntropy.apply(
         hidden, weight, bias, labels, scale, softcap, chunk_rows, torch.is_grad_enabled()
     )
+
+
+def _targets_alone(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the rows of prompts and padding, where that saves more than the copy costs.
+
+    Not for a card, where it would make the shapes depend on the data.
+    """
+    targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    if 8 * len(targets) > 7 * len(labels):
+        return hidden, labels
+    return hidden.index_select(0, targets), labels.index_select(0, targets)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -144,6 +144,15 @@ def test_best_fit(drawn):
     assert (np.diff(firsts) > 0).all()
 
 
+def test_the_effective_batch_is_logged(caplog):
+    dataset = Dataset.from_dict({"input_ids": make_texts([LENGTH // 2] * 6)})
+    with caplog.at_level("INFO", logger="gaudi_lm"):
+        pack_sequences(dataset, LENGTH, rows_per_step=8)
+        pack_sequences(dataset, LENGTH, split="validation", rows_per_step=8)
+    [line] = [text for text in caplog.messages if "effective batch" in text]
+    assert "8 packed rows an optimizer step, about 16 texts" in line and "by 2.0" in line
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(0, LENGTH), min_size=1, max_size=30).filter(any),
