@@ -49,7 +49,7 @@ def test_collectives(launcher):
         "torchrun": [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", "PORT"],
     }[launcher]
     out = launch(*command, RANKS / "collectives.py")
-    assert {"rank 0 done", "rank 1 done"} <= set(out.splitlines())
+    assert "rank 0 done" in out and "rank 1 done" in out  # the line ends may mix
 
 
 @pytest.mark.slow
