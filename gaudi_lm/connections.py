@@ -159,12 +159,17 @@ def listen(plan: launch.Plan, token: str) -> tuple[socket.socket, str]:
     return listener, json.dumps({"addresses": addresses, "port": listener.getsockname()[1], "token": token})
 
 
-def start(command: list[str], environ: dict[str, str], source: int | IO = subprocess.DEVNULL) -> subprocess.Popen:
-    """Start a process that gets SIGTERM when this one dies; its output is read from ``stdout``, without blocking."""
+def start(
+    command: list[str],
+    environ: dict[str, str],
+    source: int | IO = subprocess.DEVNULL,
+    death: int = signal.SIGKILL,
+) -> subprocess.Popen:
+    """Start a process that gets ``death`` when this one dies; its output is read from ``stdout``, without blocking."""
     launcher = os.getpid()
 
     def set_up() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        prctl(PR_SET_PDEATHSIG, death)
         if os.getppid() != launcher:
             os._exit(1)
 
@@ -192,7 +197,9 @@ def start_engine(
 ) -> Engine:
     """Start an engine on this host, or with ssh on another, which gets ``remote_environ`` without a command line."""
     if host is None:
-        return Engine(host, start(command, environ), log)
+        # Only mpirun has something to clear up; the others may hang in that, while the ranks end by themselves.
+        death = signal.SIGTERM if plan.engine == "mpi" else signal.SIGKILL
+        return Engine(host, start(command, environ, death=death), log)
     order = {"command": command, "folder": plan.folder, "env": remote_environ}
     with tempfile.TemporaryFile() as source:
         source.write(json.dumps(order).encode() + b"\n")
