@@ -118,16 +118,12 @@ def instructions(rows: int = 200_000, rounds: int = 1) -> None:
     dataset = Dataset.from_dict({"instruction": question, "input": extra, "output": answer})
     form = find_format(dataset)
     prompts = fill_prompts(dataset.with_format("arrow")[:], form)
-    memory = {}
 
     def ours():
-        forget_peak()
-        before = resident()
         options = {"train_on_inputs": False, "concatenate": False, "limit": None, "split": "train"}
         tokenise_examples(
             dataset, form, tokenizer, 512, **options, num_proc=None, use_cache=False, keep_in_memory=True
         )
-        memory["ours"] = resident("VmHWM") - before
 
     def encode_batch():
         for texts in (prompts, answer):
@@ -138,7 +134,6 @@ def instructions(rows: int = 200_000, rounds: int = 1) -> None:
     ratio = float(np.median(np.array(seconds["ours"]) / np.array(seconds["encode_batch"])))
     figures = {"examples": rows, "characters": sum(map(len, prompts)) + sum(map(len, answer))}
     figures |= {f"{who}_seconds": float(np.median(values)) for who, values in seconds.items()}
-    figures["added_peak_mib"] = memory["ours"] / MIB
     write_report("instructions", ratio, "<= 2", ratio <= 2, figures)
 
 
