@@ -45,7 +45,7 @@ test-fast: .venv/dev
 stress: .venv/dev
 	STRESS_ROUNDS=20 $(BIN)/python -m pytest --timeout 3600 tests/launch/test_signals.py
 
-# Takes an hour; nothing else should run meanwhile.
+# Takes more than an hour; nothing else should run meanwhile.
 bench: .venv/dev
 	$(BIN)/python -m benchmarks
 

@@ -175,6 +175,7 @@ def main() -> int:
         forwarded = launch.forwarded_variables(environ, named)
         rank_environ = launch.rank_environment(plan, forwarded, options.arguments)
     if options.dry_run:
+        claim.close()
         commands = launch.engine_commands(plan, forwarded)
         cpus = len(os.sched_getaffinity(0))
         threads = placement.threads_per_rank(cpus, max(1, plan.ranks_here()), placement.cpu_quota())
