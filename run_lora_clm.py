@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from gaudi_lm.runtime import UserError, choose_card, user_errors
+from gaudi_lm.runtime import UserError, choose_card, run_script
 
 choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
 
@@ -243,5 +243,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main()
+    run_script(main)

@@ -14,7 +14,7 @@ On a machine without a Gaudi, append --use_cpu, or set GAUDI_SIMULATOR=1 to rehe
 import sys
 from dataclasses import dataclass, field, replace
 
-from gaudi_lm.runtime import UserError, choose_card, user_errors
+from gaudi_lm.runtime import UserError, choose_card, run_script
 
 choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
 
@@ -226,5 +226,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    with user_errors():
-        main()
+    run_script(main)
