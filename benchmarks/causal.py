@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import TrainerCallback
 
 from gaudi_lm.activations import fuse_activations
+from gaudi_lm.dropout import install_dropout
 from gaudi_lm.heap import keep_freed_memory
 from gaudi_lm.losses import install_token_loss
 from gaudi_lm.sequences import PackedCollator, pack_sequences
@@ -61,8 +62,9 @@ def trainer(pace: Pace) -> None:
             pace.lap(tokens=BATCH * LENGTH)
 
     model = gpt2()
-    fuse_activations(model)  # this and the next as load_model does
+    fuse_activations(model)  # this and what follows as load_model does
     keep_freed_memory()
+    install_dropout()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -123,6 +125,7 @@ def lora(pace: Pace, batches: list[dict], cheap_loss: bool) -> None:
     model = get_peft_model(llama_100m(), adapters)
     if cheap_loss:
         keep_freed_memory()
+        install_dropout()
         install_token_loss(model, "causal")
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=True)
     step = 0

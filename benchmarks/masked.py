@@ -6,6 +6,7 @@ from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 
+from gaudi_lm.dropout import install_dropout
 from gaudi_lm.heap import keep_freed_memory
 from gaudi_lm.losses import install_token_loss
 from gaudi_lm.predictions import IGNORE_INDEX, limit_predictions, prediction_rows
@@ -48,6 +49,7 @@ def train(pace: Pace, batches: list[dict], masked_head: bool) -> None:
     limit = prediction_rows(*shape, PROBABILITY) if masked_head else None
     if masked_head:
         keep_freed_memory()
+        install_dropout()
         install_token_loss(model, "masked", max_predictions_per_seq=lambda batch, length: limit)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     step = 0

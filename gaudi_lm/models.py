@@ -19,6 +19,7 @@ from transformers import (
 from .activations import fuse_activations
 from .arguments import ModelArguments, TrainingArguments, nearest
 from .attention import hand_over_flags
+from .dropout import install_dropout
 from .heap import keep_freed_memory
 from .runtime import UserError, parse_bool
 
@@ -231,6 +232,7 @@ def load_model(
     fuse_activations(model)
     if training_args.use_cpu:
         keep_freed_memory()
+        install_dropout()
     if not name:
         total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         logger.info("new %s with %.1fM parameters", config.model_type, total / 1e6)

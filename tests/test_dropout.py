@@ -1,0 +1,138 @@
+"""Dropout of a CPU against the plain formula with the same noise, and PyTorch's own wherever nothing is dropped."""
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gaudi_lm import dropout as module
+from gaudi_lm.dropout import BLOCK_ROWS, _Noise, dropout, install_dropout, scaled_dot_product_attention
+
+BATCH, HEADS, LENGTH, WIDTH = 2, 3, BLOCK_ROWS + 45, 8
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", functional.scaled_dot_product_attention)
+    monkeypatch.setattr(functional, "dropout", functional.dropout)
+    install_dropout()
+
+
+def noise_of_all(probability: float, causal: bool, keys: int) -> tuple[torch.Tensor, float]:
+    """What a call after `torch.manual_seed(0)` keeps, as one matrix, and its gain."""
+    torch.manual_seed(0)
+    noise_of = _Noise(probability)
+    kept = torch.zeros(BATCH, HEADS, LENGTH, keys, dtype=torch.bool)
+    for item in range(BATCH):
+        for start in range(0, LENGTH, BLOCK_ROWS):
+            end = min(start + BLOCK_ROWS, LENGTH)
+            seen = end if causal else keys
+            kept[item, :, start:end, :seen] = noise_of(torch.Size((HEADS, end - start, seen)))
+    return kept, noise_of.gain
+
+
+def random_mask(*shape: int) -> torch.Tensor:
+    mask = torch.rand(shape) < 0.6
+    mask[..., 3, :] = False  # a row that sees nothing
+    return mask
+
+
+MASKS = {
+    "none": lambda: None,
+    "causal": lambda: None,
+    "cross": lambda: None,
+    "bool": lambda: random_mask(BATCH, 1, LENGTH, LENGTH),
+    "of_all_items": lambda: random_mask(1, 1, LENGTH, LENGTH),
+    "of_two_dimensions": lambda: random_mask(LENGTH, LENGTH),
+    "padding": lambda: torch.arange(LENGTH)[None, None, None] < torch.tensor([LENGTH, 70])[:, None, None, None],
+    "bias_of_each_head": lambda: torch.randn(BATCH, HEADS, LENGTH, LENGTH, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+@pytest.mark.parametrize("scale", (None, 0.3))
+def test_attention_equals_the_formula(case, scale):
+    keys = 61 if case == "cross" else LENGTH
+    torch.manual_seed(1)
+    # The layout of the models: heads behind positions.
+    query, key = (torch.randn(BATCH, n, HEADS, WIDTH, dtype=torch.float64).transpose(1, 2) for n in (LENGTH, keys))
+    value = torch.randn(BATCH, HEADS, keys, 5, dtype=torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    mask, probability = MASKS[case](), 0.3
+
+    scores = query @ key.transpose(2, 3) * (WIDTH**-0.5 if scale is None else scale)
+    if case == "causal":
+        scores = scores.masked_fill(torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), -torch.inf)
+    elif mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    kept, gain = noise_of_all(probability, case == "causal", keys)
+    expected = (torch.softmax(scores, 3).nan_to_num(0.0) * kept * gain) @ value
+
+    torch.manual_seed(0)
+    options = {"attn_mask": mask, "dropout_p": probability, "is_causal": case == "causal", "scale": scale}
+    got = scaled_dot_product_attention(query, key, value, **options)
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(got)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs.nan_to_num(0.0))
+
+
+def test_dropout_keeps_the_expected_share_and_the_mean():
+    ones = torch.ones(1000, 1001, requires_grad=True)
+    torch.manual_seed(3)
+    dropped = dropout(ones, 0.1)
+    kept = dropped != 0
+    assert kept.float().mean() == pytest.approx(0.9, abs=0.002)  # 6 standard deviations
+    assert dropped.mean().item() == pytest.approx(1, abs=0.003)
+    assert dropped.max() == pytest.approx(1 / 0.9, rel=1e-4)
+    dropped.sum().backward()
+    assert torch.equal(ones.grad, dropped.detach())
+    # Neighbours are independent: both of a pair stay as often as chance says.
+    for neighbour in (kept[:, 1:], kept.roll(1, 0)[:, 1:]):
+        assert (kept[:, :-1] & neighbour).float().mean() == pytest.approx(0.81, abs=0.003)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(ones, 0.1), dropped)
+    assert not torch.equal(dropout(ones, 0.1), dropped)
+
+
+@pytest.mark.parametrize(
+    "options", ({"p": 0.0}, {"p": 0.5, "training": False}, {"p": 1.0}, {"p": 0.5, "inplace": True}, {"p": 1e-9})
+)
+def test_the_rest_is_left_to_pytorch(options, monkeypatch):
+    monkeypatch.setattr(module._Dropout, "apply", None)
+    assert dropout(torch.ones(5), **options).shape == (5,)
+
+
+def test_attention_without_dropout_is_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(module._DropoutAttention, "apply", None)
+    query = torch.randn(1, 4, 5, 8)
+    got = scaled_dot_product_attention(query, query, query, is_causal=True)
+    assert torch.equal(got, functional.scaled_dot_product_attention(query, query, query, is_causal=True))
+    # Fewer heads of keys, half precision and autocast.
+    scaled_dot_product_attention(query, query[:, :2], query[:, :2], dropout_p=0.5, enable_gqa=True)
+    half = query.bfloat16()
+    scaled_dot_product_attention(half, half, half, dropout_p=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert scaled_dot_product_attention(query, query, query, dropout_p=0.5).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_gradient_checkpointing_repeats_the_draws(installed, reentrant):
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 101, "n_positions": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes), attn_implementation="sdpa").train()
+    ids = torch.arange(64).view(1, 64)
+
+    def gradients():
+        torch.manual_seed(0)
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for again, first in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(again, first)
