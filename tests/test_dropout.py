@@ -6,7 +6,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gaudi_lm import dropout as module
-from gaudi_lm.dropout import BLOCK_ROWS, _Noise, dropout, install_dropout, scaled_dot_product_attention
+from gaudi_lm.dropout import BLOCK_ROWS, _Noise, _Weights, dropout, install_dropout, scaled_dot_product_attention
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 3, BLOCK_ROWS + 45, 8
 
@@ -18,16 +18,13 @@ def installed(monkeypatch):
     install_dropout()
 
 
-def noise_of_all(probability: float, causal: bool, keys: int) -> tuple[torch.Tensor, float]:
+def noise_of_all(probability: float, weights: _Weights) -> tuple[torch.Tensor, float]:
     """What a call after `torch.manual_seed(0)` keeps, as one matrix, and its gain."""
     torch.manual_seed(0)
     noise_of = _Noise(probability)
-    kept = torch.zeros(BATCH, HEADS, LENGTH, keys, dtype=torch.bool)
-    for item in range(BATCH):
-        for start in range(0, LENGTH, BLOCK_ROWS):
-            end = min(start + BLOCK_ROWS, LENGTH)
-            seen = end if causal else keys
-            kept[item, :, start:end, :seen] = noise_of(torch.Size((HEADS, end - start, seen)))
+    kept = torch.zeros(BATCH, HEADS, LENGTH, weights.key.shape[2], dtype=torch.bool)
+    for item, rows, keys in weights.blocks():
+        kept[item, :, rows, keys] = noise_of(torch.Size((HEADS, rows.stop - rows.start, keys.stop - keys.start)))
     return kept, noise_of.gain
 
 
@@ -35,6 +32,11 @@ def random_mask(*shape: int) -> torch.Tensor:
     mask = torch.rand(shape) < 0.6
     mask[..., 3, :] = False  # a row that sees nothing
     return mask
+
+
+def lowest(mask: torch.Tensor) -> torch.Tensor:
+    """The same mask in the form of transformers: added to the scores."""
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
 
 
 MASKS = {
@@ -45,6 +47,9 @@ MASKS = {
     "of_all_items": lambda: random_mask(1, 1, LENGTH, LENGTH),
     "of_two_dimensions": lambda: random_mask(LENGTH, LENGTH),
     "padding": lambda: torch.arange(LENGTH)[None, None, None] < torch.tensor([LENGTH, 70])[:, None, None, None],
+    "packed": lambda: (torch.arange(LENGTH)[:, None] // 70 == torch.arange(LENGTH) // 70)[None, None],
+    "lowest_numbers": lambda: lowest(random_mask(BATCH, 1, LENGTH, LENGTH)),
+    "lowest_numbers_of_packed_rows": lambda: lowest(MASKS["packed"]()),
     "bias_of_each_head": lambda: torch.randn(BATCH, HEADS, LENGTH, LENGTH, dtype=torch.float64),
 }
 
@@ -67,7 +72,10 @@ def test_attention_equals_the_formula(case, scale):
         scores = scores.masked_fill(~mask, -torch.inf)
     elif mask is not None:
         scores = scores + mask
-    kept, gain = noise_of_all(probability, case == "causal", keys)
+    full = None if mask is None else mask.expand(-1, -1, LENGTH, keys) if mask.dim() == 4 else mask[None, None]
+    if case == "causal":
+        full = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    kept, gain = noise_of_all(probability, _Weights(query, key, full, 1.0))
     expected = (torch.softmax(scores, 3).nan_to_num(0.0) * kept * gain) @ value
 
     torch.manual_seed(0)
@@ -88,7 +96,7 @@ def test_dropout_keeps_the_expected_share_and_the_mean():
     kept = dropped != 0
     assert kept.float().mean() == pytest.approx(0.9, abs=0.002)  # 6 standard deviations
     assert dropped.mean().item() == pytest.approx(1, abs=0.003)
-    assert dropped.max() == pytest.approx(1 / 0.9, rel=1e-4)
+    assert dropped.max().item() == pytest.approx(1 / 0.9, rel=1e-4)
     dropped.sum().backward()
     assert torch.equal(ones.grad, dropped.detach())
     # Neighbours are independent: both of a pair stay as often as chance says.
@@ -136,3 +144,12 @@ def test_gradient_checkpointing_repeats_the_draws(installed, reentrant):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     for again, first in zip(gradients(), plain, strict=True):
         torch.testing.assert_close(again, first)
+
+
+def test_keys_that_a_block_may_not_see_are_left_out():
+    length = 4 * BLOCK_ROWS
+    query = torch.zeros(1, 1, length, 1)
+    text = torch.arange(length) // (2 * BLOCK_ROWS)
+    mask = torch.ones(length, length, dtype=torch.bool).tril() & (text[:, None] == text)
+    ends = [(keys.start, keys.stop) for _, _, keys in _Weights(query, query, mask[None, None], 1.0).blocks()]
+    assert ends == [(BLOCK_ROWS * start, BLOCK_ROWS * stop) for start, stop in ((0, 1), (0, 2), (2, 3), (2, 4))]

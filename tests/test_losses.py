@@ -20,7 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gaudi_lm import cross_entropy
-from gaudi_lm.cross_entropy import _argmax, chunked_cross_entropy
+from gaudi_lm.cross_entropy import _highest, chunked_cross_entropy
 from gaudi_lm.losses import CAUSAL_MODELS, MASKED_HEADS, TokenLossOutput, install_token_loss
 from gaudi_lm.predictions import IGNORE_INDEX, limit_predictions, prediction_rows, select_targets
 
@@ -143,8 +143,9 @@ def test_chunked_cross_entropy(rows, vocabulary, chunk, ignored, bias, scale, so
 def test_argmax_takes_the_first_of_equals(classes, rows, values, seed):
     logits = torch.randint(values, (classes, rows), generator=torch.Generator().manual_seed(seed)).float()
     wanted = (logits == logits.amax(0)).int().argmax(0)
-    assert torch.equal(_argmax(logits, 0, group=4), wanted)
-    assert torch.equal(_argmax(logits.t().contiguous(), 1), wanted)
+    for highest, place in (_highest(logits, 0, group=4), _highest(logits.t().contiguous(), 1)):
+        assert torch.equal(place, wanted)
+        assert torch.equal(highest, logits.amax(0))
 
 
 @settings(max_examples=12, deadline=None)
