@@ -183,8 +183,10 @@ def memory_scale(small: int = 20) -> None:
         "ten_times_peak_mib": peaks[10 * small] / MIB,
         "peak_without_mapped_files_mib": own[small] / MIB,
         "ten_times_peak_without_mapped_files_mib": own[10 * small] / MIB,
+        "ratio_without_mapped_files": own[10 * small] / own[small],
     }
     note = (
-        "Mapped cache files count as resident as long as nothing else needs the memory; the kernel drops them at will."
+        "The text is read from a mapped cache file. Its pages count as resident as long as nothing else needs the "
+        "memory; the kernel drops them at will. The process itself holds what is called without mapped files."
     )
     write_report("memory_scale", ratio, "<= 1.1", ratio <= 1.1, figures, note)

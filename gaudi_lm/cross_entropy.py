@@ -85,6 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.shape[0], chunk_rows):
                 rows = slice(start, start + chunk_rows)
+                logits = grad = None  # those of the rows before, else both are there at once
                 valid = labels[rows] != IGNORE_INDEX
                 target = labels[rows].clamp(min=0)
                 index = target.unsqueeze(classes)
