@@ -25,6 +25,7 @@ BENCHMARKS = {
     "graphs": "running",
     "syncs": "running",
     "weak_scaling": "running",
+    "simulator_overhead": "running",
 }
 # Two figures of one run.
 ANSWERED_BY = {"clm_limit": "clm_step", "syncs": "graphs"}

@@ -114,6 +114,13 @@ def startup(rounds: int = 5) -> None:
     write_report("startup", ratio, "<= 1.3", ratio <= 1.3, figures)
 
 
+def simulator_overhead(rounds: int = 7) -> None:
+    """The simulated card against plain CPU tensors, in a process that sees that card."""
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    command = [sys.executable, "-m", "benchmarks.simulator_overhead", "--steps", str(rounds)]
+    subprocess.run(command, cwd=ROOT, env=environment | {"GAUDI_SIMULATOR": "1"}, check=True)
+
+
 def weak_scaling(rounds: int = 3, steps: int = 6, warmup: int = 2) -> None:
     """Tokens per second per rank of a GPT-2 of 124 million parameters: two ranks on two cores against one on one."""
     cores = sorted(os.sched_getaffinity(0))[:2]

@@ -1,8 +1,8 @@
 """The simulated card against plain CPU tensors: one training step of a GPT-2 with 124M parameters, both in one run.
 
-    GAUDI_SIMULATOR=1 python benchmarks/simulator_overhead.py --steps 5
+    GAUDI_SIMULATOR=1 python -m benchmarks.simulator_overhead --steps 7
 
-Steps of the two alternate, so that a busy machine slows both; the ratio is that of the medians.
+Steps of the two alternate, so that a busy machine slows both. `python -m benchmarks simulator_overhead` runs this.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import habana_frameworks.torch.core as htcore
 import torch
 from habana_frameworks.torch.hpex.optimizers import FusedAdamW
 from transformers import GPT2Config, GPT2LMHeadModel
+
+from .measure import write_report
 
 
 class Run:
@@ -48,7 +50,7 @@ class Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--layers", type=int, default=12, help="fewer for a quick look")
@@ -59,16 +61,20 @@ def main() -> None:
     for _ in range(arguments.steps + 1):
         for run in runs:
             run.step()
-    cpu, card = (statistics.median(run.seconds[1:]) for run in runs)
-    print(
-        f"GPT-2, {parameters / 1e6:.0f}M parameters, {arguments.rows} x {arguments.tokens} tokens, "
-        f"{torch.get_num_threads()} threads, median of {arguments.steps} steps after one"
-    )
-    print(f"CPU tensors     {cpu:.3f} s a step")
-    print(f"simulated card  {card:.3f} s a step, {card / cpu:.3f} times")
+    pairs = zip(*(run.seconds[1:] for run in runs), strict=True)
+    ratio = statistics.median(card / cpu for cpu, card in pairs)
     same = runs[0].losses == runs[1].losses
-    print(f"losses {'equal to the bit' if same else f'differ: {runs[0].losses} {runs[1].losses}'}")
-    sys.exit(0 if same else 1)
+    figures = {
+        "parameters": parameters,
+        "rows": arguments.rows,
+        "tokens_in_a_row": arguments.tokens,
+        "threads": torch.get_num_threads(),
+        "cpu_seconds": statistics.median(runs[0].seconds[1:]),
+        "simulated_card_seconds": statistics.median(runs[1].seconds[1:]),
+        "losses_equal_to_the_bit": same,
+    }
+    write_report("simulator_overhead", ratio, "<= 1.15", ratio <= 1.15 and same, figures)
+    sys.exit(0 if same else f"losses differ: {runs[0].losses} {runs[1].losses}")
 
 
 if __name__ == "__main__":

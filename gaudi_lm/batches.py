@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from .runtime import UserError
 
 PADDING_ROW = "padding_row"
+REAL_ROWS = "real_rows"
 
 
 class TrainingRows(torch.utils.data.Dataset):
@@ -43,7 +44,10 @@ class TrainingRows(torch.utils.data.Dataset):
 
 
 def silence_padding_rows(collator: Callable[[list[dict]], dict]) -> Callable[[list[dict]], dict]:
-    """A collator that gives rows which only complete a batch the labels -100, so that they add nothing to any sum."""
+    """A collator that gives rows which only complete a batch the labels -100, so that they add nothing to any sum.
+
+    Its batches say under ``real_rows`` which are the others, bool of shape ``[rows]``.
+    """
     return partial(_collate_silenced, collator)
 
 
@@ -51,6 +55,7 @@ def _collate_silenced(collator: Callable[[list[dict]], dict], rows: list[dict]) 
     completing = torch.tensor([row.pop(PADDING_ROW, False) for row in rows])
     batch = collator(rows)
     batch["labels"][completing] = -100
+    batch[REAL_ROWS] = ~completing
     return batch
 
 
@@ -118,13 +123,14 @@ def count_tokens(batch: dict[str, torch.Tensor]) -> tuple[int, int, int]:
     """Rows, tokens that are not padding, and positions of a batch in host memory.
 
     A batch without an attention mask has no padding. A block-diagonal mask ``[rows, length, length]`` or
-    ``[rows, 1, length, length]`` counts by its diagonal.
+    ``[rows, 1, length, length]`` counts by its diagonal. Rows that only complete a batch are neither rows nor tokens.
     """
     rows, length = batch["input_ids"].shape
+    real = batch.get(REAL_ROWS, torch.ones(rows, dtype=torch.bool))
     mask = batch.get("attention_mask")
     if mask is None:
-        return rows, rows * length, rows * length
+        return int(real.sum()), int(real.sum()) * length, rows * length
     if mask.dim() > 2:
         mask = mask.diagonal(dim1=-2, dim2=-1)
         mask = mask if not mask.is_floating_point() else mask == 0
-    return rows, int(mask.bool().sum()), rows * length
+    return int(real.sum()), int(mask[real].bool().sum()), rows * length

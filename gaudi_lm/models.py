@@ -232,7 +232,8 @@ def load_model(
     fuse_activations(model)
     if training_args.use_cpu:
         keep_freed_memory()
-        install_dropout()
+        if training_args.fast_dropout:
+            install_dropout()
     if not name:
         total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         logger.info("new %s with %.1fM parameters", config.model_type, total / 1e6)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import ROOT
 
-from gaudi_lm.batches import count_tokens
+from gaudi_lm.batches import PADDING_ROW, count_tokens, silence_padding_rows
 from gaudi_lm.evaluation import TokenSums
 from gaudi_lm.metrics import Throughput, TokenMetrics, save_loss_curve
 
@@ -92,6 +92,17 @@ def test_tokens_of_a_batch():
     assert count_tokens({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}) == (2, 3, 6)
     blocks = torch.stack([torch.eye(3), torch.diag(torch.tensor([1.0, 0.0, 0.0]))]).bool()
     assert count_tokens({"input_ids": ids, "attention_mask": blocks}) == (2, 4, 6)
+
+
+def test_a_row_that_only_completes_a_batch_is_no_sample():
+    def collate(rows: list[dict]) -> dict:
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    batch = silence_padding_rows(collate)([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6], PADDING_ROW: True}])
+    assert batch["labels"].tolist() == [[1, 2, 3], [-100] * 3]
+    assert count_tokens(batch) == (1, 3, 6)
+    assert count_tokens({**batch, "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}) == (1, 2, 6)
 
 
 def test_the_loss_curve_shows_what_was_logged(tmp_path):
