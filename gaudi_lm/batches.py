@@ -123,10 +123,11 @@ def count_tokens(batch: dict[str, torch.Tensor]) -> tuple[int, int, int]:
     """Rows, tokens that are not padding, and positions of a batch in host memory.
 
     A batch without an attention mask has no padding. A block-diagonal mask ``[rows, length, length]`` or
-    ``[rows, 1, length, length]`` counts by its diagonal. Rows that only complete a batch are neither rows nor tokens.
+    ``[rows, 1, length, length]`` counts by its diagonal. Rows that only complete a batch are neither rows nor tokens:
+    ``real_rows``, which tells them and is not for the model, is taken out of the batch.
     """
     rows, length = batch["input_ids"].shape
-    real = batch.get(REAL_ROWS, torch.ones(rows, dtype=torch.bool))
+    real = batch.pop(REAL_ROWS, torch.ones(rows, dtype=torch.bool))
     mask = batch.get("attention_mask")
     if mask is None:
         return int(real.sum()), int(real.sum()) * length, rows * length

@@ -17,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .arguments import TrainingArguments
 from .attention import complete_generation_config
-from .batches import REAL_ROWS, TrainingBatches, TrainingRows, count_tokens, silence_padding_rows
+from .batches import TrainingBatches, TrainingRows, count_tokens, silence_padding_rows
 from .checkpointing import repair_gradient_checkpointing
 from .cpu_ranks import average_gradients
 from .device_metrics import DeviceMetrics
@@ -94,8 +94,6 @@ class LMTrainer(GaudiTrainer):
         labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
         counts = [count_tokens(batch) for batch in batches]
         self._window = tuple(sum(column) for column in zip(*counts, strict=True))
-        for batch in batches:
-            batch.pop(REAL_ROWS, None)
         items = torch.tensor(labels, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             items = self.accelerator.gather(items).sum()

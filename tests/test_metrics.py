@@ -101,8 +101,9 @@ def test_a_row_that_only_completes_a_batch_is_no_sample():
 
     batch = silence_padding_rows(collate)([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6], PADDING_ROW: True}])
     assert batch["labels"].tolist() == [[1, 2, 3], [-100] * 3]
-    assert count_tokens(batch) == (1, 3, 6)
     assert count_tokens({**batch, "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}) == (1, 2, 6)
+    assert count_tokens(batch) == (1, 3, 6)
+    assert set(batch) == {"input_ids", "labels"}
 
 
 def test_the_loss_curve_shows_what_was_logged(tmp_path):
