@@ -102,39 +102,107 @@ def preprocess(rounds: int = 5, copies: int = 4) -> None:
     write_report("preprocess", ratio, "<= 1.25", ratio <= 1.25, figures)
 
 
+INSTRUCTIONS = {"train_on_inputs": False, "concatenate": False, "limit": None, "split": "train"}
+
+
+def alpaca_like(rows: int) -> dict[str, list[str]]:
+    """Columns like Alpaca's, of sentences from the Python manual; two examples in five have an input."""
+    sentences = [text[:400] for text in paragraphs()]
+    generator = np.random.default_rng(0)
+    question, extra, answer = (
+        [sentences[place] for place in column] for column in generator.integers(len(sentences), size=(3, rows))
+    )
+    extra = [text if with_input else "" for text, with_input in zip(extra, generator.random(rows) < 0.4, strict=True)]
+    return {"instruction": question, "input": extra, "output": answer}
+
+
 def instructions(rows: int = 200_000, rounds: int = 1) -> None:
-    """Examples like Alpaca's to rows with their trained span, as run_lora_clm.py does, against encode_batch alone."""
+    """Examples like Alpaca's to rows with their trained span, as run_lora_clm.py does, against encode_batch alone.
+
+    Its memory is that of two more processes, one with a tenth of the examples.
+    """
     from gaudi_lm.instructions import tokenise_examples
     from gaudi_lm.prompts import fill_prompts, find_format
 
     disable_caching()
     disable_progress_bars()
     tokenizer = make_tokenizer()
-    sentences = [text[:400] for text in paragraphs()]
-    generator = np.random.default_rng(0)
-    drawn = generator.integers(len(sentences), size=(3, rows))
-    question, extra, answer = ([sentences[place] for place in column] for column in drawn)
-    extra = [text if with_input else "" for text, with_input in zip(extra, generator.random(rows) < 0.4, strict=True)]
-    dataset = Dataset.from_dict({"instruction": question, "input": extra, "output": answer})
+    dataset = Dataset.from_dict(alpaca_like(rows))
     form = find_format(dataset)
     prompts = fill_prompts(dataset.with_format("arrow")[:], form)
+    answers = dataset["output"][:]
 
     def ours():
-        options = {"train_on_inputs": False, "concatenate": False, "limit": None, "split": "train"}
-        tokenise_examples(
-            dataset, form, tokenizer, 512, **options, num_proc=None, use_cache=False, keep_in_memory=True
-        )
+        options = INSTRUCTIONS | {"num_proc": None, "use_cache": False, "keep_in_memory": True}
+        tokenise_examples(dataset, form, tokenizer, 512, **options)
 
     def encode_batch():
-        for texts in (prompts, answer):
+        for texts in (prompts, answers):
             for start in range(0, rows, 1000):
                 tokenizer.backend_tokenizer.encode_batch(texts[start : start + 1000])
 
     seconds = _alternate({"ours": ours, "encode_batch": encode_batch}, rounds)
     ratio = float(np.median(np.array(seconds["ours"]) / np.array(seconds["encode_batch"])))
-    figures = {"examples": rows, "characters": sum(map(len, prompts)) + sum(map(len, answer))}
+    figures = {"examples": rows, "characters": sum(map(len, prompts)) + sum(map(len, answers))}
     figures |= {f"{who}_seconds": float(np.median(values)) for who, values in seconds.items()}
-    write_report("instructions", ratio, "<= 2", ratio <= 2, figures)
+    peaks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (rows // 10, rows):
+            Dataset.from_dict(alpaca_like(count)).to_json(f"{folder}/{count}.jsonl")
+            peaks[count], tokens = _in_a_process(_prepare_instructions, count, folder)
+    figures |= {
+        "tokens": tokens,
+        "tenth_own_peak_mib": peaks[rows // 10] / MIB,
+        "own_peak_mib": peaks[rows] / MIB,
+        "added_bytes_per_token": (peaks[rows] - peaks[rows // 10]) / (0.9 * tokens),
+    }
+    note = "Own peak: resident memory without mapped cache files. A Python list of integers takes 8 bytes for a token."
+    write_report("instructions", ratio, "<= 2", ratio <= 2, figures, note)
+
+
+def _in_a_process(function: Callable, *arguments):
+    """What `function`, called with these arguments and a connection in a process of its own, sends through it."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe()
+    process = context.Process(target=function, args=(*arguments, sender))
+    process.start()
+    sender.close()
+    answer = receiver.recv()
+    process.join()
+    return answer
+
+
+class _OwnMemory:
+    """The peak of resident memory without mapped files while the block runs, in bytes: `peak`."""
+
+    def __enter__(self):
+        self.peak, self._done = 0, threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        forget_peak()
+        self._watcher.start()
+        return self
+
+    def _watch(self):
+        while not self._done.wait(0.02):
+            self.peak = max(self.peak, resident("RssAnon"))
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._watcher.join()
+
+
+def _prepare_instructions(rows: int, folder: str, connection) -> None:
+    """In a process of its own: examples from a file to rows; sends its own peak of memory and the number of tokens."""
+    from gaudi_lm.instructions import tokenise_examples
+    from gaudi_lm.packing import count_tokens
+    from gaudi_lm.prompts import find_format
+
+    disable_progress_bars()
+    examples = load_dataset("json", data_files=f"{folder}/{rows}.jsonl", cache_dir=folder, split="train")
+    tokenizer = make_tokenizer()
+    with _OwnMemory() as memory:
+        found = tokenise_examples(examples, find_format(examples), tokenizer, 512, **INSTRUCTIONS)
+    connection.send((memory.peak, count_tokens(found)))
 
 
 def _prepare(copies: int, folder: str, connection) -> None:
@@ -149,32 +217,17 @@ def _prepare(copies: int, folder: str, connection) -> None:
             lines.writelines(json.dumps({"text": text}) + "\n" for text in paragraphs())
     texts = load_dataset("json", data_files=str(file), cache_dir=folder, split="train")
     tokenizer = make_tokenizer()
-    own, done = [0], threading.Event()
-
-    def watch():
-        while not done.wait(0.02):
-            own.append(resident("RssAnon"))
-
-    forget_peak()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    make_blocks(texts, tokenizer, "text", BLOCK, None, "train")
-    done.set()
-    watcher.join()
-    connection.send((resident("VmHWM"), max(own), file.stat().st_size))
+    with _OwnMemory() as memory:
+        make_blocks(texts, tokenizer, "text", BLOCK, None, "train")
+    connection.send((resident("VmHWM"), memory.peak, file.stat().st_size))
 
 
 def memory_scale(small: int = 20) -> None:
     """Peak resident memory of preprocessing, with ten times the data."""
-    context = multiprocessing.get_context("spawn")
     peaks, own, sizes = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for copies in (small, 10 * small):
-            receiver, sender = context.Pipe()
-            process = context.Process(target=_prepare, args=(copies, folder, sender))
-            process.start()
-            peaks[copies], own[copies], sizes[copies] = receiver.recv()
-            process.join()
+            peaks[copies], own[copies], sizes[copies] = _in_a_process(_prepare, copies, folder)
     ratio = peaks[10 * small] / peaks[small]
     figures = {
         "text_mib": sizes[small] / MIB,
