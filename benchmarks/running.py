@@ -105,8 +105,8 @@ def startup(rounds: int = 5) -> None:
             if turn:
                 ours.append(first_step)
                 theirs.append(imported)
-    pairs = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-    ratio = pairs[len(pairs) // 2]
+    pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
+    ratio = statistics.median(pairs)
     figures = {
         "seconds_to_first_step": sorted(ours)[len(ours) // 2],
         "seconds_to_import": sorted(theirs)[len(theirs) // 2],
@@ -140,8 +140,8 @@ def weak_scaling(rounds: int = 3, steps: int = 6, warmup: int = 2) -> None:
                 results = json.loads(Path(folder, "output", "all_results.json").read_text())
                 if turn:
                     speeds[ranks].append(results["train_tokens_per_second"] / ranks)
-    pairs = sorted(two / one for one, two in zip(speeds[1], speeds[2], strict=True))
-    ratio = pairs[len(pairs) // 2]
+    pairs = [two / one for one, two in zip(speeds[1], speeds[2], strict=True)]
+    ratio = statistics.median(pairs)
     figures = {
         "one_rank_tokens_per_second": sorted(speeds[1])[rounds // 2],
         "two_ranks_tokens_per_second_each": sorted(speeds[2])[rounds // 2],

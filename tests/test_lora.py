@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from running import environment, losses, run_many
+from running import copy_elsewhere, environment, losses, run, run_many
 from several_runs import run_several
 
 from gaudi_lm.instructions import collate_examples, tokenise_examples
@@ -119,10 +119,10 @@ def test_resume_is_exact_and_equals_a_plain_loop(instructions, tmp_path):
     assert losses(tmp_path / "again")[7:] == losses(tmp_path / "whole")[7:]
     saved = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "again")]
     assert saved[0] == saved[1]
-    # Automatic: the newest checkpoint that is complete.
+    # Automatic: the newest checkpoint that is complete. From a copy of the script in a folder of its own.
     (tmp_path / "whole" / "checkpoint-12" / "trainer_state.json").unlink()
-    (end,) = run_several("run_lora_clm", [whole], environment(), 600)
-    assert end.status == 0 and "checkpoint-7" in end.log
+    resumed = run(copy_elsewhere("run_lora_clm.py", tmp_path / "elsewhere"), *whole, cwd=tmp_path / "elsewhere")
+    assert "checkpoint-7" in resumed.stderr
     assert (tmp_path / "whole" / "adapter_model.safetensors").read_bytes() == saved[0]
 
     tokenizer = AutoTokenizer.from_pretrained(instructions.llama)

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from running import environment, losses, results, run, run_many
+from running import copy_elsewhere, environment, losses, results, run, run_many
 from several_runs import run_several
 from transformers import AutoTokenizer
 
@@ -191,14 +191,17 @@ def test_families_and_modes_on_the_cpu(assets, masked_assets, tmp_path):
 
 @pytest.mark.slow
 def test_equals_a_plain_loop(assets, masked_assets, tmp_path):
-    """Losses of 12 steps as a hand-written loop with the stock model and full logits gives them on the same masks."""
+    """Losses of 12 steps as a hand-written loop with the stock model and full logits gives them on the same masks.
+
+    From a copy of the script in a folder of its own.
+    """
     from transformers import BertConfig, BertForMaskedLM, set_seed
 
     flags = common(
         assets, tmp_path / "out", *masked_assets.scratch("bert"), "--do_train", "--use_cpu", "--max_train_samples", 24,
         "--num_train_epochs", 2, "--learning_rate", 1e-3, "--line_by_line",
     )  # fmt: skip
-    run("run_mlm.py", *flags)
+    run(copy_elsewhere("run_mlm.py", tmp_path / "elsewhere"), *flags, cwd=tmp_path / "elsewhere")
     tokenizer = AutoTokenizer.from_pretrained(masked_assets.bert)
     lines = [line for line in assets.train.read_text().splitlines() if line.strip()][:24]
     rows = [np.array(tokenizer(line, truncation=True, max_length=48)["input_ids"]) for line in lines]
