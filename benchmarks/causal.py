@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 
 from gaudi_lm.activations import fuse_activations
 from gaudi_lm.dropout import install_dropout
-from gaudi_lm.heap import keep_freed_memory
 from gaudi_lm.losses import install_token_loss
+from gaudi_lm.memory import keep_freed_memory
 from gaudi_lm.sequences import PackedCollator, pack_sequences
 
 from .measure import MIB, Pace, median, paired_ratio, race, sgemm, write_report

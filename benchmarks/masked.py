@@ -7,8 +7,8 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 
 from gaudi_lm.dropout import install_dropout
-from gaudi_lm.heap import keep_freed_memory
 from gaudi_lm.losses import install_token_loss
+from gaudi_lm.memory import keep_freed_memory
 from gaudi_lm.predictions import IGNORE_INDEX, limit_predictions, prediction_rows
 from gaudi_lm.sequences import PackedCollator, pack_sequences
 

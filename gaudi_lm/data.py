@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from .arguments import DataArguments, ModelArguments
+from .memory import forget_mapped_pages
 from .runtime import UserError
 
 logger = logging.getLogger("gaudi_lm")
@@ -179,6 +180,9 @@ def load_raw(
     """
     raw = _load_hub(data_args, model_args) if data_args.dataset_name else _load_files(data_args, model_args)
     splits = {name: raw[name] for name in ("train", "validation") if name in raw}
+    # Give back what reading and converting the files took: it grows with them.
+    pa.default_memory_pool().release_unused()
+    forget_mapped_pages(file["filename"] for split in splits.values() for file in getattr(split, "cache_files", ()))
     if need_train and "train" not in splits:
         raise UserError("--do_train needs --train_file, or a data set that has a split named train")
     if "validation" not in splits and data_args.validation_split_percentage and "train" in splits and need_validation:

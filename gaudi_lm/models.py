@@ -20,7 +20,7 @@ from .activations import fuse_activations
 from .arguments import ModelArguments, TrainingArguments, nearest
 from .attention import hand_over_flags
 from .dropout import install_dropout
-from .heap import keep_freed_memory
+from .memory import keep_freed_memory
 from .runtime import UserError, parse_bool
 
 logger = logging.getLogger("gaudi_lm")

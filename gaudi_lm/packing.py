@@ -19,11 +19,13 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from .data import batches_of_text
+from .memory import forget_mapped_pages
 from .runtime import UserError
 
 logger = logging.getLogger("gaudi_lm")
 
 ROWS = 1000  # rows that are tokenised at a time
+MAPPED_BYTES = 2**23  # of a file that may stay mapped when they were read
 
 
 def encode(
@@ -101,10 +103,21 @@ def map_rows(
         use_cache: take a cached result of the same data and tokenizer.
     """
 
+    files = [file["filename"] for file in dataset.cache_files]
+    read = 0
+
+    def encode_and_forget(table: pa.Table) -> pa.Table:
+        nonlocal read
+        read += table.nbytes
+        if files and read > MAPPED_BYTES:
+            read = 0
+            forget_mapped_pages(files)
+        return encode_rows(table)
+
     def encode_range(start: int, stop: int) -> Dataset:
         rows = dataset.select(range(start, stop))
         encoded = rows.with_format("arrow").map(
-            encode_rows,
+            encode_and_forget,
             batched=True,
             batch_size=ROWS,
             num_proc=num_proc if stop - start > ROWS else None,
