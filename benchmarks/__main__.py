@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(BENCHMARKS)}; default: all"
     )
-    parser.add_argument("--rounds", type=int, help="pairs to measure, for a quick look; by default 5 to 9")
+    parser.add_argument("--rounds", type=int, help="pairs to measure, where a benchmark has pairs; by default 1 to 9")
     parser.add_argument("--table", action="store_true", help="print the table of the results that are there, and end")
     options = parser.parse_args()
     if options.table:

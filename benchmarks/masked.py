@@ -42,14 +42,19 @@ def mask_tokens(input_ids: Tensor, limit: int | None) -> tuple[Tensor, Tensor]:
     return masked, labels
 
 
-def train(pace: Pace, batches: list[dict], masked_head: bool) -> None:
-    """A contender: training steps on these batches in turn, dynamic masking included."""
+def train(pace: Pace, batches: list[dict], masked_head: bool, ours: bool = True) -> None:
+    """A contender: training steps on these batches in turn, dynamic masking included.
+
+    Args:
+        ours: whether the rest of the step is this suite's too.
+    """
     model = roberta_base()
     shape = tuple(batches[0]["input_ids"].shape)
     limit = prediction_rows(*shape, PROBABILITY) if masked_head else None
-    if masked_head:
+    if ours:
         keep_freed_memory()
         install_dropout()
+    if masked_head:
         install_token_loss(model, "masked", max_predictions_per_seq=lambda batch, length: limit)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     step = 0
@@ -119,7 +124,7 @@ def mlm_packed(rounds: int = 9, batch: int = 4) -> None:
     turns = race(
         {
             "packed": (train, {"batches": ours, "masked_head": True}),
-            "padded": (train, {"batches": theirs, "masked_head": False}),
+            "padded": (train, {"batches": theirs, "masked_head": False, "ours": False}),
             "sgemm": (sgemm, {}),
         },
         rounds,

@@ -14,24 +14,29 @@ BLOCK_ROWS = 128  # with 12 heads and 512 keys, a block of attention weights is 
 _stock_attention, _stock_dropout = functional.scaled_dot_product_attention, functional.dropout
 
 
-def install_dropout() -> None:
+def install_dropout(ours: bool = True) -> None:
     """Let two functions of `torch.nn.functional` go through this module, in this process, where they drop on a CPU.
 
     PyTorch's fused attention of a CPU knows no dropout: with it, each layer keeps its weights before and after dropout
     and the noise, and computes what a causal mask removes. And its generator takes longer for a number than the rest
     of the dropout. Every model is served, also where gradient checkpointing runs a part again. Everything else still
-    goes to PyTorch's own.
+    goes to PyTorch's own. What is dropped here can be differentiated once.
+
+    Args:
+        ours: False puts PyTorch's own back.
     """
-    functional.scaled_dot_product_attention = scaled_dot_product_attention
-    functional.dropout = dropout
+    functional.scaled_dot_product_attention = scaled_dot_product_attention if ours else _stock_attention
+    functional.dropout = dropout if ours else _stock_dropout
 
 
 def _can_drop(probability: float, tensor: Tensor) -> bool:
     return (
-        2**-16 <= probability <= 1 - 2**-16
+        2**-16 <= float(probability) <= 1 - 2**-16
         and tensor.device.type == "cpu"
         and tensor.dtype in (torch.float32, torch.float64)
+        and tensor.numel() > 0
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
@@ -73,6 +78,7 @@ def scaled_dot_product_attention(
         _can_drop(dropout_p, query)
         and query.dim() == 4
         and query.shape[:2] == key.shape[:2] == value.shape[:2]
+        and key.shape[2] == value.shape[2] > 0
         and query.dtype == key.dtype == value.dtype
         and not torch.is_autocast_enabled("cpu")
         and not (is_causal and (attn_mask is not None or query.shape[2] != key.shape[2]))
@@ -82,11 +88,12 @@ def scaled_dot_product_attention(
         options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
         return _stock_attention(query, key, value, **options, scale=scale, enable_gqa=enable_gqa)
     if is_causal:
-        attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril_()
+        attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device="cpu").tril_()
     if attn_mask is not None:  # to (batch or 1, heads or 1, rows, keys)
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())].expand(-1, -1, query.shape[2], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _DropoutAttention.apply(query, key, value, attn_mask, dropout_p, scale)
+    # Laid out as the models lay out the heads' outputs next: (batch, rows, heads, width).
+    return _DropoutAttention.apply(query, key, value, attn_mask, dropout_p, scale).transpose(1, 2)
 
 
 class _DropoutAttention(torch.autograd.Function):
@@ -102,13 +109,12 @@ class _DropoutAttention(torch.autograd.Function):
         batch, heads, length, _ = query.shape
         weights_of = _Weights(query, key, mask, scale)
         noise_of = _Noise(probability)
-        # Laid out as the models lay out the heads' outputs next.
-        output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-        kept = []
+        output = query.new_empty(batch, length, heads, value.shape[-1])
+        by_head, kept = output.transpose(1, 2), []
         for item, rows, keys in weights_of.blocks():
             weights = weights_of(item, rows, keys)
             kept.append(noise_of(weights.shape))
-            output[item, :, rows] = torch.bmm(weights.mul_(kept[-1]), value[item, :, keys])
+            by_head[item, :, rows] = torch.bmm(weights.mul_(kept[-1]), value[item, :, keys])
         output *= noise_of.gain
         ctx.save_for_backward(query, key, value, mask, output, *kept)
         ctx.settings = scale, noise_of.gain
@@ -118,6 +124,7 @@ class _DropoutAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         query, key, value, mask, output, *kept = ctx.saved_tensors
+        output, grad_output = output.transpose(1, 2), grad_output.transpose(1, 2)
         scale, gain = ctx.settings
         weights_of = _Weights(query, key, mask, scale)
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -139,20 +146,22 @@ class _Weights:
 
     def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float):
         self.query, self.key, self.scale = query, key, scale
-        self.bias = self.visible = None
-        self.blind = False
+        self.bias = self.visible = self.blind = None
         if mask is None:
             return
         if mask.dtype == torch.bool:
-            self.bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-            self.visible = mask.any(1)
+            self.bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+            visible = mask
         else:
             self.bias = mask
             # Models write the lowest number for what is not to be seen. In a row that sees something its weight is 0.
-            self.visible = (mask > torch.finfo(mask.dtype).min / 2).any(1)
-            self.visible |= ~self.visible.any(2, keepdim=True)
+            visible = mask > torch.finfo(mask.dtype).min / 2
+            visible |= ~visible.any(3, keepdim=True)
+        self.visible = visible.any(1)
         # A row that may see nothing attends to nothing, as in PyTorch.
-        self.blind = bool(torch.isneginf(self.bias.amax(3)).any())
+        blind = torch.isneginf(self.bias.amax(3, keepdim=True))
+        if blind.any():
+            self.blind = blind
 
     def blocks(self) -> Iterator[tuple[int, slice, slice]]:
         """For each block its item of the batch, its query rows, and the keys that these may see."""
@@ -172,9 +181,9 @@ class _Weights:
         query, key = self.query[item, :, rows] * self.scale, self.key[item, :, keys].transpose(1, 2)
         if self.bias is None:
             return torch.softmax(torch.bmm(query, key), dim=2)
-        bias = self.bias[item if self.bias.shape[0] > 1 else 0, :, rows, keys]
-        weights = torch.softmax(torch.baddbmm(bias, query, key), dim=2)
-        return weights.nan_to_num_(0.0) if self.blind else weights
+        item = item if self.bias.shape[0] > 1 else 0
+        weights = torch.softmax(torch.baddbmm(self.bias[item, :, rows, keys], query, key), dim=2)
+        return weights if self.blind is None else weights.masked_fill_(self.blind[item, :, rows], 0.0)
 
 
 class _Noise:
@@ -187,7 +196,7 @@ class _Noise:
     def __init__(self, probability: float):
         self.dropped = round(probability * 2**16)
         self.gain = 2**16 / (2**16 - self.dropped)
-        self.generator = np.random.SFC64(int(torch.randint(2**62, ())))
+        self.generator = np.random.SFC64(int(torch.randint(2**62, (), device="cpu")))
 
     def __call__(self, shape: torch.Size) -> Tensor:
         drawn = torch.from_numpy(self.generator.random_raw(-(-shape.numel() // 4)).view(np.int16))

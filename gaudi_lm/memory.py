@@ -30,7 +30,7 @@ def forget_mapped_pages(files: Iterable[str]) -> None:
     this process, and job schedulers such as Slurm end jobs for that.
     """
     library, wanted = ctypes.CDLL(None), set(map(os.path.realpath, files))
-    with open("/proc/self/maps") as mappings:
+    with open("/proc/self/maps", errors="surrogateescape") as mappings:
         for line in mappings:
             span, permissions, *_, path = line.rstrip("\n").split(maxsplit=5) if "/" in line else (line, "", "")
             if path in wanted and "w" not in permissions:

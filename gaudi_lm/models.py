@@ -232,8 +232,7 @@ def load_model(
     fuse_activations(model)
     if training_args.use_cpu:
         keep_freed_memory()
-        if training_args.fast_dropout:
-            install_dropout()
+        install_dropout(training_args.fast_dropout)
     if not name:
         total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         logger.info("new %s with %.1fM parameters", config.model_type, total / 1e6)

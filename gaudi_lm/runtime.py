@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import gc
 import importlib.util
 import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,23 +41,35 @@ def run_script(main: Callable[[], object]) -> None:
     Where ranks talk to each other, this does not return. A thread of gloo may still hold a tensor that belongs to
     Python; where the interpreter is torn down first, that thread takes the process down with SIGABRT and a finished
     run counts as failed (torch 2.13, ``tests/launch/test_training.py``). So the process ends the way those of
-    `multiprocessing` do: exit handlers, open streams, out.
+    `multiprocessing` do: threads, exit handlers, open streams, out.
     """
-    status = 0
+    status = None
     try:
         with user_errors():
             main()
     except SystemExit as end:
-        if not isinstance(end.code, int):
-            raise
         status = end.code
+    except Exception:
+        if not _has_process_group():
+            raise
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    if not _has_process_group():
+        sys.exit(status)
+    if status is not None and not isinstance(status, int):
+        print(status, file=sys.stderr)
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    gc.collect()  # closes forgotten files
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
+
+
+def _has_process_group() -> bool:
     torch = sys.modules.get("torch")
-    if torch and torch.distributed.is_initialized():
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    return torch is not None and torch.distributed.is_initialized()
 
 
 def read_config_file(path: str) -> dict:

@@ -49,6 +49,9 @@ MASKS = {
     "padding": lambda: torch.arange(LENGTH)[None, None, None] < torch.tensor([LENGTH, 70])[:, None, None, None],
     "packed": lambda: (torch.arange(LENGTH)[:, None] // 70 == torch.arange(LENGTH) // 70)[None, None],
     "lowest_numbers": lambda: lowest(random_mask(BATCH, 1, LENGTH, LENGTH)),
+    "lowest_numbers_of_one_head": lambda: lowest(
+        torch.arange(HEADS)[None, :, None, None] != torch.zeros(1, 1, LENGTH, LENGTH)
+    ),
     "lowest_numbers_of_packed_rows": lambda: lowest(MASKS["packed"]()),
     "bias_of_each_head": lambda: torch.randn(BATCH, HEADS, LENGTH, LENGTH, dtype=torch.float64),
 }
@@ -153,3 +156,30 @@ def test_keys_that_a_block_may_not_see_are_left_out():
     mask = torch.ones(length, length, dtype=torch.bool).tril() & (text[:, None] == text)
     ends = [(keys.start, keys.stop) for _, _, keys in _Weights(query, query, mask[None, None], 1.0).blocks()]
     assert ends == [(BLOCK_ROWS * start, BLOCK_ROWS * stop) for start, stop in ((0, 1), (0, 2), (2, 3), (2, 4))]
+
+
+def test_a_blind_row_hides_no_nan():
+    query = torch.randn(1, 1, 4, 8)
+    query[0, 0, 0] = torch.nan
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[3] = False
+    got = scaled_dot_product_attention(query, torch.ones_like(query), torch.ones_like(query), mask, 0.1)
+    assert got[0, 0, 0].isnan().all()
+    assert not got[0, 0, 1:].isnan().any() and not got[0, 0, 3].any()
+
+
+def test_shapes_that_pytorch_allows_or_refuses():
+    query, none = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 0, 8)
+    assert not scaled_dot_product_attention(query, none, none, torch.ones(4, 0, dtype=torch.bool), 0.1).any()
+    assert scaled_dot_product_attention(none, none, none, dropout_p=0.1, is_causal=True).shape == none.shape
+    assert dropout(none, 0.1).shape == none.shape
+    with pytest.raises(RuntimeError):
+        scaled_dot_product_attention(query, query[:, :, :2], query, dropout_p=0.1)
+    torch.func.vmap(lambda row: dropout(row, 0.5), randomness="different")(query)
+
+
+def test_what_was_installed_can_be_taken_out(installed):
+    assert functional.dropout is dropout
+    install_dropout(False)
+    assert functional.dropout is module._stock_dropout
+    assert functional.scaled_dot_product_attention is module._stock_attention

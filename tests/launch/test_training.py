@@ -45,4 +45,4 @@ def test_a_rank_that_ends_right_after_a_collective_ends_well(tmp_path):
     assert done.returncode == 0, done.stderr
     spoken, statuses = done.stdout.splitlines()
     assert json.loads(statuses) == [[0] * 4] * rounds, done.stderr
-    assert spoken.count("last words") == 4 * rounds
+    assert spoken.count("last words") == spoken.count("of a thread") == 4 * rounds
