@@ -11,9 +11,8 @@ from torch.nn import functional
 from transformers import TrainerCallback
 
 from gaudi_lm.activations import fuse_activations
-from gaudi_lm.dropout import install_dropout
 from gaudi_lm.losses import install_token_loss
-from gaudi_lm.memory import keep_freed_memory
+from gaudi_lm.models import prepare_cpu
 from gaudi_lm.sequences import PackedCollator, pack_sequences
 
 from .measure import MIB, Pace, median, paired_ratio, race, sgemm, write_report
@@ -62,9 +61,8 @@ def trainer(pace: Pace) -> None:
             pace.lap(tokens=BATCH * LENGTH)
 
     model = gpt2()
-    fuse_activations(model)  # this and what follows as load_model does
-    keep_freed_memory()
-    install_dropout()
+    fuse_activations(model)  # this and the next as load_model does
+    prepare_cpu()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -124,8 +122,7 @@ def lora(pace: Pace, batches: list[dict], cheap_loss: bool) -> None:
     adapters = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
     model = get_peft_model(llama_100m(), adapters)
     if cheap_loss:
-        keep_freed_memory()
-        install_dropout()
+        prepare_cpu()
         install_token_loss(model, "causal")
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=True)
     step = 0

@@ -6,9 +6,8 @@ from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 
-from gaudi_lm.dropout import install_dropout
 from gaudi_lm.losses import install_token_loss
-from gaudi_lm.memory import keep_freed_memory
+from gaudi_lm.models import prepare_cpu
 from gaudi_lm.predictions import IGNORE_INDEX, limit_predictions, prediction_rows
 from gaudi_lm.sequences import PackedCollator, pack_sequences
 
@@ -52,8 +51,7 @@ def train(pace: Pace, batches: list[dict], masked_head: bool, ours: bool = True)
     shape = tuple(batches[0]["input_ids"].shape)
     limit = prediction_rows(*shape, PROBABILITY) if masked_head else None
     if ours:
-        keep_freed_memory()
-        install_dropout()
+        prepare_cpu()
     if masked_head:
         install_token_loss(model, "masked", max_predictions_per_seq=lambda batch, length: limit)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, disable_caching, disable_progress_bars, load_dataset
+from datasets import Dataset, disable_caching, disable_progress_bars
 from tokenizers import ByteLevelBPETokenizer
 
 from .measure import MIB, forget_peak, resident, write_report
@@ -193,12 +193,16 @@ class _OwnMemory:
 
 def _prepare_instructions(rows: int, folder: str, connection) -> None:
     """In a process of its own: examples from a file to rows; sends its own peak of memory and the number of tokens."""
+    sys.argv = ["run_lora_clm.py", "--use_cpu"]
+    from gaudi_lm.arguments import DataArguments, ModelArguments
+    from gaudi_lm.data import load_raw
     from gaudi_lm.instructions import tokenise_examples
     from gaudi_lm.packing import count_tokens
     from gaudi_lm.prompts import find_format
 
     disable_progress_bars()
-    examples = load_dataset("json", data_files=f"{folder}/{rows}.jsonl", cache_dir=folder, split="train")
+    data_args = DataArguments(train_file=f"{folder}/{rows}.jsonl")
+    examples = load_raw(data_args, ModelArguments(cache_dir=folder), True, False)["train"]
     tokenizer = make_tokenizer()
     with _OwnMemory() as memory:
         found = tokenise_examples(examples, find_format(examples), tokenizer, 512, **INSTRUCTIONS)

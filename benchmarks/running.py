@@ -118,7 +118,7 @@ def simulator_overhead(rounds: int = 7) -> None:
     """The simulated card against plain CPU tensors, in a process that sees that card."""
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     command = [sys.executable, "-m", "benchmarks.simulator_overhead", "--steps", str(rounds)]
-    subprocess.run(command, cwd=ROOT, env=environment | {"GAUDI_SIMULATOR": "1"}, check=False)
+    subprocess.run(command, cwd=ROOT, env=environment | {"GAUDI_SIMULATOR": "1"}, check=True)
 
 
 def weak_scaling(rounds: int = 3, steps: int = 6, warmup: int = 2) -> None:

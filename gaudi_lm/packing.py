@@ -25,7 +25,7 @@ from .runtime import UserError
 logger = logging.getLogger("gaudi_lm")
 
 ROWS = 1000  # rows that are tokenised at a time
-MAPPED_BYTES = 2**23  # of a file that may stay mapped when they were read
+MAPPED_BYTES = 2**23  # so much of a mapped file is read before its pages are let go
 
 
 def encode(

@@ -9,6 +9,7 @@ import pytest
 import zstandard
 from transformers import AutoTokenizer
 
+from gaudi_lm import packing
 from gaudi_lm.arguments import DataArguments, ModelArguments
 from gaudi_lm.data import load_raw, text_column
 from gaudi_lm.packing import StreamedBlocks, count_tokens, group_into_blocks, tokenise
@@ -91,6 +92,17 @@ def test_a_cap_limits_the_work(assets, tokenizer, tmp_path):
     assert part["input_ids"][:] == first
     blocks = group_into_blocks(part, 64, max_blocks=40)
     assert np.concatenate(blocks["input_ids"][:]).tolist() == sum(first, [])[:needed]
+
+
+@pytest.mark.parametrize("processes", (None, 2))
+def test_letting_go_of_what_was_read_changes_nothing(assets, tokenizer, tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(packing, "MAPPED_BYTES", 0)
+    path = tmp_path / "long.txt"
+    path.write_text("\n".join(assets.train.read_text().splitlines() * 5))
+    texts = read(tmp_path, train_file=path, validation_file=assets.validation)["train"]
+    assert len(texts) > 3 * packing.ROWS and texts.cache_files
+    tokens = tokenise(texts, tokenizer, "text", num_proc=processes, use_cache=False)
+    assert tokens["input_ids"][:] == tokenizer(texts["text"][:])["input_ids"]
 
 
 def test_tokens_are_cached(assets, tokenizer, tmp_path, monkeypatch):
