@@ -156,7 +156,8 @@ def listen(plan: launch.Plan, token: str) -> tuple[socket.socket, str]:
         addresses = list(
             dict.fromkeys([*(address_towards(host.name) for host in plan.others()), socket.gethostname()])
         )
-    return listener, json.dumps({"addresses": addresses, "port": listener.getsockname()[1], "token": token})
+    job = {"addresses": addresses, "port": listener.getsockname()[1], "token": token, "folder": plan.session_folder}
+    return listener, json.dumps(job)
 
 
 def start(

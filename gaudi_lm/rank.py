@@ -31,6 +31,7 @@ import json
 import os
 import pty
 import selectors
+import shutil
 import signal
 import socket
 import struct
@@ -278,11 +279,14 @@ def main(script: list[str]) -> int:
         environ = prepare(os.environ, place, "socket", "OMP_NUM_THREADS" not in os.environ)
         os.execve(sys.executable, script_command(script), environ)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+    job = json.loads(job)
     try:
-        return Rank(script, json.loads(job)).run()
+        return Rank(script, job).run()
     except OSError as error:
         # The launcher is gone or cannot be reached any more: nobody could stop this rank later.
         print(f"rank: lost the launcher: {error}", file=sys.stderr)
+        if job["folder"]:  # of mpirun, which the launcher would have removed
+            shutil.rmtree(job["folder"], ignore_errors=True)
         return 128 + signal.SIGKILL
     finally:
         kill_descendants()

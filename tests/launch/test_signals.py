@@ -116,6 +116,16 @@ def test_a_killed_mpirun_leaves_no_files(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_killed_launcher_leaves_no_files(tmp_path):
+    job = Launch("--use_mpi", "--world_size", "2", ACT, "0", "wait", environ={"TMPDIR": str(tmp_path)})
+    job.wait_for(b"rank 0 is here")
+    assert [path.name.startswith("gaudi_spawn-") for path in tmp_path.iterdir()] == [True]
+    job.process.kill()
+    job.finish()
+    assert job.survivors(10.0) == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_jobs_of_others_are_left_alone():
     """A job of the same script and flags goes on when another one fails and is cleaned up."""
     other = Launch("--use_deepspeed", "--world_size", "2", ACT, "1", "wait")
