@@ -26,7 +26,7 @@ from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments,
 from gaudi_lm.data import load_raw, text_column
 from gaudi_lm.models import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
 from gaudi_lm.packing import StreamedBlocks, group_into_blocks, tokenise
-from gaudi_lm.session import find_checkpoint, report, save, set_up
+from gaudi_lm.session import find_checkpoint, report, save, set_up, write_card
 from gaudi_lm.trainer import build_trainer
 
 
@@ -137,17 +137,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             metrics["train_samples"] = len(blocks["train"])
         report(trainer, "train", metrics)
 
+    # Save
+    if training_args.do_train:
+        save(trainer, data_args.save_last_ckpt)
+
     # Evaluate
     if training_args.do_eval:
         evaluation = trainer.evaluate()
         report(trainer, "eval", evaluation)
         metrics.update(evaluation)
 
-    # Save
+    # Card
     if training_args.do_train:
-        save(
+        write_card(
             trainer,
-            data_args.save_last_ckpt,
             task="text-generation",
             base_model=model_args.model_name_or_path,
             data=data_args.described(),

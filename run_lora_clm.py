@@ -37,7 +37,7 @@ from gaudi_lm.models import length_limit, load_config, load_model, load_tokenize
 from gaudi_lm.prompts import check_tokenizer, find_format
 from gaudi_lm.rows import padded_lengths
 from gaudi_lm.sequences import PackedCollator, pack_sequences
-from gaudi_lm.session import find_checkpoint, report, save, set_up
+from gaudi_lm.session import find_checkpoint, report, save, set_up, write_card
 from gaudi_lm.trainer import build_trainer
 
 
@@ -220,24 +220,27 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics["train_samples"] = len(rows["train"])
         report(trainer, "train", metrics)
 
+    # Save
+    if training_args.do_train:
+        save(trainer, data_args.save_last_ckpt)
+        if model_args.merge_adapter:
+            save_merged(trainer)
+
     # Evaluate
     if training_args.do_eval:
         evaluation = trainer.evaluate()
         report(trainer, "eval", evaluation)
         metrics.update(evaluation)
 
-    # Save
+    # Card
     if training_args.do_train:
-        save(
+        write_card(
             trainer,
-            data_args.save_last_ckpt,
             task="text-generation",
             base_model=model_args.model_name_or_path,
             data=data_args.described(),
             library="peft",
         )
-        if model_args.merge_adapter:
-            save_merged(trainer)
     logger.info("done")
     return metrics
 

@@ -30,7 +30,7 @@ from gaudi_lm.packing import StreamedBlocks, group_into_blocks, tokenise
 from gaudi_lm.predictions import prediction_rows
 from gaudi_lm.rows import padded_lengths
 from gaudi_lm.sequences import PackedCollator, pack_sequences
-from gaudi_lm.session import find_checkpoint, report, save, set_up
+from gaudi_lm.session import find_checkpoint, report, save, set_up, write_card
 from gaudi_lm.trainer import build_trainer
 
 EVALUATION_SEED = 2022  # of the masks of every evaluation, whatever --seed is
@@ -206,17 +206,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             logger.info("%d masks beyond --max_predictions_per_seq were undone", collator.undone)
         report(trainer, "train", metrics)
 
+    # Save
+    if training_args.do_train:
+        save(trainer, data_args.save_last_ckpt)
+
     # Evaluate
     if training_args.do_eval:
         evaluation = trainer.evaluate()
         report(trainer, "eval", evaluation)
         metrics.update(evaluation)
 
-    # Save
+    # Card
     if training_args.do_train:
-        save(
+        write_card(
             trainer,
-            data_args.save_last_ckpt,
             task="fill-mask",
             base_model=model_args.model_name_or_path,
             data=data_args.described(),

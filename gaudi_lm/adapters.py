@@ -21,6 +21,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -209,11 +210,37 @@ def _announced(model: PeftModel) -> PeftModel:
 
 
 def save_merged(trainer: LMTrainer) -> None:
-    """Merge the adapter into the model, for good, and save the whole with its tokenizer to ``OUTPUT_DIR/merged``."""
+    """Save the model with the adapter merged in, and its tokenizer, to ``OUTPUT_DIR/merged``.
+
+    The trainer's model keeps its adapter, and exactly its weights: subtracting what was added would round them.
+    """
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir) / "merged"
-    merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-    merged.save_pretrained(folder)
+    adapted = trainer.accelerator.unwrap_model(trainer.model)
+    model = adapted.get_base_model()
+    before = {
+        name: weight.detach().to("cpu", copy=True)
+        for name, weight in model.named_parameters()
+        if ".base_layer." in name
+    }
+    adapted.merge_adapter()
+    model.save_pretrained(folder, state_dict=_without_adapter(model))
+    adapted.unmerge_adapter()
+    with torch.no_grad():
+        for name, weight in before.items():
+            model.get_parameter(name).copy_(weight)
     trainer.processing_class.save_pretrained(folder)
     logger.info("the merged model is in %s", folder.resolve())
+
+
+def _without_adapter(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights by the names that they have without an adapter, in host memory; tied ones stay tied."""
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    weights = {
+        name.replace(".base_layer.", ".", 1): weight
+        for name, weight in model.state_dict(keep_vars=True).items()
+        if ".base_layer." in name or not name.startswith(adapted)
+    }
+    copies = {id(weight): weight.detach().cpu() for weight in weights.values()}
+    return {name: copies[id(weight)] for name, weight in weights.items()}

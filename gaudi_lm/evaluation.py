@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from .batches import PADDING_ROW, silence_padding_rows
@@ -114,3 +116,26 @@ class TokenSums:
             "correct": [int(rank[1]) << 20 | int(rank[2]) for rank in ranks],
             "count": [int(rank[3]) << 20 | int(rank[4]) for rank in ranks],
         }
+
+
+@contextmanager
+def weights_as(model: nn.Module, dtype: torch.dtype | None, restore: bool) -> Iterator[None]:
+    """Hold the floating-point weights of ``model`` in ``dtype``; None leaves them as they are.
+
+    Buffers that are no part of a checkpoint, such as the frequencies of rotary embeddings, keep their precision.
+
+    Args:
+        restore: whether they are needed again as they were, bit by bit; a copy is kept in host memory for that long.
+    """
+    changed = []
+    if dtype is not None:
+        for weight in model.state_dict(keep_vars=True).values():
+            if weight.is_floating_point() and weight.dtype is not dtype:
+                if restore:
+                    changed.append((weight, weight.data.cpu(), weight.device))
+                weight.data = weight.data.to(dtype)
+    try:
+        yield
+    finally:
+        for weight, values, device in changed:
+            weight.data = values.to(device)

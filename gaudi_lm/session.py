@@ -1,4 +1,4 @@
-"""What stands around training in all scripts: set-up, the checkpoint to go on from, results, the final save."""
+"""What stands around training in all scripts: set-up, the checkpoint to go on from, results, final save, card."""
 
 from __future__ import annotations
 
@@ -110,14 +110,19 @@ def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
     trainer.save_metrics(split, metrics)
 
 
-def save(trainer: LMTrainer, save_model: bool = True, **card) -> None:
-    """Model, tokenizer, trainer state, loss curve and model card at the top of ``output_dir``.
+def save(trainer: LMTrainer, save_model: bool = True) -> None:
+    """Model, tokenizer and trainer state at the top of ``output_dir``: before anything else can go wrong."""
+    if save_model:
+        trainer.save_model()
+    trainer.save_state()
+
+
+def write_card(trainer: LMTrainer, **card) -> None:
+    """Model card and loss curve of a trained model, evaluation included, and the trainer state with it.
 
     Args:
         card: passed to :func:`gaudi_lm.model_card.write_model_card`.
     """
-    if save_model:
-        trainer.save_model()
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return

@@ -21,7 +21,7 @@ from .batches import TrainingBatches, TrainingRows, count_tokens, silence_paddin
 from .checkpointing import repair_gradient_checkpointing
 from .cpu_ranks import average_gradients
 from .device_metrics import DeviceMetrics
-from .evaluation import TokenSums, evaluation_loader
+from .evaluation import TokenSums, evaluation_loader, weights_as
 from .gaudi_configs import gaudi_config
 from .losses import install_token_loss
 from .metrics import Throughput, TokenMetrics
@@ -198,17 +198,18 @@ class LMTrainer(GaudiTrainer):
         warmup = 0 if self.is_in_train else args.throughput_warmup_steps
         throughput, sums, started = Throughput(warmup, self._synchronise), TokenSums(), time.perf_counter()
         throughput.begin_step()
-        for batch in loader:
-            window = count_tokens(batch)
-            inputs = self._prepare_inputs({**batch, **extra_inputs} if update else batch)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = model(**inputs)
-            sums.add(outputs["loss_sum"], outputs["correct"], outputs["count"])
-            if args.use_lazy_mode:
-                self.htcore.mark_step()
-            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
-            throughput.end_step(*window)
-            throughput.begin_step()
+        with weights_as(self.model, self._evaluation_dtype(), restore=args.do_train):
+            for batch in loader:
+                window = count_tokens(batch)
+                inputs = self._prepare_inputs({**batch, **extra_inputs} if update else batch)
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    outputs = model(**inputs)
+                sums.add(outputs["loss_sum"], outputs["correct"], outputs["count"])
+                if args.use_lazy_mode:
+                    self.htcore.mark_step()
+                self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+                throughput.end_step(*window)
+                throughput.begin_step()
         gather = self.accelerator.gather if args.world_size > 1 else (lambda tensor: tensor)
         parts = sums.over_ranks(gather, args.device if args.world_size > 1 else torch.device("cpu"))
         result = TokenMetrics(keep_in_memory=True, experiment_id=f"rank{args.process_index}").compute(**parts)
@@ -221,6 +222,9 @@ class LMTrainer(GaudiTrainer):
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
+    def _evaluation_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.args.bf16_full_eval and not self.is_in_train else None
+
     def _evaluation_model(self) -> torch.nn.Module:
         """The model in evaluation mode on the card, in HPU graphs where they are asked for and training is over."""
         if self.is_deepspeed_enabled and self.deepspeed is None:
@@ -230,19 +234,16 @@ class LMTrainer(GaudiTrainer):
             else:
                 self._move_model_to_device(self.model, self.args.device)
         model = self.model
-        if not self.is_in_train:
-            if self.args.bf16_full_eval:
-                model = model.to(dtype=torch.bfloat16)
-            if self.args.use_hpu_graphs_for_inference:
-                if self._graphed_model is None:
-                    from habana_frameworks.torch.hpu import wrap_in_hpu_graph
+        if not self.is_in_train and self.args.use_hpu_graphs_for_inference:
+            if self._graphed_model is None:
+                from habana_frameworks.torch.hpu import wrap_in_hpu_graph
 
-                    self._graphed_model = wrap_in_hpu_graph(
-                        model,
-                        disable_tensor_cache=self.args.disable_tensor_cache_hpu_graphs,
-                        max_graphs=self.args.max_hpu_graphs,
-                    )
-                model = self._graphed_model
+                self._graphed_model = wrap_in_hpu_graph(
+                    model,
+                    disable_tensor_cache=self.args.disable_tensor_cache_hpu_graphs,
+                    max_graphs=self.args.max_hpu_graphs,
+                )
+            model = self._graphed_model
         model.eval()
         return model
 
