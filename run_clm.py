@@ -22,10 +22,11 @@ from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments, parse
+from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments
 from gaudi_lm.data import load_raw, text_column
 from gaudi_lm.models import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
 from gaudi_lm.packing import StreamedBlocks, group_into_blocks, tokenise
+from gaudi_lm.parsing import parse
 from gaudi_lm.session import find_checkpoint, report, save, set_up, write_card
 from gaudi_lm.trainer import build_trainer
 

@@ -30,10 +30,11 @@ from gaudi_lm.adapters import (
     patch_adapters,
     save_merged,
 )
-from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments, parse
+from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments
 from gaudi_lm.data import load_raw
 from gaudi_lm.instructions import collate_examples, collate_packed, show_targets, tokenise_examples
 from gaudi_lm.models import length_limit, load_config, load_model, load_tokenizer
+from gaudi_lm.parsing import parse
 from gaudi_lm.prompts import check_tokenizer, find_format
 from gaudi_lm.rows import padded_lengths
 from gaudi_lm.sequences import PackedCollator, pack_sequences

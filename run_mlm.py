@@ -22,11 +22,12 @@ from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments, parse
+from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments
 from gaudi_lm.data import load_raw, text_column
 from gaudi_lm.masking import MaskingCollator, StreamedLines, make_lines, sequence_ends
 from gaudi_lm.models import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
 from gaudi_lm.packing import StreamedBlocks, group_into_blocks, tokenise
+from gaudi_lm.parsing import parse
 from gaudi_lm.predictions import prediction_rows
 from gaudi_lm.rows import padded_lengths
 from gaudi_lm.sequences import PackedCollator, pack_sequences

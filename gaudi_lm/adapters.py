@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,10 @@ class AdapterArguments:
     )
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Layers that get a LoRA or AdaLoRA: names, or all-linear; by default peft's for the model."},
+        metadata={
+            "help": "Layers that get a LoRA or AdaLoRA: names, a regular expression for the whole name of a layer, or "
+            "all-linear; by default peft's for the model."
+        },
     )
     adalora_init_r: int = field(default=12, metadata={"help": "AdaLoRA: rank of every matrix at first."})
     adalora_target_r: int = field(default=4, metadata={"help": "AdaLoRA: average rank in the end."})
@@ -80,6 +84,29 @@ TARGET_FLAGS = {
 }
 
 
+def chosen_layers(flag: str, words: list[str] | None) -> list[str] | str | None:
+    """Names of layers, parted by spaces or commas, or one regular expression, as peft takes them.
+
+    Raises:
+        UserError: an expression that cannot be read, or that stands among names.
+    """
+    if not words:
+        return None
+    expressions = [word for word in words if re.search(r"[\\^$*+?{}()|\[\]]", word)]
+    if not expressions:
+        names = [name for word in words for name in re.split(r"[,\s]+", word) if name]
+        if not names:
+            raise UserError(f"{flag}: no layer is named")
+        return names[0] if names == ["all-linear"] else names
+    if len(words) > 1:
+        raise UserError(f"{flag} {expressions[0]}: a regular expression stands alone; join several by |")
+    try:
+        re.compile(words[0])
+    except re.error as error:
+        raise UserError(f"{flag} {words[0]}: not a regular expression ({error})") from error
+    return words[0]
+
+
 def adapter_config(args: AdapterArguments) -> PeftConfig:
     """The adapter that the flags describe.
 
@@ -95,8 +122,9 @@ def adapter_config(args: AdapterArguments) -> PeftConfig:
         return AdaptionPromptConfig(
             adapter_layers=args.adapter_layers, adapter_len=args.adapter_len, task_type="CAUSAL_LM"
         )
-    targets = getattr(args, TARGET_FLAGS[args.peft_type].removeprefix("--"))
-    common = {"target_modules": "all-linear" if targets == ["all-linear"] else targets, "task_type": "CAUSAL_LM"}
+    flag = TARGET_FLAGS[args.peft_type]
+    targets = chosen_layers(flag, getattr(args, flag.removeprefix("--")))
+    common = {"target_modules": targets, "task_type": "CAUSAL_LM"}
     lora = {"lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, **common}
     try:
         if args.peft_type == "lora":
@@ -104,7 +132,8 @@ def adapter_config(args: AdapterArguments) -> PeftConfig:
         if args.peft_type == "vera":
             return VeraConfig(vera_dropout=args.lora_dropout, **common)
         if args.peft_type == "ia3":
-            return IA3Config(feedforward_modules=args.feedforward_modules, **common)
+            inputs = chosen_layers("--feedforward_modules", args.feedforward_modules)
+            return IA3Config(feedforward_modules=inputs, **common)
         if args.peft_type == "ln_tuning":
             return LNTuningConfig(**common)
         return AdaLoraConfig(

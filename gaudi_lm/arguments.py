@@ -1,19 +1,16 @@
-"""The flags that all three scripts share, and how they are read: command line, JSON or YAML file, or both."""
+"""The flags that all three scripts share."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from optimum.habana import GaudiTrainingArguments
-from transformers import HfArgumentParser
 
+from .errors import UserError
 from .gaudi_configs import resolve_gaudi_config
-from .runtime import UserError, expand_config_file, parse_bool
 
 
 @dataclass
@@ -171,7 +168,11 @@ class TrainingArguments(GaudiTrainingArguments):
             self.attn_implementation = "sdpa" if self.use_cpu else "eager"
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
-        if isinstance(self.deepspeed, str) and not Path(self.deepspeed).is_file():
+        if (
+            isinstance(self.deepspeed, str)
+            and not self.deepspeed.startswith("{")
+            and not Path(self.deepspeed).is_file()
+        ):
             raise UserError(f"--deepspeed {self.deepspeed}: no such file")
         if self.gaudi_config_name is not None:
             self.gaudi_config_name = resolve_gaudi_config(self.gaudi_config_name)
@@ -218,74 +219,3 @@ class TrainingArguments(GaudiTrainingArguments):
         # runtime.choose_card has set the variable from the flags, unless the user's environment had it.
         if os.environ.get("PT_HPU_LAZY_MODE") == "0":
             self.use_lazy_mode = False
-
-
-class _Parser(HfArgumentParser):
-    """HfArgumentParser that takes old names, refuses abbreviations, and suggests the nearest flag."""
-
-    def error(self, message):
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
-OLD_NAMES = {"--evaluation_strategy": "--eval_strategy", "--no_cuda": "--use_cpu"}
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """``; did you mean a, b?`` for the known names most like ``name``, or an empty string."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-def build_parser(*dataclass_types: type) -> argparse.ArgumentParser:
-    """A parser for these dataclasses whose errors are one line."""
-    parser = _Parser(dataclass_types, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
-    for action in parser._actions:
-        if action.help:
-            # argparse formats help texts with %, and some upstream texts hold bare percent signs.
-            action.help = action.help.replace("%", "%%").replace("%%(", "%(").replace("%%%%", "%%")
-        else:
-            action.help = f"See {action.dest} in the documentation of transformers.TrainingArguments."
-    return parser
-
-
-def parse(argv: list[str] | None, *dataclass_types: type) -> tuple:
-    """Read flags, or a leading configuration file and flags that override it, into the dataclasses.
-
-    Args:
-        argv: flags without the program's name; by default those of the process.
-        dataclass_types: in the order in which the values are wanted.
-
-    Raises:
-        UserError: an unknown flag or key (the nearest ones are named), or values that contradict one another.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    origin = argv[0] if argv and argv[0].endswith((".json", ".yaml", ".yml")) else None
-    flags = expand_config_file(argv)
-    for old, new in OLD_NAMES.items():
-        for place, flag in enumerate(flags):
-            if flag.split("=")[0] == old:
-                print(f"warning: {old} is the old name of {new}", file=sys.stderr)
-                flags[place] = flag.replace(old, new, 1)
-    parser = build_parser(*dataclass_types)
-    _, rest = parser.parse_known_args(flags)
-    if rest:
-        known = [name for action in parser._actions for name in action.option_strings]
-        flag = rest[0].split("=")[0]
-        where = f"{origin}: " if origin and flag in expand_config_file(argv[:1]) else ""
-        what = "unknown flag" if flag.startswith("-") else "no flag takes the value"
-        raise UserError(f"{where}{what} {flag}{nearest(flag, known)}")
-    values = parser.parse_args_into_dataclasses(flags)
-    return tuple(values)
-
-
-__all__ = [
-    "DataArguments",
-    "ModelArguments",
-    "TrainingArguments",
-    "UserError",
-    "build_parser",
-    "nearest",
-    "parse",
-    "parse_bool",
-]

@@ -17,10 +17,11 @@ from transformers import (
 )
 
 from .activations import fuse_activations
-from .arguments import ModelArguments, TrainingArguments, nearest
+from .arguments import ModelArguments, TrainingArguments
 from .attention import hand_over_flags
 from .dropout import install_dropout
 from .memory import keep_freed_memory
+from .parsing import nearest
 from .runtime import UserError, parse_bool
 
 logger = logging.getLogger("gaudi_lm")

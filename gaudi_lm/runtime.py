@@ -9,30 +9,14 @@ import argparse
 import atexit
 import gc
 import importlib.util
-import json
 import logging
 import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
-from pathlib import Path
 
-CONFIG_FILE_ENDINGS = (".json", ".yaml", ".yml")
-
-
-class UserError(Exception):
-    """Something the user can mend: one line that names the flag or the file, and the way out."""
-
-
-@contextmanager
-def user_errors():
-    """Print a :class:`UserError` as one line on stderr and end with exit code 2, without a traceback."""
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+from .config_files import expand_config_file
+from .errors import UserError, user_errors
 
 
 def run_script(main: Callable[[], object]) -> None:
@@ -72,62 +56,12 @@ def _has_process_group() -> bool:
     return torch is not None and torch.distributed.is_initialized()
 
 
-def read_config_file(path: str) -> dict:
-    """Flags from a JSON or YAML file: a mapping from flag name, without dashes, to value.
-
-    Raises:
-        UserError: the file is missing, cannot be parsed, or is not a mapping.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{path}: no such configuration file")
-    try:
-        if file.suffix == ".json":
-            values = json.loads(file.read_text())
-        else:
-            import yaml
-
-            try:
-                values = yaml.safe_load(file.read_text())
-            except yaml.YAMLError as error:
-                mark = getattr(error, "problem_mark", None)
-                line = f", line {mark.line + 1}" if mark else ""
-                raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file") from error
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: a configuration file maps flag names to values; this one holds a {type(values).__name__}"
-        )
-    return values
-
-
-def expand_config_file(argv: list[str]) -> list[str]:
-    """Replace a leading configuration file by the flags it stands for, so that flags after it override it.
-
-    ``["run.yaml", "--seed", "1"]`` becomes ``["--learning_rate", "0.001", ..., "--seed", "1"]``. Lists become several
-    values, mappings JSON text, and null leaves the flag at its default.
-    """
-    if not argv or not argv[0].endswith(CONFIG_FILE_ENDINGS):
-        return list(argv)
-    flags = []
-    for name, value in read_config_file(argv[0]).items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        flags.append(f"--{name}")
-        flags += [item if isinstance(item, str) else json.dumps(item) for item in values]
-    return flags + argv[1:]
-
-
 def parse_bool(text: str) -> bool:
-    """``true``/``yes``/``1`` and ``false``/``no``/``0`` in any case."""
+    """``true``/``yes``/``on``/``1`` and ``false``/``no``/``off``/``0`` in any case."""
     lowered = text.lower()
-    if lowered in ("true", "t", "yes", "y", "1"):
+    if lowered in ("true", "t", "yes", "y", "on", "1"):
         return True
-    if lowered in ("false", "f", "no", "n", "0"):
+    if lowered in ("false", "f", "no", "n", "off", "0"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
@@ -173,12 +107,20 @@ def add_stand_in() -> None:
 
 def _card_flags(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("use_habana", "use_cpu", "use_lazy_mode", "torch_compile"):
+    names = ("use_habana", "use_cpu", "use_lazy_mode", "torch_compile")
+    for name in names:
         parser.add_argument(f"--{name}", nargs="?", const=True, default=None, type=parse_bool)
     parser.add_argument("--torch_compile_backend")
+    full = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        name = name.replace("-", "_").replace("__", "--", 1)
+        meant = [f"--{flag}" for flag in names if len(name) > 2 and f"--{flag}".startswith(name)]
+        # A beginning that other flags share is refused later, by the parser that knows them all.
+        full.append(f"{meant[0]}{equals}{value}" if len(meant) == 1 else word)
     try:
         parser.exit_on_error = False
-        return parser.parse_known_args(argv)[0]
+        return parser.parse_known_args(full)[0]
     except argparse.ArgumentError as error:
         raise UserError(f"{error.argument_name}: {error.message}") from error
 

@@ -21,7 +21,7 @@ def parser(request, monkeypatch_module) -> tuple[str, argparse.ArgumentParser]:
     caught: list = []
 
     def catch(argv, *types):
-        from gaudi_lm.arguments import build_parser
+        from gaudi_lm.parsing import build_parser
 
         caught.append((build_parser(*types), types))
         raise SystemExit

@@ -1,0 +1,27 @@
+"""Mistakes that a user can mend."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Something the user can mend: one line that names the flag or the file, and the way out."""
+
+
+@contextmanager
+def user_errors():
+    """Print a :class:`UserError` as one line on stderr and end with exit code 2, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def warn(message: str) -> None:
+    """One line on stderr, from the main rank, before there is a log."""
+    if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
+        print(f"warning: {message}", file=sys.stderr)
