@@ -269,7 +269,7 @@ def build_trainer(
         evaluation_collator: for evaluation, where it differs; ``draw`` is then the row's number.
         loss_options: passed to :func:`gaudi_lm.losses.install_token_loss`.
     """
-    if training_args.gradient_checkpointing:
+    if training_args.gradient_checkpointing and training_args.device.type == "hpu":
         repair_gradient_checkpointing(model)
     # Dynamo cannot follow a forward pass whose head is bypassed for the duration of the call.
     chunked = training_args.chunked_loss and not training_args.torch_compile

@@ -1,4 +1,4 @@
-"""Run a script as a user does, in a process of its own, and look at what it printed and wrote."""
+"""Run a script as a user does, and look at what it printed and wrote."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+import warm
+
+from gaudi_lm.runtime import UserError, _card_flags, expand_config_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,49 +29,91 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def run(
-    script: str | Path, *flags: object, env: dict[str, str] | None = None, code: int = 0, cwd: Path = ROOT
+    script: str | Path,
+    *flags: object,
+    env: dict[str, str] | None = None,
+    code: int = 0,
+    cwd: Path = ROOT,
+    fresh: bool = False,
+    seconds: float = 280,
 ) -> subprocess.CompletedProcess:
-    """Run ``python script flags`` and check its exit code; ``stdout`` and ``stderr`` are text."""
-    result = subprocess.run(
-        [sys.executable, str(script), *map(str, flags)],
-        capture_output=True, text=True, cwd=cwd, env=environment(**(env or {})), timeout=900, check=False,
-    )  # fmt: skip
+    """Run ``python script flags`` and check its exit code; ``stdout`` and ``stderr`` are text.
+
+    Args:
+        fresh: in a new process. Otherwise in a child of one that has done the imports already (:mod:`warm`).
+    """
+    argv, environ = [str(script), *map(str, flags)], environment(**(env or {}))
+    if fresh or Path(script).name == "gaudi_spawn.py":
+        result = subprocess.run(
+            [sys.executable, *argv],
+            capture_output=True, text=True, cwd=cwd, env=environ, timeout=seconds, check=False,
+        )  # fmt: skip
+    else:
+        (result,) = warm.run(argv, environ, cwd, _card(argv[1:], environ), seconds)
     assert result.returncode == code, f"exit code {result.returncode}, not {code}:\n{result.stdout}\n{result.stderr}"
     return result
 
 
-def run_many(script: str, cases: dict[str, list[str]], tmp_path: Path) -> dict[str, tuple[int, str]]:
-    """Run one script with many lists of flags in one process, as imports take most of the time of a short run.
+def run_ranks(
+    ranks: int,
+    script: str | Path,
+    *flags: object,
+    env: dict[str, str] | None = None,
+    cwd: Path = ROOT,
+    seconds: float = 280,
+) -> list[subprocess.CompletedProcess]:
+    """Run a script in several ranks at once, as a launcher would start them; each must end well."""
+    argv, environ = [str(script), *map(str, flags)], environment(**(env or {}))
+    found = warm.run(argv, environ, cwd, _card(argv[1:], environ), seconds, ranks)
+    texts = "\n".join(f"rank {rank}: {one.returncode}\n{one.stderr[-4000:]}" for rank, one in enumerate(found))
+    assert [one.returncode for one in found] == [0] * ranks, texts
+    return found
 
-    Returns:
-        For each case, the exit code and what went to stderr.
-    """
-    driver = (
-        "import contextlib, io, json, sys\n"
-        "sys.argv[:] = sys.argv[:1]\n"
-        f"import {Path(script).stem} as script\n"
-        "from gaudi_lm.runtime import choose_card, user_errors\n"
-        "results = {}\n"
-        "for name, argv in json.load(sys.stdin).items():\n"
-        "    stderr, code = io.StringIO(), 0\n"
-        "    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):\n"
-        "        try:\n"
-        "            choose_card(argv)\n"
-        "            with user_errors():\n"
-        "                script.main(argv)\n"
-        "        except SystemExit as end:\n"
-        "            code = end.code\n"
-        "        except Exception as error:\n"
-        "            code, _ = 1, stderr.write(f'{type(error).__name__}: {error}')\n"
-        "    results[name] = (code, stderr.getvalue())\n"
-        "print('RESULTS' + json.dumps(results))\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", driver], input=json.dumps(cases), capture_output=True, text=True,
-        cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), timeout=900, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.rsplit("RESULTS", 1)[1])
+
+def _card(flags: list[str], environ: dict[str, str]) -> tuple[str, ...]:
+    """The flags that decide which card a run gets, and so what is imported for it."""
+    try:
+        chosen = _card_flags(expand_config_file(flags))
+    except UserError:
+        return ("--use_cpu",)
+    if chosen.use_cpu or not chosen.use_habana or "GAUDI_SIMULATOR" not in environ:
+        return ("--use_cpu",)
+    if "PT_HPU_LAZY_MODE" in environ:
+        return ("--use_habana",)
+    compiled = bool(chosen.torch_compile or chosen.torch_compile_backend)
+    lazy = not compiled if chosen.use_lazy_mode is None else chosen.use_lazy_mode
+    return ("--use_habana", "--use_lazy_mode", str(lazy))
+
+
+@dataclass
+class End:
+    """How a run ended; ``metrics`` is the ``all_results.json`` that it wrote, None where it failed."""
+
+    status: int
+    log: str
+    metrics: dict | None
+
+
+def run_several(script: str, runs: list[list], environ: dict[str, str] | None = None) -> list[End]:
+    """Run a script such as ``run_clm`` once for each list of flags, one after the other, whatever their ends."""
+    environ = environ or environment()
+    ends = []
+    for flags in runs:
+        flags = [str(flag) for flag in flags]
+        (done,) = warm.run([f"{script}.py", *flags], environ, ROOT, _card(flags, environ), 280)
+        output = Path(flags[flags.index("--output_dir") + 1])
+        ends.append(End(done.returncode, done.stderr, None if done.returncode else results(output)))
+    return ends
+
+
+def run_many(script: str, cases: dict[str, list[str]], folder: Path) -> dict[str, tuple[int, str]]:
+    """Run a script in ``folder`` with many lists of flags; for each case, the exit code and what went to stderr."""
+    found = {}
+    for name, flags in cases.items():
+        argv = [str(ROOT / script), *map(str, flags)]
+        (done,) = warm.run(argv, environment(), folder, _card(argv[1:], environment()), 280)
+        found[name] = (done.returncode, done.stderr)
+    return found
 
 
 def log_history(output: Path) -> list[dict]:

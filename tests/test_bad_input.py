@@ -187,13 +187,18 @@ def test_every_case_is_checked(request):
 
 def test_a_card_that_is_not_there_is_refused_at_once(tmp_path):
     """Before torch is imported, by a real process."""
-    result = run("run_clm.py", "--use_habana", "--do_train", "--output_dir", tmp_path / "out", code=2)
+    result = run("run_clm.py", "--use_habana", "--do_train", "--output_dir", tmp_path / "out", code=2, fresh=True)
     assert result.stdout == "" and len(result.stderr.splitlines()) == 1
     assert "GAUDI_SIMULATOR=1" in result.stderr and "--use_cpu" in result.stderr
-    result = run("run_clm.py", "--use_habana", env={"GAUDI_SIMULATOR": "none"}, code=2)
+    result = run("run_clm.py", "--use_habana", env={"GAUDI_SIMULATOR": "none"}, code=2, fresh=True)
     assert "GAUDI_SIMULATOR is 'none'" in result.stderr
     result = run(
-        "run_clm.py", "--use_habana", "--use_lazy_mode", env={"GAUDI_SIMULATOR": "1", "PT_HPU_LAZY_MODE": "0"}, code=2
+        "run_clm.py",
+        "--use_habana",
+        "--use_lazy_mode",
+        env={"GAUDI_SIMULATOR": "1", "PT_HPU_LAZY_MODE": "0"},
+        code=2,
+        fresh=True,
     )
     assert "--use_lazy_mode True contradicts PT_HPU_LAZY_MODE=0" in result.stderr
 
@@ -208,7 +213,7 @@ def test_a_real_card_wins(tmp_path):
         "import habana_frameworks\nprint(habana_frameworks.__file__)\nprint(os.environ.get('PT_HPU_LAZY_MODE'))\n"
     )
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    result = run(probe, "--use_habana", "--use_lazy_mode", env={"PYTHONPATH": paths})
+    result = run(probe, "--use_habana", "--use_lazy_mode", env={"PYTHONPATH": paths}, fresh=True)
     assert result.stdout.splitlines() == [str(tmp_path / "habana_frameworks" / "__init__.py"), "1"]
-    result = run(probe, "--use_habana", env={"PYTHONPATH": paths, "GAUDI_SIMULATOR": "1"}, code=2)
+    result = run(probe, "--use_habana", env={"PYTHONPATH": paths, "GAUDI_SIMULATOR": "1"}, code=2, fresh=True)
     assert "real habana_frameworks" in result.stderr

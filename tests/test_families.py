@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from several_runs import End, run_several
+from running import End, run_several
 
 REPOSITORY = Path(__file__).parents[1]
 TABLE = re.compile(r"(?<=<!-- families: begin -->\n).*?(?=<!-- families: end -->)", re.DOTALL)

@@ -80,7 +80,7 @@ def test_every_flag_of_ours_is_read(parser):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [*SCRIPTS, "gaudi_spawn.py"])
 def test_help_on_any_host(script, tmp_path):
-    result = run(ROOT / script, "--help", cwd=tmp_path)
+    result = run(ROOT / script, "--help", cwd=tmp_path, fresh=True)
     assert result.stderr == ""
     flags = help_flags(result.stdout)
     if script != "gaudi_spawn.py":

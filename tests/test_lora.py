@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from running import copy_elsewhere, environment, losses, run, run_many
-from several_runs import run_several
+from running import copy_elsewhere, environment, losses, run, run_many, run_several
+
 
 from gaudi_lm.instructions import collate_examples, tokenise_examples
 from gaudi_lm.prompts import find_format
@@ -56,7 +56,7 @@ def test_adapters(instructions, tmp_path):
             merged = common(instructions, tmp_path / "x", *evaluation)
             merged[1] = str(tmp_path / kind / "merged")
             again.append(merged)
-    ends = run_several("run_lora_clm", runs + again, environment(), 900)
+    ends = run_several("run_lora_clm", runs + again, environment())
     evaluations = iter(ends[len(runs) :])
     for kind, end in zip(ADAPTERS, ends, strict=False):
         assert end.status == 0, f"{kind}: {end.log}"
@@ -113,7 +113,7 @@ def test_resume_is_exact_and_equals_a_plain_loop(instructions, tmp_path):
     again = common(instructions, tmp_path / "again", *training, *saving)
     plain = common(instructions, tmp_path / "plain", *training, "--lora_dropout", 0.0, "--save_strategy", "no")
     again += ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-7")]
-    ends = run_several("run_lora_clm", [whole, again, plain], environment(), 600)
+    ends = run_several("run_lora_clm", [whole, again, plain], environment())
     assert [end.status for end in ends] == [0, 0, 0], ends
     assert len(losses(tmp_path / "whole")) == 12
     assert losses(tmp_path / "again")[7:] == losses(tmp_path / "whole")[7:]
@@ -176,7 +176,7 @@ def test_on_a_simulated_card(instructions, tmp_path):
         "fp8": [*documented, "--attn_implementation", "gaudi_fused_sdpa", "--flash_attention_fp8"],
     }
     runs = [common(instructions, tmp_path / name, *card, *mode, *epochs) for name, mode in modes.items()]
-    ends = dict(zip(modes, run_several("run_lora_clm", runs, environment(GAUDI_SIMULATOR="1"), 900), strict=True))
+    ends = dict(zip(modes, run_several("run_lora_clm", runs, environment(GAUDI_SIMULATOR="1")), strict=True))
     for name in ("refused", "fp8"):
         assert ends[name].status == 2 and f"error: {modes[name][-1]}" in ends[name].log, ends[name].log
     for name in set(modes) - {"refused", "fp8"}:
@@ -212,7 +212,7 @@ def test_a_pretrained_model_learns(tmp_path):
         ["--model_name_or_path", tmp_path / "out" / "merged", *base, *x],
         ["--model_name_or_path", model, *base, *x],
     ]
-    ends = run_several("run_lora_clm", [list(map(str, flags)) for flags in runs], environment(), 900)
+    ends = run_several("run_lora_clm", [list(map(str, flags)) for flags in runs], environment())
     assert [end.status for end in ends] == [0] * 4, [end.log[-2000:] for end in ends]
     after, adapter, merged, before = (end.metrics["eval_loss"] for end in ends)
     assert after < before - 0.3

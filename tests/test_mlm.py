@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from running import copy_elsewhere, environment, losses, results, run, run_many
-from several_runs import run_several
+from running import copy_elsewhere, environment, losses, results, run, run_many, run_several
+
 from transformers import AutoTokenizer
 
 from gaudi_lm.masking import MaskingCollator, encode_lines, make_lines, sequence_ends
@@ -173,7 +173,7 @@ def test_families_and_modes_on_the_cpu(assets, masked_assets, tmp_path):
         common(assets, tmp_path / "again", "--model_name_or_path", tmp_path / name, *modes[name], "--use_cpu")
         for name in modes
     ]
-    ends = run_several("run_mlm", runs + evaluations, environment(), 900)
+    ends = run_several("run_mlm", runs + evaluations, environment())
     for name, end, again in zip(modes, ends, ends[len(modes) :], strict=False):
         assert end.status == again.status == 0, f"{name}: {end.log} {again.log}"
         assert (tmp_path / name / "model.safetensors").is_file()
@@ -242,7 +242,7 @@ def test_resume_is_exact(assets, masked_assets, tmp_path):
     again = common(
         assets, tmp_path / "again", *model, *training, "--resume_from_checkpoint", tmp_path / "whole/checkpoint-7"
     )
-    ends = run_several("run_mlm", [whole, [*again, "--dataloader_num_workers", "2"]], environment(), 600)
+    ends = run_several("run_mlm", [whole, [*again, "--dataloader_num_workers", "2"]], environment())
     assert [end.status for end in ends] == [0, 0], ends
     assert len(losses(tmp_path / "whole")) == 15
     assert losses(tmp_path / "again")[7:] == losses(tmp_path / "whole")[7:]
@@ -271,7 +271,7 @@ def test_on_a_simulated_card(assets, masked_assets, tmp_path):
         common(assets, tmp_path / name, *masked_assets.scratch(name), *card, *training, *mode, "--save_strategy", "no")
         for name, mode in modes.items()
     ]
-    ends = run_several("run_mlm", runs, environment(GAUDI_SIMULATOR="1"), 900)
+    ends = run_several("run_mlm", runs, environment(GAUDI_SIMULATOR="1"))
     for name, end in zip(modes, ends, strict=True):
         assert end.status == 0, f"{name}: {end.log}"
         if name != "bert":

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from several_runs import End, run_several
+from running import End, run_several
 
 from hub.server import Cut, Hub
 from hub.stand_ins import GATED
