@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset
 from running import copy_elsewhere, environment, losses, run, run_many, run_several
 
-
 from gaudi_lm.instructions import collate_examples, tokenise_examples
 from gaudi_lm.prompts import find_format
 

@@ -10,7 +10,6 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from running import copy_elsewhere, environment, losses, results, run, run_many, run_several
-
 from transformers import AutoTokenizer
 
 from gaudi_lm.masking import MaskingCollator, encode_lines, make_lines, sequence_ends
