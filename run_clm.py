@@ -19,15 +19,15 @@ choose_card(sys.argv[1:])  # sets the environment that torch reads when it is im
 import numpy as np
 import torch
 from datasets import Dataset
-from datasets.distributed import split_dataset_by_node
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments
 from gaudi_lm.data import load_raw, text_column
 from gaudi_lm.models import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
-from gaudi_lm.packing import StreamedBlocks, group_into_blocks, tokenise
+from gaudi_lm.packing import group_into_blocks, tokenise
 from gaudi_lm.parsing import parse
 from gaudi_lm.session import find_checkpoint, report, save, set_up, write_card
+from gaudi_lm.streams import StreamedBlocks, rank_share
 from gaudi_lm.trainer import build_trainer
 
 
@@ -99,10 +99,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     blocks = {}
     if data_args.streaming:
         for split, texts in raw.items():
+            limit, column = limits[split], columns[split]
             if split == "train":
-                texts = split_dataset_by_node(texts, training_args.process_index, training_args.world_size)
+                ranks = training_args.process_index, training_args.world_size
+                texts, limit = rank_share(texts, column, limit, *ranks)
             blocks[split] = StreamedBlocks(
-                texts, tokenizer, columns[split], block_size, repeat=split == "train", max_blocks=limits[split]
+                texts, tokenizer, column, block_size, repeat=split == "train", max_rows=limit
             )
     else:
         with training_args.main_process_first(desc="preprocessing"):

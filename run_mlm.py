@@ -19,19 +19,19 @@ from gaudi_lm.runtime import UserError, choose_card, run_script
 choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
 
 from datasets import Dataset
-from datasets.distributed import split_dataset_by_node
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments
 from gaudi_lm.data import load_raw, text_column
-from gaudi_lm.masking import MaskingCollator, StreamedLines, make_lines, sequence_ends
+from gaudi_lm.masking import MaskingCollator, make_lines, sequence_ends
 from gaudi_lm.models import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
-from gaudi_lm.packing import StreamedBlocks, group_into_blocks, tokenise
+from gaudi_lm.packing import group_into_blocks, tokenise
 from gaudi_lm.parsing import parse
 from gaudi_lm.predictions import prediction_rows
 from gaudi_lm.rows import padded_lengths
 from gaudi_lm.sequences import PackedCollator, pack_sequences
 from gaudi_lm.session import find_checkpoint, report, save, set_up, write_card
+from gaudi_lm.streams import StreamedBlocks, StreamedLines, rank_share
 from gaudi_lm.trainer import build_trainer
 
 EVALUATION_SEED = 2022  # of the masks of every evaluation, whatever --seed is
@@ -137,14 +137,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     rows = {}
     if data_args.streaming:
         for split, texts in raw.items():
+            limit, column = limits[split], columns[split]
             if split == "train":
-                texts = split_dataset_by_node(texts, training_args.process_index, training_args.world_size)
-            source = (texts, tokenizer, columns[split], size)
-            repeat, limit = split == "train", limits[split]
+                ranks = training_args.process_index, training_args.world_size
+                texts, limit = rank_share(texts, column, limit, *ranks)
+            source, options = (texts, tokenizer, column, size), {"repeat": split == "train", "max_rows": limit}
             if script_args.line_by_line:
-                rows[split] = StreamedLines(*source, repeat=repeat, max_rows=limit)
+                rows[split] = StreamedLines(*source, **options)
             else:
-                rows[split] = StreamedBlocks(*source, add_special_tokens=False, repeat=repeat, max_blocks=limit)
+                rows[split] = StreamedBlocks(*source, add_special_tokens=False, **options)
     else:
         make_rows = make_lines if script_args.line_by_line else make_blocks
         with training_args.main_process_first(desc="preprocessing"):

@@ -171,9 +171,9 @@ def load_raw(
 ) -> dict[str, Dataset | IterableDataset]:
     """The splits that the run needs, under ``train`` and ``validation``.
 
-    Without a validation split, ``--validation_split_percentage`` of the training rows become one: the first rows, or,
-    in a stream, the first of every hundred, or with ``split_seed`` rows drawn at random. Each row lands in exactly one
-    of the two.
+    Without a validation split, ``--validation_split_percentage`` of the training rows become one: the first rows, or
+    with ``split_seed`` rows drawn at random, or in a stream rows at even distances. Each row lands in exactly one of
+    the two.
 
     Raises:
         UserError: nothing to read, a split that is needed and missing, or unreadable data.
@@ -186,12 +186,15 @@ def load_raw(
     if need_train and "train" not in splits:
         raise UserError("--do_train needs --train_file, or a data set that has a split named train")
     if "validation" not in splits and data_args.validation_split_percentage and "train" in splits and need_validation:
-        splits["train"], splits["validation"] = split_rows(
-            splits["train"], data_args.validation_split_percentage, split_seed
+        train, percentage = splits["train"], data_args.validation_split_percentage
+        splits["train"], splits["validation"] = (
+            split_rows(train, percentage, split_seed)
+            if isinstance(train, Dataset)
+            else split_stream(train, percentage)
         )
         logger.info(
             "no validation split: %d%% of the training rows are kept for validation",
-            data_args.validation_split_percentage,
+            percentage,
         )
     if need_validation and "validation" not in splits:
         raise UserError(
@@ -201,7 +204,7 @@ def load_raw(
     return {name: split for name, split in splits.items() if needed[name]}
 
 
-def split_rows(train: Dataset | IterableDataset, percentage: int, seed: int | None = None) -> tuple:
+def split_rows(train: Dataset, percentage: int, seed: int | None = None) -> tuple[Dataset, Dataset]:
     """Split off a share of the rows: ``(train, validation)``, every row in exactly one of them.
 
     Args:
@@ -210,17 +213,45 @@ def split_rows(train: Dataset | IterableDataset, percentage: int, seed: int | No
     Raises:
         UserError: a single row cannot be split.
     """
-    if isinstance(train, IterableDataset):
-        return (
-            train.filter(lambda row, index: index % 100 >= percentage, with_indices=True),
-            train.filter(lambda row, index: index % 100 < percentage, with_indices=True),
-        )
     rows = len(train)
     if rows < 2:
         raise UserError("the training data has one row, which cannot be split: give --validation_file")
     kept = min(max(1, round(rows * percentage / 100)), rows - 1)
     order = np.arange(rows) if seed is None else np.random.default_rng(seed).permutation(rows)
     return train.select(np.sort(order[kept:])), train.select(np.sort(order[:kept]))
+
+
+SHARD_PHASE = 61  # near 100 times the golden ratio: validation rows of many short shards are spread evenly
+
+
+def split_stream(stream: IterableDataset, percentage: int) -> tuple[IterableDataset, IterableDataset]:
+    """Split off ``percentage`` of every hundred rows: ``(train, validation)``, every row in exactly one of them.
+
+    A row's split depends on its shard and its place there: whoever reads a shard, alone or with others, finds the
+    same. Both results have the shards of ``stream``, so that they can be dealt out to ranks.
+    """
+
+    def part(validation: bool) -> IterableDataset:
+        return IterableDataset.from_generator(
+            _rows_of_split,
+            features=stream.features,
+            gen_kwargs={
+                "shards": list(range(stream.num_shards)),  # a list is what datasets deals out
+                "stream": stream,
+                "percentage": percentage,
+                "validation": validation,
+            },
+        )
+
+    return part(False), part(True)
+
+
+def _rows_of_split(shards: list[int], stream: IterableDataset, percentage: int, validation: bool) -> Iterator[dict]:
+    for shard in shards:
+        phase = shard * SHARD_PHASE
+        for index, row in enumerate(stream.shard(stream.num_shards, shard)):
+            if ((phase + index * percentage) % 100 < percentage) is validation:
+                yield row
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
@@ -261,19 +292,3 @@ def text_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
                 f"--text_column_name takes one of {', '.join(columns)}"
             )
     return column
-
-
-def batches_of_text(dataset: Dataset | IterableDataset, column: str, size: int = 1000) -> Iterator[list[str]]:
-    """Texts in lists of at most ``size``; a missing text counts as an empty one.
-
-    Raises:
-        UserError: a value that is not text, with its row, or a line that cannot be read.
-    """
-    row = 0
-    for batch in dataset.iter(batch_size=size):
-        texts = ["" if text is None else text for text in batch[column]]
-        for text in texts:
-            row += 1
-            if not isinstance(text, str):
-                raise UserError(f"column {column!r}, row {row}: a {type(text).__name__}, not text")
-        yield texts

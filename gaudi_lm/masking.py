@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .data import batches_of_text
 from .packing import encode, map_rows, special_ends, to_list_array, tokenizer_fingerprint
 from .predictions import IGNORE_INDEX, limit_predictions
 from .rows import join_rows, pad_rows, shorten_rows
@@ -75,51 +74,6 @@ def make_lines(
     if not len(rows):
         raise UserError(f"the {split} data has only blank rows in column {column!r}")
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
-
-
-class StreamedLines(torch.utils.data.IterableDataset):
-    """Rows of :func:`encode_lines` made while they are asked for, from a stream of texts.
-
-    Args:
-        repeat: start over at the end of the stream, so that --max_steps is always reached.
-        max_rows: stop after so many.
-
-    Yields:
-        ``{"input_ids": int32 array of shape [length], "draw": the row's number}``.
-    """
-
-    def __init__(
-        self,
-        texts: IterableDataset,
-        tokenizer: PreTrainedTokenizerBase,
-        column: str,
-        max_length: int,
-        *,
-        repeat: bool = False,
-        max_rows: int | None = None,
-    ):
-        self.texts = texts
-        self.tokenizer = tokenizer
-        self.column = column
-        self.max_length = max_length
-        self.repeat = repeat
-        self.max_rows = max_rows
-
-    def __iter__(self) -> Iterator[dict]:
-        number = 0
-        while True:
-            before = number
-            for texts in batches_of_text(self.texts, self.column):
-                tokens, lengths = encode_lines(texts, self.tokenizer, self.max_length)
-                for row in np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else ():
-                    if number == self.max_rows:
-                        return
-                    yield {"input_ids": row, "draw": number}
-                    number += 1
-            if number == before:
-                raise UserError("the stream holds no text")
-            if not self.repeat:
-                return
 
 
 @dataclass

@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
-import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from .data import batches_of_text
 from .memory import forget_mapped_pages
 from .runtime import UserError
 
@@ -238,62 +236,3 @@ def group_into_blocks(
     # Without a fingerprint, datasets would copy and hash all tokens to make one: thirty times the work of the cutting.
     fingerprint = Hasher.hash(["blocks", dataset._fingerprint, block_size, max_blocks])
     return Dataset(pa.table({"input_ids": pa.chunked_array(arrays)}), fingerprint=fingerprint)
-
-
-class StreamedBlocks(torch.utils.data.IterableDataset):
-    """Blocks made while they are asked for, from a stream of texts.
-
-    Args:
-        texts: a streamed data set; each rank gets its own rows of it.
-        block_size: tokens in a block.
-        repeat: start over at the end of the stream, the remainder carried over, so that --max_steps is always reached.
-        max_blocks: stop after so many.
-
-    Yields:
-        ``{"input_ids": int32 array of shape [block_size], "draw": the block's number}``.
-    """
-
-    def __init__(
-        self,
-        texts: IterableDataset,
-        tokenizer: PreTrainedTokenizerBase,
-        column: str,
-        block_size: int,
-        *,
-        add_special_tokens: bool = True,
-        repeat: bool = False,
-        max_blocks: int | None = None,
-    ):
-        self.texts = texts
-        self.tokenizer = tokenizer
-        self.column = column
-        self.block_size = block_size
-        self.add_special_tokens = add_special_tokens
-        self.repeat = repeat
-        self.max_blocks = max_blocks
-
-    def _chunks(self) -> Iterator[np.ndarray]:
-        while True:
-            tokens = 0
-            for texts in batches_of_text(self.texts, self.column):
-                chunk, _ = encode(self.tokenizer, texts, self.add_special_tokens)
-                tokens += len(chunk)
-                yield chunk
-            if not tokens:
-                raise UserError("the stream holds no text")
-            if not self.repeat:
-                return
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        blocks = 0
-        for array in cut(self._chunks(), self.block_size):
-            for block in array:
-                if blocks == self.max_blocks:
-                    return
-                yield {"input_ids": block, "draw": blocks}
-                blocks += 1
-        if not blocks:
-            raise UserError(
-                f"the stream holds less than one block of {self.block_size} tokens: lower --block_size "
-                "(or --max_seq_length), or give more text"
-            )

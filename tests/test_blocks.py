@@ -3,8 +3,8 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, IterableDataset
-from hypothesis import given, settings
+from datasets import Dataset
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gaudi_lm.batches import TrainingBatches, TrainingRows
@@ -70,18 +70,6 @@ def test_the_split_is_exact(rows, percentage):
     train, validation = split_rows(data, percentage)
     assert validation["n"][:] + train["n"][:] == list(range(rows))
     assert len(validation) == min(max(1, round(rows * percentage / 100)), rows - 1)
-
-
-@settings(max_examples=20)
-@given(rows=st.integers(1, 350), percentage=st.integers(1, 99))
-def test_the_split_of_a_stream_is_exact(rows, percentage):
-    def numbers():
-        yield from ({"n": n} for n in range(rows))
-
-    train, validation = split_rows(IterableDataset.from_generator(numbers), percentage)
-    kept = [row["n"] for row in validation]
-    assert sorted(kept + [row["n"] for row in train]) == list(range(rows))
-    assert len(kept) == sum(n % 100 < percentage for n in range(rows))
 
 
 @given(rows=st.integers(1, 50), batch=st.integers(1, 7), world=st.integers(1, 4), epoch=st.integers(0, 3))

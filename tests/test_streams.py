@@ -1,0 +1,176 @@
+"""Streams: every row in one split and on one rank, a cap for all ranks together, and passes that are not alike."""
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+from datasets import IterableDataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running import environment, losses
+from several_runs import run_several
+from transformers import AutoTokenizer
+
+from gaudi_lm.arguments import DataArguments, ModelArguments
+from gaudi_lm.data import load_raw, split_stream
+from gaudi_lm.evaluation import EvaluationRows
+from gaudi_lm.masking import MaskingCollator
+from gaudi_lm.runtime import UserError
+from gaudi_lm.streams import StreamedBlocks, StreamedLines, rank_share
+
+
+def generate(files: list[range]):
+    for numbers in files:
+        yield from ({"text": f"row {number}"} for number in numbers)
+
+
+def stream_of(rows: list[int]) -> IterableDataset:
+    """A stream of as many shards as there are numbers; each is how many rows a shard has."""
+    starts = [sum(rows[:shard]) for shard in range(len(rows))]
+    files = [range(start, start + count) for start, count in zip(starts, rows, strict=True)]
+    return IterableDataset.from_generator(generate, gen_kwargs={"files": files})
+
+
+def texts(stream) -> list[str]:
+    return [row["text"] for row in stream]
+
+
+@pytest.mark.parametrize("ranks", (1, 2, 3, 4))
+@pytest.mark.parametrize("shards", (1, 2, 3, 4))
+@settings(max_examples=8)
+@given(data=st.data(), percentage=st.integers(1, 99))
+def test_each_row_in_one_split_and_on_one_rank(shards, ranks, data, percentage):
+    rows = data.draw(st.lists(st.integers(0, 130), min_size=shards, max_size=shards))
+    train, validation = split_stream(stream_of(rows), percentage)
+    kept = texts(validation)
+    seen = list(kept)
+    for rank in range(ranks):
+        try:
+            share, _ = rank_share(train, "text", None, rank, ranks)
+        except UserError:
+            continue  # it has none
+        seen += texts(share)
+    assert sorted(seen) == sorted(f"row {number}" for number in range(sum(rows)))
+    # Of each shard its share, to a row.
+    assert abs(len(kept) - sum(rows) * percentage / 100) <= shards
+
+
+def test_the_split_of_many_short_shards():
+    """One-row files are spread over both splits, about as asked."""
+    train, validation = split_stream(stream_of([1] * 200), 10)
+    assert len(texts(validation)) == 20 and len(texts(train)) == 180
+
+
+@pytest.mark.parametrize("ranks", (1, 2, 3, 4))
+@pytest.mark.parametrize("shards", (1, 2, 3, 4))
+def test_files_over_ranks(tmp_path, shards, ranks):
+    """As above, from files: what is trained, what is evaluated, and nothing is lost or read twice."""
+    for shard in range(shards):
+        lines = (json.dumps({"text": f"row {number}"}) for number in range(shard * 30, shard * 30 + 30))
+        (tmp_path / f"part{shard}.jsonl").write_text("\n".join(lines))
+    data = DataArguments(train_file=f"{tmp_path}/part*.jsonl", streaming=True, validation_split_percentage=10)
+    trained, evaluated = [], set()
+    for rank in range(ranks):
+        raw = load_raw(data, ModelArguments(cache_dir=str(tmp_path / "cache")), True, True)
+        trained += texts(rank_share(raw["train"], "text", None, rank, ranks)[0])
+        evaluated.add(tuple(texts(raw["validation"])))
+        assert raw["train"].num_shards == shards
+    assert len(evaluated) == 1, "all ranks evaluate one sequence of rows, each its own part of it"
+    evaluated = evaluated.pop()
+    assert sorted([*trained, *evaluated]) == sorted(f"row {number}" for number in range(shards * 30))
+    assert len(evaluated) == shards * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer(masked_assets):
+    return AutoTokenizer.from_pretrained(masked_assets.roberta)
+
+
+@pytest.mark.parametrize("rows_of", (StreamedLines, partial(StreamedBlocks, add_special_tokens=False)))
+@pytest.mark.parametrize("ranks", (1, 2, 3))
+def test_a_cap_is_for_all_ranks_together(tokenizer, rows_of, ranks):
+    """No more different rows than the cap, whatever the passes; every pass has the same ones and draws of its own."""
+    cap, different = 7, []
+    for rank in range(ranks):
+        share, limit = rank_share(stream_of([40] * 2), "text", cap, rank, ranks)
+        rows = iter(rows_of(share, tokenizer, "text", 8, repeat=True, max_rows=limit))
+        passes = [[next(rows) for _ in range(limit)] for _ in range(3)]
+        contents = [[row["input_ids"].tolist() for row in one] for one in passes]
+        assert contents[0] == contents[1] == contents[2]
+        assert [row["draw"] for one in passes for row in one] == list(range(3 * limit))
+        different += contents[0]
+    assert len(different) == len({tuple(row) for row in different}) == cap
+    with pytest.raises(UserError, match="--max_train_samples 2: fewer than the 3 ranks"):
+        rank_share(stream_of([40] * 2), "text", 2, 0, 3)
+
+
+@pytest.mark.parametrize("cap", (None, 5, 500))
+@pytest.mark.parametrize("rows_of", (StreamedLines, StreamedBlocks))
+def test_masks_of_a_second_pass_are_new(tokenizer, rows_of, cap):
+    collator = MaskingCollator(tokenizer, 0.5, seed=(1,))
+    stream = rows_of(stream_of([10]), tokenizer, "text", 8, repeat=True, max_rows=cap)
+    rows = [row for row, _ in zip(stream, range(60), strict=False)]
+    first = rows[0]["input_ids"].tolist()
+    again = [row for row in rows if row["input_ids"].tolist() == first]
+    masks = {tuple(collator([row])["labels"][0].tolist()) for row in again}
+    assert len(again) > 3 and len(masks) > 1
+    assert len({row["draw"] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("ranks", (1, 2, 3, 4))
+def test_a_stream_is_evaluated_once_over_ranks(tokenizer, ranks):
+    """Every rank reads the whole validation stream and takes its own rows of it."""
+    _, validation = split_stream(stream_of([50, 3, 20]), 30)
+    lines = StreamedLines(validation, tokenizer, "text", 8)
+    whole = [tuple(row["input_ids"]) for row in lines]
+    parts = [list(EvaluationRows(lines, 2, rank, ranks)) for rank in range(ranks)]
+    real = [tuple(row["input_ids"]) for part in parts for row in part if "padding_row" not in row]
+    assert sorted(real) == sorted(whole) and len({len(part) for part in parts}) == 1
+
+
+@pytest.mark.parametrize("rows", ([12, 0], [0, 12], [0, 0]))
+def test_a_rank_without_rows(rows):
+    empty = rows.index(0)
+    with pytest.raises(UserError, match=f"rank {empty} of 2 gets no text of the stream, which comes in 2 file"):
+        rank_share(stream_of(rows), "text", None, empty, 2)
+    if any(rows):
+        rank_share(stream_of(rows), "text", None, 1 - empty, 2)
+
+
+def test_a_rank_of_blank_rows():
+    def blank():
+        yield from ({"text": " \n"} for _ in range(5))
+
+    with pytest.raises(UserError, match="the stream holds no text in column 'text'"):
+        rank_share(IterableDataset.from_generator(blank), "text", None, 0, 1)
+
+
+@pytest.mark.slow
+def test_a_stream_resumes_exactly(assets, masked_assets, tmp_path):
+    """Over the end of the text and of the cap: 10 steps at once are 10 steps with a break, masks included."""
+
+    def flags(output, *more):
+        return [
+            str(flag)
+            for flag in (
+                *masked_assets.scratch("bert"), "--train_file", assets.train, "--do_train", "--use_cpu", "--streaming",
+                "--output_dir", output, "--per_device_train_batch_size", 4, "--max_steps", 10, "--logging_steps", 1,
+                "--max_train_samples", 11, "--line_by_line", "--max_seq_length", 32, "--save_steps", 6, *more,
+            )
+        ]  # fmt: skip
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    runs = [flags(whole), flags(broken), flags(broken)]
+    first, second = run_several("run_mlm", runs[:2], environment())
+    assert first.status == second.status == 0, first.log + second.log
+    expected = losses(whole)
+    for path in broken.iterdir():
+        if path.is_file():
+            path.unlink()
+        elif path.name != "checkpoint-6":
+            shutil.rmtree(path)
+    (third,) = run_several("run_mlm", runs[2:], environment())
+    assert third.status == 0 and "checkpoint-6" in third.log, third.log
+    assert losses(broken) == expected and len(expected) == 10
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
