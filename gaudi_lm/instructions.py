@@ -20,7 +20,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .packing import count_tokens, encode, group_into_blocks, map_rows, special_ends, to_list_array
-from .packing import tokenizer_fingerprint as fingerprint_of
 from .predictions import IGNORE_INDEX
 from .prompts import ExampleFormat, conversations, fill_prompts, split_conversation, text_of
 from .rows import join_rows, pad_rows, shorten_rows
@@ -116,17 +115,12 @@ def tokenise_examples(
         rows = finish_rows(tokens, lengths, tokenizer.eos_token_id, longest, train_on_inputs, form.style != "text")
         return pa.table({"input_ids": to_list_array(*rows), "length": pa.array(lengths + 1, pa.int32())})
 
-    def fingerprint(rows: str) -> str:
-        return fingerprint_of(
-            tokenizer, rows, form, tokenizer.chat_template, tokenizer.eos_token, longest, train_on_inputs
-        )
-
     if concatenate:
         wanted = None if limit is None else limit * max_length
-        rows = map_rows(dataset, encode_rows, fingerprint, wanted=wanted, measure=count_tokens, **options)
+        rows = map_rows(dataset, encode_rows, wanted=wanted, measure=count_tokens, **options)
     else:
         examples = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-        rows = map_rows(examples, encode_rows, fingerprint, **options)
+        rows = map_rows(examples, encode_rows, **options)
     table = rows.with_format("arrow")[:]
     kept = pc.list_value_length(table["input_ids"]).to_numpy() > 0
     cut = kept & (table["length"].to_numpy() > max_length) if not concatenate else np.zeros(0, bool)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .packing import encode, map_rows, special_ends, to_list_array, tokenizer_fingerprint
+from .packing import encode, map_rows, special_ends, to_list_array
 from .predictions import IGNORE_INDEX, limit_predictions
 from .rows import join_rows, pad_rows, shorten_rows
 from .runtime import UserError
@@ -69,8 +68,7 @@ def make_lines(
         texts = [text or "" for text in table.column(column).to_pylist()]
         return pa.table({"input_ids": to_list_array(*encode_lines(texts, tokenizer, size))})
 
-    fingerprint = partial(tokenizer_fingerprint, tokenizer, column, size, "lines")
-    rows = map_rows(texts, encode_rows, fingerprint, wanted=limit, **options)
+    rows = map_rows(texts, encode_rows, wanted=limit, **options)
     if not len(rows):
         raise UserError(f"the {split} data has only blank rows in column {column!r}")
     return rows if limit is None else rows.select(range(min(limit, len(rows))))

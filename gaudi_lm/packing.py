@@ -6,8 +6,6 @@ a block is a view of them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator
 
@@ -17,6 +15,7 @@ from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from .fingerprints import fingerprint
 from .memory import forget_mapped_pages
 from .runtime import UserError
 
@@ -38,6 +37,7 @@ def encode(
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens  # set by some calls of a tokenizer only
         rows = [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
     else:
         rows = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
@@ -65,24 +65,9 @@ def to_list_array(tokens: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens, type=pa.int32()))
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *values: object) -> str:
-    """A hash of everything that decides what a tokenizer returns, and of ``values``.
-
-    ``datasets`` hashes pickles, and a fast tokenizer pickles differently after its first use, which loses the cache.
-    """
-    if getattr(tokenizer, "is_fast", False):
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state["truncation"] = state["padding"] = None
-    else:
-        state = [sorted(tokenizer.get_vocab().items()), repr(tokenizer)]
-    digest = hashlib.sha256(json.dumps([state, *map(str, values)], sort_keys=True).encode())
-    return digest.hexdigest()[:32]
-
-
 def map_rows(
     dataset: Dataset,
     encode_rows: Callable[[pa.Table], pa.Table],
-    fingerprint: Callable[[str], str],
     *,
     wanted: int | None = None,
     measure: Callable[[Dataset], int] = len,
@@ -92,16 +77,17 @@ def map_rows(
 ) -> Dataset:
     """Encode a thousand rows at a time into new columns, which replace all others; cached on disk.
 
+    A cached result is found by the rows, and by the code of ``encode_rows`` and all that it refers to.
+
     Args:
         encode_rows: from an Arrow table of some rows to one of the new columns, of any number of rows.
-        fingerprint: from the fingerprint of the rows to that of the result, by which a cached result is found.
         wanted: stop after the rows whose results measure so much; the rest of the data set is not encoded.
         measure: what a part of the result counts for.
         num_proc: processes; one process already uses all threads of a fast tokenizer.
-        use_cache: take a cached result of the same data and tokenizer.
+        use_cache: take a cached result, if there is one.
     """
-
     files = [file["filename"] for file in dataset.cache_files]
+    code = fingerprint(encode_rows)
     read = 0
 
     def encode_and_forget(table: pa.Table) -> pa.Table:
@@ -122,7 +108,7 @@ def map_rows(
             remove_columns=dataset.column_names,
             load_from_cache_file=use_cache,
             keep_in_memory=keep_in_memory,
-            new_fingerprint=fingerprint(rows._fingerprint),
+            new_fingerprint=fingerprint(code, rows._fingerprint),
             desc="Tokenising",
         )
         return encoded.with_format(None)
@@ -161,10 +147,7 @@ def tokenise(
         texts = [text or "" for text in table.column(column).to_pylist()]
         return pa.table({"input_ids": to_list_array(*encode(tokenizer, texts, add_special_tokens))})
 
-    def fingerprint(rows: str) -> str:
-        return tokenizer_fingerprint(tokenizer, rows, column, add_special_tokens)
-
-    return map_rows(dataset, encode_rows, fingerprint, wanted=max_tokens, measure=count_tokens, **options)
+    return map_rows(dataset, encode_rows, wanted=max_tokens, measure=count_tokens, **options)
 
 
 def token_chunks(dataset: Dataset) -> Iterator[np.ndarray]:

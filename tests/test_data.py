@@ -106,20 +106,6 @@ def test_letting_go_of_what_was_read_changes_nothing(assets, tokenizer, tmp_path
     assert tokens["input_ids"][:] == tokenizer(texts["text"][:])["input_ids"]
 
 
-def test_tokens_are_cached(assets, tokenizer, tmp_path, monkeypatch):
-    """The same text and tokenizer are not tokenised again, not even by a tokenizer that has been used meanwhile."""
-    texts = read(tmp_path, train_file=assets.train, validation_file=assets.validation)["train"]
-    first = tokenise(texts, tokenizer, "text")
-    tokenizer("a longer text than that", truncation=True, max_length=3)
-    monkeypatch.setattr("gaudi_lm.packing.encode", lambda *args: pytest.fail("tokenised again"))
-    again = tokenise(texts, AutoTokenizer.from_pretrained(assets.tokenizer), "text")
-    assert again["input_ids"][:] == first["input_ids"][:]
-    with pytest.raises(pytest.fail.Exception, match="tokenised again"):
-        tokenise(texts, tokenizer, "text", use_cache=False)
-    with pytest.raises(pytest.fail.Exception, match="tokenised again"):
-        tokenise(texts, tokenizer, "text", add_special_tokens=False)
-
-
 def test_a_stream_gives_the_same_blocks(assets, tokenizer, tmp_path):
     texts = read(tmp_path, train_file=assets.train, validation_file=assets.validation)["train"]
     stream = read(tmp_path, True, train_file=assets.train, validation_file=assets.validation)["train"]

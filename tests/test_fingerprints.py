@@ -1,0 +1,273 @@
+"""A cached result is found again exactly where nothing that decides its rows has changed."""
+
+import importlib
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from datasets import Dataset
+from running import copy_elsewhere, environment, run, run_ranks
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer
+
+from gaudi_lm import instructions as instructions_module
+from gaudi_lm import packing, prompts
+from gaudi_lm.fingerprints import fingerprint
+from gaudi_lm.instructions import tokenise_examples
+from gaudi_lm.masking import make_lines
+from gaudi_lm.packing import map_rows, tokenise
+from gaudi_lm.prompts import find_format
+
+SOURCE = """
+import re
+
+PROMPT = "Question: {} Answer:"
+NAMES = ["a", "b"]
+LOWER = {"x", "y", "zz"}
+PATTERN = re.compile("[a-z]+")
+
+
+def strip(text, marks=".!"):
+    return text.strip(marks)
+
+
+class Form:
+    ending = "\\n"
+
+    def fill(self, text):
+        return PROMPT.format(strip(text)) + self.ending
+
+
+def make(size, form=Form()):
+    def rows(table):
+        # a comment
+        texts = [form.fill(text)[:size] for text in table if PATTERN.match(text) and text in LOWER]
+        return sorted(texts, key=lambda text: NAMES.index(text))
+
+    return rows
+"""
+
+CHANGES = {
+    "prompt": ("Question: {}", "Q: {}"),
+    "list": ('["a", "b"]', '["b", "a"]'),
+    "set": ('"zz"', '"z"'),
+    "pattern": ("[a-z]+", "[a-z]*"),
+    "default": ('marks=".!"', 'marks="."'),
+    "function": ("text.strip(marks)", "text.rstrip(marks)"),
+    "class": ('ending = "\\n"', 'ending = ""'),
+    "method": ("+ self.ending", "+ 2 * self.ending"),
+    "expression": ("[:size]", "[: size + 1]"),
+    "lambda": ("NAMES.index(text)", "-NAMES.index(text)"),
+    "condition": ("and text in LOWER", "or text in LOWER"),
+}
+
+
+def functions(source: str) -> types.ModuleType:
+    module = types.ModuleType("script_of_a_user")
+    exec(source, module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_code_counts(change):
+    old, new = CHANGES[change]
+    assert old in SOURCE
+    changed = functions(SOURCE.replace(old, new))
+    assert fingerprint(changed.make(3)) != fingerprint(functions(SOURCE).make(3))
+
+
+def test_values_count_and_layout_does_not():
+    first = functions(SOURCE)
+    assert fingerprint(first.make(3)) != fingerprint(first.make(4))
+    other_layout = SOURCE.replace("        # a comment\n", "\n\n        # another comment\n")
+    unrelated = other_layout + "\n\ndef other():\n    return 1\n"
+    assert fingerprint(functions(unrelated).make(3)) == fingerprint(first.make(3))
+
+
+USES = {
+    "attribute": "import {module} as mine\n\ndef rows():\n    return mine.fill()\n",
+    "name": "from {module} import fill\n\ndef rows():\n    return fill()\n",
+    "inside": "def rows():\n    import {module}\n    return {module}.fill()\n",
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_modules_of_a_user_count(tmp_path, monkeypatch, use):
+    """By attribute, by name, and where a function imports them itself."""
+    monkeypatch.syspath_prepend(tmp_path)
+    module = f"prompts_by_{use}"
+
+    def with_text(text: str) -> str:
+        (tmp_path / f"{module}.py").write_text(f"TEXT = {text!r}\n\ndef fill():\n    return TEXT\n")
+        sys.modules.pop(module, None)
+        importlib.invalidate_caches()
+        return fingerprint(functions(USES[use].format(module=module)).rows)
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # compiled modules are told apart by whole seconds
+    first = with_text("one")
+    assert with_text("another") != first == with_text("one")
+
+
+def test_the_same_in_every_process(tmp_path):
+    (tmp_path / "mine.py").write_text(SOURCE)
+    program = "from gaudi_lm.fingerprints import fingerprint; import mine; print(fingerprint(mine.make(3)))"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True,
+            env=environment(PYTHONHASHSEED=str(seed), PYTHONPATH=str(Path(packing.__file__).parents[1])),
+        ).stdout
+        for seed in range(2)  # the second one finds compiled modules
+    }  # fmt: skip
+    assert len(found) == 1
+
+
+@pytest.fixture()
+def tokenizer(assets):
+    return AutoTokenizer.from_pretrained(assets.tokenizer)
+
+
+def test_a_used_tokenizer_is_the_same(assets, tokenizer):
+    fresh = fingerprint(tokenizer)
+    tokenizer("a longer text than that", truncation=True, max_length=3)
+    packing.encode(tokenizer, ["some text"])
+    assert fingerprint(tokenizer) == fresh == fingerprint(AutoTokenizer.from_pretrained(assets.tokenizer))
+
+
+@pytest.mark.parametrize("change", ("template", "token", "normalizer", "eos", "split"))
+def test_a_changed_tokenizer_is_another(tokenizer, change):
+    before = fingerprint(tokenizer)
+    if change == "template":
+        tokenizer.chat_template = "{{ messages }}"
+    elif change == "token":
+        tokenizer.add_tokens([AddedToken("assert", lstrip=True)])
+    elif change == "normalizer":
+        from tokenizers import normalizers
+
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    elif change == "eos":
+        tokenizer.eos_token = "the"
+    else:
+        tokenizer.split_special_tokens = True
+    assert fingerprint(tokenizer) != before
+
+
+def test_slow_tokenizers(tmp_path):
+    """The vocabulary is the same; merges, or a setting, are not."""
+    vocabulary = {token: number for number, token in enumerate(["a", "b", "c", "ab", "bc", "<|endoftext|>"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    prints = []
+    for merges in ("a b\nb c", "b c\na b", "a b\nb c"):
+        (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+        prints.append(fingerprint(GPT2Tokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))))
+    assert prints[0] == prints[2] != prints[1]
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n")
+    cased, uncased = (BertTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=lower) for lower in (False, True))
+    assert fingerprint(cased) != fingerprint(uncased)
+
+
+def test_special_tokens_in_a_text(tokenizer):
+    """`split_special_tokens` holds, whatever the tokenizer did before."""
+    text = "one<|endoftext|>two"
+    whole = packing.encode(tokenizer, [text])[0].tolist()
+    assert tokenizer.eos_token_id in whole
+    tokenizer.split_special_tokens = True
+    assert tokenizer.eos_token_id not in packing.encode(tokenizer, [text])[0].tolist()
+
+
+@pytest.fixture()
+def on_disk(tmp_path):
+    """Rows that are read from a file, as what is made of them is cached beside it."""
+    rows = [{"instruction": f"Say {n}", "input": "", "output": f"{n}!", "text": f"text {n}"} for n in range(20)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    return Dataset.load_from_disk(str(tmp_path / "rows"))
+
+
+MAKERS = {
+    "blocks": lambda rows, tokenizer: tokenise(rows, tokenizer, "text"),
+    "lines": lambda rows, tokenizer: make_lines(rows, tokenizer, "text", 32, None, "train"),
+    "instructions": lambda rows, tokenizer: tokenise_examples(
+        rows.remove_columns("text"), find_format(rows.remove_columns("text")), tokenizer, 256,
+        train_on_inputs=False, concatenate=False, limit=None, split="train",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_result_is_found_again(on_disk, assets, masked_assets, make, monkeypatch):
+    """The file of the second result is that of the first; with a changed function it is another, with other rows."""
+    folder = masked_assets.roberta if make == "lines" else assets.tokenizer
+    first = MAKERS[make](on_disk, AutoTokenizer.from_pretrained(folder))
+    again = MAKERS[make](on_disk, AutoTokenizer.from_pretrained(folder))
+    assert first.cache_files and again.cache_files == first.cache_files
+    if make == "instructions":
+        monkeypatch.setattr(prompts, "WITHOUT_INPUT", "Do this: {instruction}\n")
+    else:
+        original = packing.encode
+
+        def encode(tokenizer, texts, add_special_tokens=True):
+            return original(tokenizer, [text.upper() for text in texts], add_special_tokens)
+
+        for module in (packing, instructions_module, sys.modules["gaudi_lm.masking"]):
+            monkeypatch.setattr(module, "encode", encode)
+    changed = MAKERS[make](on_disk, AutoTokenizer.from_pretrained(folder))
+    assert changed.cache_files != first.cache_files
+    assert changed["input_ids"][:] != first["input_ids"][:]
+
+
+def test_a_cached_result_is_not_made_again(on_disk, tmp_path):
+    journal = str(tmp_path / "journal")
+
+    def rows(table: pa.Table) -> pa.Table:
+        with open(journal, "a") as file:
+            file.write("made\n")
+        return pa.table({"n": table.column("text").to_pylist()})
+
+    map_rows(on_disk, rows)
+    map_rows(on_disk, rows)
+    assert Path(journal).read_text() == "made\n"
+    map_rows(on_disk, rows, use_cache=False)
+    assert Path(journal).read_text() == "made\nmade\n"
+
+
+@pytest.mark.slow
+def test_a_changed_copy_of_a_script(assets, tmp_path):
+    """A user's own way to tokenise, changed: new rows. Unchanged: the cached ones, from one rank and from two."""
+    script = copy_elsewhere("run_clm.py", tmp_path / "elsewhere")
+    source = script.read_text().replace(
+        "    tokens = tokenise(texts, tokenizer, column, max_tokens=max_tokens, **options)\n",
+        "    def encode_rows(table):\n"
+        "        texts = [change(text) for text in table.column(column).to_pylist()]\n"
+        "        return pa.table({'input_ids': to_list_array(*encode(tokenizer, texts))})\n\n"
+        "    tokens = map_rows(texts, encode_rows, wanted=max_tokens, measure=count_tokens, **options)\n",
+    )
+    source = source.replace(
+        "import group_into_blocks, tokenise\n",
+        "import count_tokens, encode, group_into_blocks, map_rows, to_list_array\nimport pyarrow as pa\n",
+    )
+    assert "change(text)" in source and "map_rows, to" in source
+
+    def evaluate(change: str, ranks: int = 1) -> tuple[float, set[str]]:
+        script.write_text(
+            source.replace("@dataclass\n", f"def change(text):\n    return {change}\n\n\n@dataclass\n", 1)
+        )
+        flags = [
+            "--model_name_or_path", assets.gpt2, "--validation_file", assets.validation, "--do_eval", "--use_cpu",
+            "--block_size", 64, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out",
+        ]  # fmt: skip
+        if ranks == 1:
+            run(script, *flags)
+        else:
+            run_ranks(ranks, script, *flags)
+        loss = json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_loss"]
+        return loss, {path.name for path in (tmp_path / "cache").rglob("cache-*.arrow")}
+
+    loss, files = evaluate("text")
+    assert len(files) == 1
+    assert evaluate("text") == (loss, files)
+    other_loss, more = evaluate("text.upper()")
+    assert other_loss != loss and len(more) == 2
+    assert evaluate("text", ranks=2)[1] == more
