@@ -14,46 +14,58 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from .config_files import expand_config_file
 from .errors import UserError, user_errors
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Run ``main`` as the whole of this process: user errors in one line, and a clean end of several ranks.
+    """Run ``main`` as the whole of this process: user errors in one line, and a sure end of several ranks.
 
-    Where ranks talk to each other, this does not return. A thread of gloo may still hold a tensor that belongs to
-    Python; where the interpreter is torn down first, that thread takes the process down with SIGABRT and a finished
-    run counts as failed (torch 2.13, ``tests/launch/test_training.py``). So the process ends the way those of
-    `multiprocessing` do: threads, exit handlers, open streams, out.
+    Where ranks talk to each other, this does not return: they wait for each other, then the process ends as those of
+    `multiprocessing` do: threads, exit handlers, open streams, ``os._exit``. In torch 2.13 no other ending is sure.
+    A thread of gloo that is done with a collective lets go of a Python object (what `torch.autograd` keeps for its
+    threads), for which it needs the interpreter's lock. The group's destructor holds that lock while it waits for the
+    thread: after `destroy_process_group` a deadlock, wherever DistributedDataParallel, a trainer or a traceback has
+    the last reference. Where the interpreter is torn down first, the thread takes the process down with SIGABRT.
+    ``main`` therefore leaves the group alone.
     """
-    status = None
+    status: object = None
     try:
         with user_errors():
             main()
     except SystemExit as end:
         status = end.code
-    except Exception:
+    except BaseException as error:
         if not _has_process_group():
             raise
         sys.excepthook(*sys.exc_info())
-        status = 1
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
     if not _has_process_group():
         sys.exit(status)
     if status is not None and not isinstance(status, int):
         print(status, file=sys.stderr)
         status = 1
+    if not status:
+        # Rank 0 may hold the store that the others use, and a card may still be at the last collective. Where another
+        # rank has failed instead, there is nothing to wait for.
+        with suppress(Exception):
+            sys.modules["torch"].distributed.barrier()
     threading._shutdown()
     atexit._run_exitfuncs()
     gc.collect()  # closes forgotten files
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # nobody reads any more, or the disk is full: what Python says then
+            status = status or 120
     os._exit(status or 0)
 
 
 def _has_process_group() -> bool:
     torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_initialized()
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def parse_bool(text: str) -> bool:

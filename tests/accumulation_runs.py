@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from gaudi_lm.runtime import choose_card
+from gaudi_lm.runtime import choose_card, run_script
 
 choose_card(["--use_cpu"])
 
@@ -54,7 +54,7 @@ def train(family: str, batch: int, accumulation: int) -> dict:
     return {"loss": [r["loss"] for r in logs], "grad_norm": [r["grad_norm"] for r in logs], "weights": weights}
 
 
-if __name__ == "__main__":
+def main() -> None:
     output, *shares = sys.argv[1 : sys.argv.index("--")]
     found = {}
     for name in sys.argv[sys.argv.index("--") + 1 :]:
@@ -62,3 +62,7 @@ if __name__ == "__main__":
             found[name, share] = train(name, *map(int, share.split("x")))
     if os.environ.get("RANK", "0") == "0":
         torch.save(found, output)
+
+
+if __name__ == "__main__":
+    run_script(main)

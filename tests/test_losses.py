@@ -1,6 +1,7 @@
 """The loss without full logits: same loss, gradients and counts as the full computation, for every architecture."""
 
 import copy
+import functools
 import inspect
 import os
 import socket
@@ -23,6 +24,7 @@ from gaudi_lm import cross_entropy
 from gaudi_lm.cross_entropy import _highest, chunked_cross_entropy
 from gaudi_lm.losses import CAUSAL_MODELS, MASKED_HEADS, TokenLossOutput, install_token_loss
 from gaudi_lm.predictions import IGNORE_INDEX, limit_predictions, prediction_rows, select_targets
+from gaudi_lm.runtime import run_script
 
 torch.set_num_threads(1)
 
@@ -435,6 +437,10 @@ def test_full_logits_when_asked_for():
 
 
 def _rank(rank, port, folder):
+    run_script(functools.partial(_save_gradients, rank, port, folder))
+
+
+def _save_gradients(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
@@ -449,7 +455,6 @@ def _rank(rank, port, folder):
         # DDP averages over ranks what must be summed.
         (parallel(**part, num_items_in_batch=items).loss * 2).backward()
     torch.save(gradients(model), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.xdist_group("heavy")

@@ -8,6 +8,8 @@ from habana_frameworks.torch.distributed.hccl import initialize_distributed_hpu
 from habana_frameworks.torch.hpu.metrics import metric_localcontext
 from torch.nn.parallel import DistributedDataParallel
 
+from gaudi_lm.runtime import run_script
+
 
 def filled(value: float, *shape: int, dtype=torch.float32) -> torch.Tensor:
     return torch.full(shape, value, dtype=dtype, device="hpu")
@@ -106,8 +108,7 @@ def main() -> None:
     check_collectives(rank)
     check_graphs_end_at_collectives()
     check_data_parallel(rank)
-    dist.destroy_process_group()
     print(f"rank {rank} done", flush=True)
 
 
-main()
+run_script(main)

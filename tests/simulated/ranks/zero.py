@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from gaudi_lm.runtime import run_script
+
 STEPS, ROWS, WIDTH = 3, 8, 16
 
 
@@ -63,4 +65,4 @@ def main() -> None:
     print(f"rank {dist.get_rank()} done", flush=True)
 
 
-main()
+run_script(main)
