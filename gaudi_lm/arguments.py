@@ -8,9 +8,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from optimum.habana import GaudiTrainingArguments
+from transformers.utils.logging import get_log_levels_dict
 
+from .consistency import check_together
 from .errors import UserError
 from .gaudi_configs import resolve_gaudi_config
+from .refusals import CARD_ONLY
 
 
 @dataclass
@@ -139,6 +142,13 @@ class TrainingArguments(GaudiTrainingArguments):
     disable_tqdm: bool | None = field(
         default=None, metadata={"help": "Turn progress bars off; by default they show on a terminal only."}
     )
+    log_level_replica: str = field(
+        default="error",
+        metadata={
+            "help": "Level of the log of the ranks other than the first, such as `warning` or `info`.",
+            "choices": [*get_log_levels_dict(), "passive"],
+        },
+    )
     chunked_loss: bool = field(
         default=True, metadata={"help": "Cross-entropy in chunks of rows; False keeps the logits of a whole batch."}
     )
@@ -168,12 +178,7 @@ class TrainingArguments(GaudiTrainingArguments):
             self.attn_implementation = "sdpa" if self.use_cpu else "eager"
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
-        if (
-            isinstance(self.deepspeed, str)
-            and not self.deepspeed.startswith("{")
-            and not Path(self.deepspeed).is_file()
-        ):
-            raise UserError(f"--deepspeed {self.deepspeed}: no such file")
+        check_together(self)
         if self.gaudi_config_name is not None:
             self.gaudi_config_name = resolve_gaudi_config(self.gaudi_config_name)
         # The data sets hold only what the model takes.
@@ -182,6 +187,9 @@ class TrainingArguments(GaudiTrainingArguments):
             super().__post_init__()
         except (ValueError, AssertionError) as error:
             raise UserError(str(error)) from error
+        differing = getattr(getattr(self, "hf_deepspeed_config", None), "mismatches", None)
+        if differing:
+            raise UserError(f"--deepspeed: values that differ from the flags: {'; '.join(differing)}; use auto there")
         if not (self.do_train or self.do_eval):
             raise UserError("nothing to do: give --do_train, --do_eval, or both")
 
@@ -191,21 +199,8 @@ class TrainingArguments(GaudiTrainingArguments):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def _prefer_cpu(self) -> None:
-        off = {
-            "use_habana": False,
-            "use_lazy_mode": False,
-            "use_hpu_graphs": False,
-            "use_hpu_graphs_for_inference": False,
-            "use_hpu_graphs_for_training": False,
-            "gaudi_config_name": None,
-            "deepspeed": None,
-            "flash_attention_recompute": False,
-            "flash_attention_fast_softmax": False,
-            "flash_attention_causal_mask": False,
-            "flash_attention_fp8": False,
-        }
         defaults = {f.name: f.default for f in fields(GaudiTrainingArguments)}
-        for name, value in off.items():
+        for name, value in CARD_ONLY.items():
             # --use_lazy_mode is on by default: only what the user typed is worth a word.
             if getattr(self, name) not in (value, None) and getattr(self, name) != defaults[name]:
                 self.set_aside.append(f"--{name}")

@@ -15,11 +15,13 @@ from torch.nn import functional
 from gaudi_lm.predictions import IGNORE_INDEX
 
 
-def full_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def full_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """The two figures of `chunked_cross_entropy` from logits (batch, length, V) and aligned labels (batch, length)."""
     logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     correct = ((logits.detach().argmax(dim=1) == labels) & (labels != IGNORE_INDEX)).sum()
-    loss_sum = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    loss_sum = functional.cross_entropy(
+        logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing
+    )
     return loss_sum, correct
 
 
@@ -31,6 +33,7 @@ def chunked_cross_entropy(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    smoothing: float = 0.0,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of `softcap(scale * (hidden @ weight.T + bias))` against labels, a few rows at a time.
@@ -38,6 +41,7 @@ def chunked_cross_entropy(
     Args:
         hidden: (..., d) float; weight: (V, d); bias: (V,) or None; labels: (...) int64, -100 is ignored.
         scale, softcap: the logits become `softcap * tanh(scale * logits / softcap)`.
+        smoothing: share of a target's weight that is spread evenly over the vocabulary.
         chunk_rows: rows at a time; by default what keeps a chunk of logits in the processor's cache or, on a card,
             in a small share of its memory.
 
@@ -50,7 +54,7 @@ def chunked_cross_entropy(
         elements = 2**23 if hidden.device.type == "cpu" else 2**26
         chunk_rows = 2 ** max(4, int(math.log2(elements / weight.shape[0])))
     return _ChunkedCrossEntropy.apply(
-        hidden, weight, bias, labels, scale, softcap, chunk_rows, torch.is_grad_enabled()
+        hidden, weight, bias, labels, scale, softcap, smoothing, chunk_rows, torch.is_grad_enabled()
     )
 
 
@@ -67,7 +71,7 @@ def _targets_alone(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, softcap, chunk_rows, grad_enabled):
+    def forward(ctx, hidden, weight, bias, labels, scale, softcap, smoothing, chunk_rows, grad_enabled):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         need_hidden, need_weight, need_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
@@ -103,6 +107,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 highest, place = _highest(logits, classes)
                 correct += ((place == target) & valid).sum()
                 losses = highest - logits.gather(classes, index).squeeze(classes)
+                if smoothing:
+                    losses = torch.lerp(losses, highest - logits.mean(classes), smoothing)
                 slope = 1 if softcap is None or not differentiate else 1 - (logits / softcap) ** 2
                 # In place and by hand: PyTorch's log_softmax over the first dimension takes three times as long.
                 grad = logits.sub_(highest.unsqueeze(classes)).exp_()
@@ -111,7 +117,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if not differentiate:
                     continue
                 grad.div_(total.unsqueeze(classes))
-                grad.scatter_add_(classes, index, torch.full_like(index, -1, dtype=grad.dtype))
+                if smoothing:
+                    grad.sub_(smoothing / weight.shape[0])
+                grad.scatter_add_(classes, index, torch.full_like(index, smoothing - 1, dtype=grad.dtype))
                 if softcap is not None:
                     grad.mul_(slope)
                 grad = grad.to(dtype)
@@ -141,7 +149,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the gradients of this loss were already handed out: it can be differentiated once")
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place, to spare a second copy of the weight's
         scaled = [None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients]
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 def _highest(logits: Tensor, dim: int, group: int = 256) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from contextlib import contextmanager
@@ -25,3 +26,14 @@ def warn(message: str) -> None:
     """One line on stderr, from the main rank, before there is a log."""
     if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
         print(f"warning: {message}", file=sys.stderr)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """``; did you mean a, b?`` for the known names most like ``name``, or an empty string."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def unknown(name: str, known: list[str]) -> str:
+    """``unknown; did you mean a?``, or else all known names."""
+    return f"unknown{nearest(name, known) or '; known are ' + ', '.join(known)}"

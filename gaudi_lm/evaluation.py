@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .batches import PADDING_ROW, silence_padding_rows
 
@@ -31,8 +31,8 @@ class EvaluationRows(IterableDataset):
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
-        self.rows_seen = 0
         self.sized = hasattr(dataset, "__len__")
+        self.rows_seen = len(dataset) if self.sized else 0
 
     def _padded(self, rows: int) -> int:
         per_step = self.batch_size * self.world_size
@@ -43,36 +43,47 @@ class EvaluationRows(IterableDataset):
             raise TypeError("the length of a stream is not known")
         return self._padded(len(self.dataset))
 
-    def _own_rows(self) -> Iterator[dict]:
-        if self.sized:
-            self.rows_seen = len(self.dataset)
-            rows = self.dataset.with_format("numpy")
-            for index in range(self.rank, self.rows_seen, self.world_size):
-                yield {**rows[index], "draw": index}
-            return
-        for index, row in enumerate(self.dataset):
+    def __iter__(self) -> Iterator[dict]:
+        return self._rows() if self.sized else self._streamed_rows()
+
+    def _rows(self) -> Iterator[dict]:
+        """Of several worker processes each yields whole batches in its turn, so that their order does not change."""
+        worker = get_worker_info()
+        turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        rows = self.dataset.with_format("numpy")
+        own = range(self.rank, self.rows_seen, self.world_size)
+        for place in range(len(self)):
+            if place // self.batch_size % workers != turn:
+                continue
+            index = own[min(place, len(own) - 1)] if own else 0
+            row = {**rows[index], "draw": index}
+            yield row if place < len(own) else {**row, PADDING_ROW: True}
+
+    def _streamed_rows(self) -> Iterator[dict]:
+        row, own = None, 0
+        for index, any_row in enumerate(self.dataset):
             self.rows_seen = index + 1
             if index % self.world_size == self.rank:
-                yield {**row, "draw": index}
-
-    def __iter__(self) -> Iterator[dict]:
-        row, own = None, 0
-        for row in self._own_rows():
-            own += 1
-            yield dict(row)
+                row, own = {**any_row, "draw": index}, own + 1
+                yield dict(row)
         if row is None and self.rows_seen:
-            row = {**next(iter(self.dataset.with_format("numpy") if self.sized else self.dataset)), "draw": 0}
+            row = {**next(iter(self.dataset)), "draw": 0}
         for _ in range(self._padded(self.rows_seen) - own):
             yield {**row, PADDING_ROW: True}
 
 
 def evaluation_loader(
-    dataset, collator: Callable[[list[dict]], dict], batch_size: int, rank: int, world_size: int
+    dataset, collator: Callable[[list[dict]], dict], batch_size: int, rank: int, world_size: int, **options
 ) -> DataLoader:
-    """Batches of the rows of this rank; ``labels`` of completing rows are -100."""
+    """Batches of the rows of this rank; ``labels`` of completing rows are -100.
 
+    Args:
+        options: of the ``DataLoader``; a stream is read by this process alone, which counts its rows.
+    """
     rows = EvaluationRows(dataset, batch_size, rank, world_size)
-    return DataLoader(rows, batch_size=batch_size, collate_fn=silence_padding_rows(collator))
+    if not rows.sized:
+        options |= {"num_workers": 0, "prefetch_factor": None}
+    return DataLoader(rows, batch_size=batch_size, collate_fn=silence_padding_rows(collator), **options)
 
 
 class TokenSums:

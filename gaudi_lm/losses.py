@@ -69,6 +69,7 @@ def install_token_loss(
     *,
     chunked: bool = True,
     max_predictions_per_seq: int | Callable[[int, int], int] | None = None,
+    label_smoothing: float = 0.0,
 ) -> str:
     """Replace `model.forward` by one that returns a `TokenLossOutput` where it is given labels.
 
@@ -82,6 +83,7 @@ def install_token_loss(
         max_predictions_per_seq: masked only: rows that the head computes, per sequence, or as a function of (batch,
             length) their number for a whole batch. More labels than that in a batch must have been removed by
             `limit_predictions`. None computes all positions.
+        label_smoothing: in training, the share of a label's weight that is spread over the vocabulary.
 
     Returns: one line for the log, which says what was installed, and if the full logits are kept, why.
     """
@@ -110,9 +112,10 @@ def install_token_loss(
             kwargs["use_cache"] = False
         if objective == "causal":
             labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+        smoothing = label_smoothing if self.training else 0.0
         if reason:
             outputs = run(**kwargs)
-            loss_sum, correct = full_cross_entropy(outputs.logits, labels)
+            loss_sum, correct = full_cross_entropy(outputs.logits, labels, smoothing)
         else:
             rows = None
             if entry and max_predictions_per_seq is not None:
@@ -122,7 +125,7 @@ def install_token_loss(
             head = self.get_output_embeddings()
             scale, softcap = _logit_transform(self)
             loss_sum, correct = chunked_cross_entropy(
-                hidden, head.weight, labels, bias=head.bias, scale=scale, softcap=softcap
+                hidden, head.weight, labels, bias=head.bias, scale=scale, softcap=softcap, smoothing=smoothing
             )
         count = (labels != IGNORE_INDEX).sum()
         items = count if num_items is None else num_items

@@ -20,8 +20,8 @@ from .activations import fuse_activations
 from .arguments import ModelArguments, TrainingArguments
 from .attention import hand_over_flags
 from .dropout import install_dropout
+from .errors import nearest
 from .memory import keep_freed_memory
-from .parsing import nearest
 from .runtime import UserError, parse_bool
 
 logger = logging.getLogger("gaudi_lm")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 import sys
@@ -14,10 +13,19 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from .config_files import ENDINGS, expand_config_file, read_config_file
-from .errors import UserError, warn
+from .errors import UserError, nearest, warn
+from .ranges import check_ranges
+from .refusals import check_flags, check_folders
 from .runtime import parse_bool
 
-OLD_NAMES = {"--evaluation_strategy": "--eval_strategy", "--no_cuda": "--use_cpu"}
+OLD_NAMES = {
+    "--evaluation_strategy": "--eval_strategy",
+    "--no_cuda": "--use_cpu",
+    "--per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "--push_to_hub_token": "--hub_token",
+    "--use_hpu_graphs": "--use_hpu_graphs_for_inference",
+}
 _NEGATIVE = re.compile(r"^-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
 
@@ -27,12 +35,6 @@ class _Parser(HfArgumentParser):
     def error(self, message):
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """``; did you mean a, b?`` for the known names most like ``name``, or an empty string."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def whole_number(text: str) -> int:
@@ -138,6 +140,9 @@ def parse(argv: list[str] | None, *dataclass_types: type) -> tuple:
         of_file = argv and argv[0].endswith(ENDINGS) and flag.removeprefix("--") in read_config_file(argv[0])
         what = "unknown flag" if flag.startswith("-") else "no flag takes the value"
         raise UserError(f"{f'{argv[0]}: ' if of_file else ''}{what} {flag}{nearest(flag, known)}")
+    check_ranges(vars(values))
+    check_folders(vars(values))
+    check_flags(vars(values), {name: parser.get_default(name) for name in vars(values)})
     return tuple(
         kind(**{field.name: getattr(values, field.name) for field in fields(kind) if field.init})
         for kind in dataclass_types

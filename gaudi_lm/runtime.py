@@ -126,7 +126,7 @@ def _card_flags(argv: list[str]) -> argparse.Namespace:
     full = []
     for word in argv:
         name, equals, value = word.partition("=")
-        name = name.replace("-", "_").replace("__", "--", 1)
+        name = name.replace("-", "_").replace("__", "--", 1).replace("--no_cuda", "--use_cpu")
         meant = [f"--{flag}" for flag in names if len(name) > 2 and f"--{flag}".startswith(name)]
         # A beginning that other flags share is refused later, by the parser that knows them all.
         full.append(f"{meant[0]}{equals}{value}" if len(meant) == 1 else word)
@@ -187,8 +187,11 @@ def choose_card(argv: list[str]) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def set_up_logging(main_rank: bool) -> logging.Logger:
+def set_up_logging(main_rank: bool, level: int | None = None) -> logging.Logger:
     """One line a fact, on stderr, from the main rank only; progress bars only on a terminal.
+
+    Args:
+        level: of our own log and of the libraries'; by default the main rank's facts and the libraries' warnings.
 
     Returns:
         The logger that the scripts share.
@@ -198,9 +201,10 @@ def set_up_logging(main_rank: bool) -> logging.Logger:
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logger = logging.getLogger("gaudi_lm")
-    logger.setLevel(logging.INFO if main_rank else logging.ERROR)
-    transformers.utils.logging.set_verbosity(logging.WARNING if main_rank else logging.ERROR)
-    datasets.utils.logging.set_verbosity(logging.WARNING if main_rank else logging.ERROR)
+    logger.setLevel(level or (logging.INFO if main_rank else logging.ERROR))
+    libraries = level or (logging.WARNING if main_rank else logging.ERROR)
+    transformers.utils.logging.set_verbosity(libraries)
+    datasets.utils.logging.set_verbosity(libraries)
     if not (main_rank and sys.stderr.isatty()):
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()

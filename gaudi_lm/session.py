@@ -12,6 +12,7 @@ import torch
 from optimum.habana.utils import set_seed
 from torch.utils.checkpoint import DefaultDeviceType
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.logging import get_log_levels_dict
 
 from .arguments import TrainingArguments
 from .metrics import save_loss_curve
@@ -24,7 +25,9 @@ logger = logging.getLogger("gaudi_lm")
 
 def set_up(training_args: TrainingArguments) -> logging.Logger:
     """Logging, the words that the chosen card deserves, and the seed."""
-    set_up_logging(training_args.process_index == 0)
+    main = training_args.process_index == 0
+    name = training_args.log_level if main else training_args.log_level_replica
+    set_up_logging(main, get_log_levels_dict().get(name))
     if training_args.set_aside:
         logger.info("--use_cpu wins over %s", ", ".join(training_args.set_aside))
     on_card = training_args.device.type == "hpu"

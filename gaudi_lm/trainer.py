@@ -55,15 +55,18 @@ class LMTrainer(GaudiTrainer):
         if self.args.device.type == "hpu":
             torch.hpu.synchronize()
 
-    def get_train_dataloader(self) -> DataLoader:
+    def _loader_options(self) -> dict:
         args = self.args
-        options = {
+        return {
             "num_workers": args.dataloader_num_workers,
             "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
-            "persistent_workers": args.dataloader_persistent_workers,
             "prefetch_factor": args.dataloader_prefetch_factor,
-            "collate_fn": self.data_collator,
         }
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        options = {**self._loader_options(), "collate_fn": self.data_collator}
+        options["persistent_workers"] = args.dataloader_persistent_workers
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             # A second worker would read the same stream again.
             options["num_workers"] = min(options["num_workers"], 1)
@@ -189,9 +192,8 @@ class LMTrainer(GaudiTrainer):
         """Token-weighted loss, perplexity and accuracy, and the speed of the evaluation, over all ranks."""
         args = self.args
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        loader = evaluation_loader(
-            dataset, self.evaluation_collator, args.eval_batch_size, args.process_index, args.world_size
-        )
+        place, options = (args.process_index, args.world_size), self._loader_options()
+        loader = evaluation_loader(dataset, self.evaluation_collator, args.eval_batch_size, *place, **options)
         model = self._evaluation_model()
         self.callback_handler.eval_dataloader = loader
         update, extra_inputs = _get_input_update_settings(self.model)
@@ -273,6 +275,7 @@ def build_trainer(
         repair_gradient_checkpointing(model)
     # Dynamo cannot follow a forward pass whose head is bypassed for the duration of the call.
     chunked = training_args.chunked_loss and not training_args.torch_compile
+    loss_options["label_smoothing"] = training_args.label_smoothing_factor
     logger.info(install_token_loss(model, objective, chunked=chunked, **loss_options))
     if training_args.device.type != "hpu":
         complete_generation_config()

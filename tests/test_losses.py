@@ -107,24 +107,27 @@ def test_tied_and_untied_heads(model_type, tied):
     bias=st.booleans(),
     scale=st.sampled_from([1.0, 0.0625, 3.0]),
     softcap=st.sampled_from([None, 0.5, 30.0]),
+    smoothing=st.sampled_from([0.0, 0.1, 0.7]),
     frozen=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_chunked_cross_entropy(rows, vocabulary, chunk, ignored, bias, scale, softcap, frozen, seed):
+def test_chunked_cross_entropy(rows, vocabulary, chunk, ignored, bias, scale, softcap, smoothing, frozen, seed):
     torch.manual_seed(seed)
     hidden = torch.randn(rows, 16, requires_grad=True)
     weight = torch.randn(vocabulary, 16).requires_grad_(not frozen)
     offset = torch.randn(vocabulary, requires_grad=True) if bias else None
     labels = torch.randint(vocabulary, (rows,)).masked_fill(torch.rand(rows) < ignored, IGNORE_INDEX)
     loss, correct = chunked_cross_entropy(
-        hidden, weight, labels, bias=offset, scale=scale, softcap=softcap, chunk_rows=chunk
+        hidden, weight, labels, bias=offset, scale=scale, softcap=softcap, smoothing=smoothing, chunk_rows=chunk
     )
     (loss / 7).backward()
 
     exact = [None if t is None else t.detach().double().requires_grad_() for t in (hidden, weight, offset)]
     logits = scale * functional.linear(*exact)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    wanted = functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    wanted = functional.cross_entropy(
+        logits, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing
+    )
     (wanted / 7).backward()
     assert loss.dtype is torch.float32
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6, abs=1e-6)

@@ -16,7 +16,7 @@ class Flags:
 
     save_strategy: str = field(default="steps", metadata={"choices": ["no", "steps"]})
     max_steps: int = -1
-    learning_rate: float = 5e-5
+    offset: float = 0.5
     max_seq_length: int | None = None
     max_seq_items: int | None = None
     model_revision: str | None = None
@@ -119,7 +119,7 @@ def test_numbers_that_are_not_whole(text, capsys):
 
 @pytest.mark.parametrize("text", ["-1e-5", "-.5", "-3", "-inf"])
 def test_negative_numbers_are_values(text):
-    assert flags("--learning_rate", text).learning_rate == float(text)
+    assert flags("--offset", text).offset == float(text)
 
 
 def test_beginnings_of_flags(capsys):

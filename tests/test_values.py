@@ -1,0 +1,185 @@
+"""Values that a flag cannot have, contradictions, packages that are missing: one line, exit code 2."""
+
+import json
+import math
+
+import pytest
+from running import run_many
+
+from gaudi_lm.errors import UserError
+from gaudi_lm.ranges import RANGES, check_ranges
+
+# For every numeric flag some values outside of its range, and some within.
+NUMBERS = [-math.inf, -1e9, -2, -1, -0.5, 0, 0.5, 1, 1.5, 2, 1e9, 1e30, math.inf, math.nan]
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_ranges(name):
+    allowed = RANGES[name]
+    refused = 0
+    for value in NUMBERS:
+        try:
+            check_ranges({name: value})
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith(f"--{name} ") and "it must be" in str(error)
+        else:
+            assert allowed.low <= value <= allowed.high or value in allowed.also
+    assert refused >= 5, "negative numbers, infinities and NaN"
+    check_ranges({name: None})
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("seed", 2**32, "between 0 and 4294967295"),
+        ("max_steps", 0, "at least 1 or -1"),
+        ("max_steps", -2, "at least 1 or -1"),
+        ("save_steps", 0, "more than 0"),
+        ("save_steps", 2.5, "whole from 1 on; a number below 1 is a share of all steps"),
+        ("adam_beta2", 1.0, "at least 0 and less than 1"),
+        ("label_smoothing_factor", 2.0, "less than 1"),
+        ("num_train_epochs", 0.0, "more than 0"),
+        ("max_grad_norm", math.inf, "0 turns clipping off"),
+        ("learning_rate", math.nan, "--learning_rate nan"),
+    ],
+)
+def test_the_message_says_what_a_number_may_be(flag, value, words):
+    with pytest.raises(UserError) as caught:
+        check_ranges({flag: value})
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("learning_rate", 0.0), ("weight_decay", 3.0), ("adam_epsilon", 0.0), ("warmup_ratio", 1.0)],
+)
+def test_what_is_merely_odd_gets_a_warning(flag, value, capsys):
+    check_ranges({flag: value})
+    assert capsys.readouterr().err.startswith(f"warning: --{flag} ")
+
+
+def test_defaults_and_shares_are_no_cause_for_a_word(capsys):
+    check_ranges({"save_steps": 0.1, "logging_steps": 1.0, "learning_rate": 5e-5, "max_steps": -1, "local_rank": -1})
+    assert capsys.readouterr().err == ""
+
+
+# By the words that the line must have.
+REFUSED = {
+    "--optim nonsense": ["--optim nonsense", "unknown", "sgd"],
+    "--optim adamw_trch": ["did you mean", "adamw_torch"],
+    "--optim adamw_apex_fused": ["CUDA", "adamw_torch"],
+    "--optim adamw_bnb_8bit": ["pip install bitsandbytes"],
+    "--optim paged_lion_8bit": ["pip install bitsandbytes"],
+    "--optim galore_adamw --optim_target_modules all-linear": ["pip install galore-torch"],
+    "--optim schedule_free_adamw": ["pip install schedulefree"],
+    "--optim adalomo": ["pip install lomo-optim"],
+    "--optim adamw_torch_8bit": ["pip install torchao"],
+    "--optim apollo_adamw": ["pip install apollo-torch"],
+    "--optim stable_adamw": ["pip install torch-optimi"],
+    "--optim grokadamw": ["pip install grokadamw"],
+    "--optim_args rank=3": ["--optim_args", "takes none"],
+    "--report_to tensorboard": ["pip install tensorboard"],
+    "--report_to wandb": ["pip install wandb"],
+    "--report_to wand": ["--report_to wand", "did you mean wandb"],
+    "--report_to none wandb": ["none stands alone"],
+    '--lr_scheduler_kwargs {"foo":1}': ["--lr_scheduler_kwargs", "foo", "linear"],
+    '--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {"min_lr":"x"}': ["--lr_scheduler_kwargs", "min_lr"],
+    "--lr_scheduler_type warmup_stable_decay": ["--lr_scheduler_kwargs", "num_decay_steps"],
+    "--lr_scheduler_kwargs text": ["--lr_scheduler_kwargs text", "JSON"],
+    "--lr_scheduler_kwargs {": ["--lr_scheduler_kwargs", "not valid JSON"],
+    "--lr_scheduler_type reduce_lr_on_plateau": ["reduce_lr_on_plateau", "--eval_strategy"],
+    "--metric_for_best_model f1 --eval_strategy epoch": ["--metric_for_best_model f1", "perplexity"],
+    "--metric_for_best_model loss": ["--metric_for_best_model", "--eval_strategy"],
+    "--load_best_model_at_end": ["--load_best_model_at_end", "--eval_strategy"],
+    "--save_strategy best": ["--save_strategy best", "--eval_strategy"],
+    "--dataloader_persistent_workers": ["--dataloader_persistent_workers", "--dataloader_num_workers"],
+    "--dataloader_prefetch_factor 2": ["--dataloader_prefetch_factor", "--dataloader_num_workers"],
+    "--dataloader_num_workers -1": ["--dataloader_num_workers -1", "between 0 and 1024"],
+    "--learning_rate -1e-5": ["--learning_rate -1e-05", "between 0 and 1000000"],
+    "--learning_rate nan": ["--learning_rate nan"],
+    "--per_device_train_batch_size 0": ["--per_device_train_batch_size 0"],
+    "--accelerator_config nowhere.json": ["--accelerator_config nowhere.json", "no such file"],
+    '--accelerator_config {"splitbatches":true}': ["--accelerator_config", "splitbatches", "split_batches"],
+    '--accelerator_config {"split_batches":true}': ["--accelerator_config", "split_batches"],
+    '--gradient_checkpointing --gradient_checkpointing_kwargs {"use_rentrant":true}': ["did you mean use_reentrant"],
+    '--gradient_checkpointing_kwargs {"use_reentrant":true}': ["needs --gradient_checkpointing"],
+    "--torch_compile_backend nonsense": ["--torch_compile_backend nonsense", "inductor"],
+    "--torch_compile --torch_compile_mode nonsense": ["--torch_compile_mode nonsense", "max-autotune"],
+    "--half_precision_backend cpu_amp --fp16": ["--fp16", "--bf16"],
+    "--push_to_hub": ["--push_to_hub", "HF_HUB_OFFLINE"],
+    "--hub_model_id a/b": ["--hub_model_id", "--push_to_hub"],
+    "--dataset_config_name plain": ["--dataset_config_name", "--dataset_name"],
+    "--output_dir file": ["--output_dir file", "is a file"],
+    "--output_dir file/below/it": ["--output_dir file/below/it", "is a file"],
+    "--output_dir broken": ["--output_dir broken", "broken link"],
+    "--cache_dir file": ["--cache_dir file", "is a file"],
+    "--logging_dir file": ["--logging_dir file", "is a file"],
+    "--use_cpu False --use_habana --deepspeed zero.json": ["GAUDI_SIMULATOR"],
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(assets, tmp_path_factory) -> dict[str, tuple[int, str]]:
+    folder = tmp_path_factory.mktemp("values")
+    (folder / "file").write_text("something")
+    (folder / "broken").symlink_to(folder / "nowhere")
+    base = ["--use_cpu", "--do_train", "--do_eval", "--model_name_or_path", assets.gpt2, "--train_file", assets.train]
+    found = run_many(
+        "run_clm.py", {flags: [*base, "--output_dir", "out", *flags.split()] for flags in REFUSED}, folder
+    )
+    assert sorted(path.name for path in folder.iterdir()) == ["broken", "file"], "a refused run wrote something"
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", REFUSED)
+def test_one_line_before_anything_is_written(refusals, flags):
+    code, stderr = refusals[flags]
+    assert code == 2 and "Traceback" not in stderr, stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, stderr
+    for word in REFUSED[flags]:
+        assert word in lines[0]
+
+
+def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, tmp_path):
+    from gaudi_lm.consistency import _check_deepspeed, _check_fsdp, read_mapping
+
+    class Flags:
+        fsdp = ""
+
+    config = tmp_path / "zero.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"^--deepspeed: .*gaudi_spawn.py --world_size 1"):
+        _check_deepspeed(Flags, read_mapping("deepspeed", str(config), is_file=True))
+    Flags.fsdp = "full_shard auto_wrap"
+    with pytest.raises(UserError, match=r"^--fsdp: .*gaudi_spawn.py"):
+        _check_fsdp(Flags)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match="--deepspeed and --fsdp exclude"):
+        _check_deepspeed(Flags, {})
+    _check_fsdp(Flags)
+    Flags.fsdp = "ful_shard"
+    with pytest.raises(UserError, match="--fsdp ful_shard: unknown; did you mean full_shard"):
+        _check_fsdp(Flags)
+    for text, words in (("{", "not valid JSON"), ("[1]", "a list, not a mapping")):
+        config.write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_mapping("deepspeed", str(config), is_file=True)
+
+
+@pytest.mark.parametrize(("metric", "greater"), [("loss", False), ("eval_perplexity", False), ("accuracy", True)])
+def test_which_of_two_models_is_better(metric, greater):
+    """Upstream takes a perplexity for better when it is greater."""
+    from gaudi_lm.consistency import _check_best_model
+
+    class Flags:
+        metric_for_best_model, greater_is_better = metric, None
+        eval_strategy = save_strategy = "steps"
+        load_best_model_at_end, lr_scheduler_type = True, "linear"
+
+    _check_best_model(Flags)
+    assert Flags.greater_is_better is greater
