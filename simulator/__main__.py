@@ -31,7 +31,8 @@ Simulated, as on a card
   HPU graphs       a wrapped module is one graph for each set of shapes; it runs in Python at each call. An explicit
                    capture computes nothing, is replayed in place, and refuses to wait for the host.
   host waits       counted by operation: item, copies to the host, results of unknown shape, synchronize.
-  collectives      hccl by gloo: DDP, ZeRO-1, 2 and 3, under mpirun, torchrun and the deepspeed launcher.
+  collectives      hccl by gloo: DDP, FSDP, ZeRO-1, 2 and 3, under mpirun, torchrun and the deepspeed launcher; also
+                   where torch.compile has traced them. Each ends the graph that is being gathered.
   fused parts      FusedAdamW, FusedClipNorm, FusedSDPA, FusedRMSNorm, rotary helpers: by plain PyTorch.
 
 Not simulated

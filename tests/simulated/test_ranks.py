@@ -21,11 +21,11 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def launch(*command: str | Path) -> str:
+def launch(*command: str | Path, **changes: str) -> str:
     """Standard output of two ranks."""
     port = free_port()
     env = environment(
-        **card_environment(2),
+        **card_environment(2, **changes),
         PYTHONPATH=simulator.STAND_IN,
         MASTER_ADDR="localhost",
         MASTER_PORT=port,
@@ -56,4 +56,13 @@ def test_collectives(launcher):
 @pytest.mark.xdist_group("heavy")
 def test_zero():
     out = launch(BIN / "deepspeed", "--num_gpus", "2", "--master_port", "PORT", RANKS / "zero.py")
+    assert "rank 0 done" in out and "rank 1 done" in out
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("heavy")
+def test_under_torch_compile():
+    out = launch(
+        BIN / "torchrun", "--nproc_per_node", "2", "--master_port", "PORT", RANKS / "compiled.py", PT_HPU_LAZY_MODE="0"
+    )
     assert "rank 0 done" in out and "rank 1 done" in out

@@ -119,6 +119,8 @@ def compile_for_card(module: torch.fx.GraphModule, inputs: list, **_options):
     from torch._dynamo.backends.common import aot_autograd
 
     def compiler(traced: torch.fx.GraphModule, _example_inputs: list):
+        _make_results_contiguous(traced)
+
         def call(*arguments):
             with one_graph():
                 return traced(*arguments)
@@ -126,3 +128,24 @@ def compile_for_card(module: torch.fx.GraphModule, inputs: list, **_options):
         return make_boxed_func(call)
 
     return aot_autograd(fw_compiler=compiler)(module, inputs)
+
+
+def _make_results_contiguous(traced: torch.fx.GraphModule) -> None:
+    """Give results the layout that they were traced with.
+
+    PyTorch traces for this device as for one whose operations have contiguous results (`is_noncontiguous_supported` in
+    torch/_subclasses/fake_impls.py), while the CPU's kernels, which run here, keep the order of permuted operands.
+    """
+    from torch._prims_common import is_contiguous_for_memory_format_or_false as is_contiguous
+
+    def permuted(node: torch.fx.Node) -> bool:
+        value = node.meta.get("val")
+        return isinstance(value, torch.Tensor) and not is_contiguous(value, memory_format=torch.contiguous_format)
+
+    for node in list(traced.graph.nodes):
+        is_tensor = node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
+        if is_tensor and not permuted(node) and any(map(permuted, node.all_input_nodes)):
+            with traced.graph.inserting_after(node):
+                dense = traced.graph.call_function(torch.ops.aten.contiguous.default, (node,))
+            node.replace_all_uses_with(dense, delete_user_cb=lambda user, dense=dense: user is not dense)
+    traced.recompile()

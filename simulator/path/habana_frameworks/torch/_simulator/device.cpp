@@ -1055,6 +1055,72 @@ TORCH_LIBRARY_IMPL(_, HPU, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_twins>());
 }
 
+// --------------------------------------------------------------------------------------------------------- collectives
+
+template <class F>
+c10::IValue map_tensors(const c10::IValue& value, const F& function) {
+  if (value.isTensor()) {
+    return function(value.toTensor());
+  }
+  if (value.isTensorList()) {
+    c10::List<at::Tensor> mapped;
+    for (const auto& item : value.toListRef()) {
+      mapped.push_back(function(item.toTensor()));
+    }
+    return mapped;
+  }
+  if (value.isList() && !value.isIntList()) {
+    const auto list = value.toList();
+    c10::impl::GenericList mapped(list.elementType());
+    for (const c10::IValue item : list) {
+      mapped.push_back(map_tensors(item, function));
+    }
+    return mapped;
+  }
+  return value;
+}
+
+// A collective ends the graph that is being gathered, as on a card, and then runs on the twins: the process group's backend
+// for host memory does the work. It is part of PyTorch's dispatcher, so that torch.compile sees a process group like any other.
+void collective(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
+  TORCH_CHECK(!capturing, "collectives are not supported during hpu graph capturing here");
+  graphs.close();
+  // Where the output is one tensor, its shape need not be the input's with the ranks as one more dimension.
+  const auto& name = handle.schema().name();
+  const bool flat = name == "c10d::_allgather_base_" || name == "c10d::_reduce_scatter_base_";
+  const auto arguments = handle.schema().arguments().size();
+  std::vector<Operand> operands;
+  for (size_t i = stack->size() - arguments; i < stack->size(); ++i) {
+    (*stack)[i] = map_tensors((*stack)[i], [&](const at::Tensor& tensor) {
+      if (!tensor.defined() || !on_card(tensor)) {
+        return tensor;
+      }
+      const auto host = flat ? twin(tensor).view(-1) : twin(tensor);
+      operands.push_back({tensor, host});
+      return host;
+    });
+  }
+  handle.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  for (size_t i = stack->size() - handle.schema().returns().size(); i < stack->size(); ++i) {
+    (*stack)[i] = map_tensors((*stack)[i], [&](const at::Tensor& host) {
+      for (const auto& operand : operands) {
+        if (operand.host.is_same(host)) {
+          return operand.tensor;
+        }
+      }
+      return host;
+    });
+  }
+}
+
+TORCH_LIBRARY_IMPL(c10d, HPU, m) {
+  for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    if (name.name.rfind("c10d::", 0) == 0) {
+      m.impl(name.name.substr(6).c_str(), torch::CppFunction::makeFromBoxedFunction<&collective>());
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------------------------------------ autocast
 
 enum class Cast { kNarrow, kWide, kWideUnlessDtype, kWidest };
