@@ -169,6 +169,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 concatenate=data_args.dataset_concatenation,
                 limit=limits[split],
                 split=split,
+                stop_ids=config.eos_token_id,
                 num_proc=data_args.preprocessing_num_workers,
                 use_cache=not (data_args.overwrite_cache and training_args.local_process_index == 0),
                 keep_in_memory=data_args.keep_in_memory,

@@ -1,8 +1,5 @@
 """Examples of instructions and answers to rows of tokens, with the exact span that is trained.
 
-Prompt and answer are tokenised apart and joined as tokens: no merge crosses the border, and what is trained is what a
-model continues when it is given the prompt alone.
-
 A row keeps both what it says and what is trained in one int32: a token that is not a target stands as its complement,
 ``~token``, which is negative. So a row can be cut, concatenated and packed like any other.
 """
@@ -19,71 +16,66 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .packing import count_tokens, encode, group_into_blocks, map_rows, special_ends, to_list_array
+from .chat_templates import ChatTemplate
+from .completions import encode_examples
+from .packing import count_tokens, group_into_blocks, map_rows, to_list_array
 from .predictions import IGNORE_INDEX
-from .prompts import ExampleFormat, conversations, fill_prompts, split_conversation, text_of
-from .rows import join_rows, pad_rows, shorten_rows
+from .prompts import ExampleFormat
+from .rows import join_rows, pad_rows
 from .runtime import UserError
 
 logger = logging.getLogger("gaudi_lm")
 
-
-def encode_examples(
-    table: pa.Table, form: ExampleFormat, tokenizer: PreTrainedTokenizerBase
-) -> tuple[np.ndarray, np.ndarray]:
-    """Examples as rows of tokens, targets as they are and all others as their complement, without the final EOS.
-
-    Returns:
-        ``(tokens, lengths)``: int32 of shape ``[sum(lengths)]`` and int64 of shape ``[examples]``.
-    """
-    start = [~token for token in special_ends(tokenizer)[0]]
-    if form.style == "text":
-        return join_rows(start, encode(tokenizer, text_of(table, form.columns["text"]).to_pylist(), False))
-    if form.style in ("instruction", "sql"):
-        prompts, answers = fill_prompts(table, form), text_of(table, form.columns["output"]).to_pylist()
-        tokens, lengths = encode(tokenizer, prompts + answers, add_special_tokens=False)
-        border = int(lengths[: len(prompts)].sum())
-        prompt, answer = (~tokens[:border], lengths[: len(prompts)]), (tokens[border:], lengths[len(prompts) :])
-        return join_rows(start, prompt, answer)
-    turns = [split_conversation(messages, tokenizer) for messages in conversations(table, form)]
-    tokens, lengths = encode(tokenizer, [turn for row in turns for turn in row], add_special_tokens=False)
-    given = np.repeat(np.arange(len(lengths)) % 2 == 0, lengths)  # turns of every row come in pairs
-    row = np.repeat(np.arange(len(turns)), [len(row) for row in turns])
-    totals = np.bincount(row, weights=lengths, minlength=len(turns)).astype(np.int64)
-    tokens = np.where(given, ~tokens, tokens)
-    # The final EOS is added later, for all styles alike.
-    ends = (np.cumsum(totals) - 1)[totals > 0]
-    last = np.zeros(len(tokens), dtype=bool)
-    last[ends] = tokens[ends] == tokenizer.eos_token_id
-    totals[totals > 0] -= last[ends]
-    return tokens[~last], totals
+NAMED_PROBLEMS = 5  # examples that cannot be read and are named in the log
 
 
 def finish_rows(
-    tokens: np.ndarray, lengths: np.ndarray, eos: int, max_length: int | None, train_on_inputs: bool, has_prompt: bool
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    ends: np.ndarray | int,
+    max_length: int | None,
+    train_on_inputs: bool,
+    has_prompt: bool,
+    closed: np.ndarray | bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Shorten rows so that the EOS fits, add it, and empty the rows whose answer is gone.
+    """Shorten rows so that what ends an answer fits, add it where it is missing, and empty rows whose answer is gone.
+
+    A row that is cut within an answer gets the end in its last place; one that is cut elsewhere is cut behind its last
+    answer.
 
     Args:
-        tokens, lengths: from :func:`encode_examples`.
-        max_length: tokens of a row, EOS included; None leaves rows as they are.
+        tokens, lengths, ends, closed: see :class:`gaudi_lm.completions.EncodedRows`.
+        max_length: tokens of a row, with its end; None leaves rows as they are.
         train_on_inputs: all tokens become targets.
         has_prompt: whether a row without targets has lost its answer.
 
     Returns:
         ``(tokens, lengths)``; a row of length 0 has no answer left.
     """
-    whole = lengths
-    if max_length is not None:
-        tokens, lengths = shorten_rows(tokens, lengths, max_length - 1)
+    closed = np.broadcast_to(closed, lengths.shape)
+    kept, add_end = lengths, ~closed
     row = np.repeat(np.arange(len(lengths)), lengths)
+    place = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    if max_length is not None:
+        cut = lengths + ~closed > max_length
+        within = place < max_length - 1
+        answered = np.zeros(len(lengths), np.int64)  # tokens through the last target that is kept
+        answered[row[within & (tokens >= 0)]] = place[within & (tokens >= 0)] + 1
+        broken = np.zeros(len(lengths), bool)  # whether the first token that is not kept is a target
+        broken[row[(place == max_length - 1) & (tokens >= 0)]] = True
+        broken &= cut & (answered == max_length - 1)
+        kept = np.where(cut, np.where(broken, max_length - 1, answered), lengths)
+        add_end = np.where(cut, broken, ~closed)
+    inside = place < kept[row]
+    tokens, row = tokens[inside], row[inside]
     targets = np.bincount(row[tokens >= 0], minlength=len(lengths))
-    # An empty answer is an answer: EOS alone. One that was cut off entirely is not.
-    gone = (targets == 0) & ((lengths < whole) | (lengths == 0)) if has_prompt else lengths == 0
+    # An empty answer is an answer: its end alone. One that was cut off entirely is not.
+    gone = (targets == 0) & ((kept < lengths) | (lengths == 0)) if has_prompt else kept == 0
     if train_on_inputs:
         tokens = np.where(tokens < 0, ~tokens, tokens)
-    kept = tokens[~gone[row]], np.where(gone, 0, lengths)
-    return join_rows(kept, (np.full((~gone).sum(), eos, np.int32), (~gone).astype(np.int64)))
+    add_end = add_end & ~gone
+    ends = np.broadcast_to(ends, lengths.shape)[add_end].astype(np.int32)
+    return join_rows((tokens[~gone[row]], np.where(gone, 0, kept)), (ends, add_end.astype(np.int64)))
 
 
 def tokenise_examples(
@@ -96,6 +88,7 @@ def tokenise_examples(
     concatenate: bool,
     limit: int | None,
     split: str,
+    stop_ids: int | list[int] | None = None,
     **options,
 ) -> Dataset:
     """Rows of ``input_ids`` (targets plain, others as complements): one an example, or blocks of all examples.
@@ -103,17 +96,26 @@ def tokenise_examples(
     Args:
         max_length: longest row, or with ``concatenate`` the size of the blocks; an example may then span two blocks.
         limit: use at most so many examples, or blocks; no more is tokenised than they need.
+        stop_ids: see :class:`gaudi_lm.chat_templates.ChatTemplate`.
         options: passed to :func:`gaudi_lm.packing.map_rows`.
 
     Raises:
-        UserError: no example has any of its answer left.
+        UserError: no example can be read and has any of its answer left.
     """
     longest = None if concatenate else max_length
 
+    template = ChatTemplate(tokenizer, stop_ids) if form.style in ("chat", "messages") else None
+    features = dataset.features
+
     def encode_rows(table: pa.Table) -> pa.Table:
-        tokens, lengths = encode_examples(table, form, tokenizer)
-        rows = finish_rows(tokens, lengths, tokenizer.eos_token_id, longest, train_on_inputs, form.style != "text")
-        return pa.table({"input_ids": to_list_array(*rows), "length": pa.array(lengths + 1, pa.int32())})
+        encoded = encode_examples(table, form, tokenizer, features, template)
+        rows = finish_rows(
+            encoded.tokens, encoded.lengths, encoded.ends, longest, train_on_inputs, form.style != "text",
+            encoded.closed,
+        )  # fmt: skip
+        whole = pa.array(encoded.lengths + ~encoded.closed, pa.int32())
+        problems = pa.array(encoded.problems, pa.string())
+        return pa.table({"input_ids": to_list_array(*rows), "length": whole, "problem": problems})
 
     if concatenate:
         wanted = None if limit is None else limit * max_length
@@ -124,16 +126,25 @@ def tokenise_examples(
     table = rows.with_format("arrow")[:]
     kept = pc.list_value_length(table["input_ids"]).to_numpy() > 0
     cut = kept & (table["length"].to_numpy() > max_length) if not concatenate else np.zeros(0, bool)
+    unread = pc.is_valid(table["problem"]).to_numpy()
+    named = [f"row {row + 1}: {table['problem'][row]}" for row in np.flatnonzero(unread)[:NAMED_PROBLEMS].tolist()]
+    if unread.sum() > len(named):
+        named.append("...")
+    if unread.all():
+        raise UserError(f"none of the {len(kept)} {split} examples can be read: {'; '.join(named)}")
     if not kept.any():
         raise UserError(
             f"none of the {len(kept)} {split} examples has an answer within --max_seq_length {max_length}: raise it"
+            + (f" (not read: {'; '.join(named)})" if named else "")
         )
+    if named:
+        logger.warning("%s: %d of %d examples left out: %s", split, unread.sum(), len(kept), "; ".join(named))
     logger.info(
         "%s: %d examples; %d shortened to --max_seq_length %d (their EOS is kept), %d left out since no token of an "
         "answer is within it",
-        split, int(kept.sum()), int(cut.sum()), max_length, int((~kept).sum()),
+        split, int(kept.sum()), int(cut.sum()), max_length, int((~kept & ~unread).sum()),
     )  # fmt: skip
-    rows = rows.remove_columns("length")
+    rows = rows.remove_columns(["length", "problem"])
     if concatenate:
         return group_into_blocks(rows, max_length, max_blocks=limit, split=split)
     return rows if kept.all() else rows.select(np.flatnonzero(kept))

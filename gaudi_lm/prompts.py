@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Value
-from jinja2.exceptions import TemplateError
+from datasets import ClassLabel, Dataset, Json, Value
 from transformers import PreTrainedTokenizerBase
 
+from .conversations import is_conversation, read_messages, read_tools
 from .runtime import UserError
 
 # The prompts of Stanford Alpaca (Taori et al. 2023), which many instruction models were tuned with.
@@ -29,6 +30,13 @@ SQL = (
 )
 
 
+# The columns that people give these parts, the first one that is there is taken.
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "chat")
+INSTRUCTIONS = ("instruction", "prompt", "question", "query")
+INPUTS = ("input", "context")
+OUTPUTS = ("output", "response", "completion", "answer")
+
+
 @dataclass(frozen=True)
 class ExampleFormat:
     """How examples are read.
@@ -36,7 +44,8 @@ class ExampleFormat:
     Attributes:
         style: ``instruction``, ``sql``, ``chat`` (a question and an answer through the tokenizer's chat template),
             ``messages`` (whole conversations through it) or ``text``.
-        columns: the column of each part: ``instruction``, ``input`` and ``output``, or ``messages``, or ``text``.
+        columns: the column of each part: ``instruction``, ``input`` and ``output``; or ``messages``, or ``prompt`` and
+            ``completion``, which are lists of messages, and perhaps ``system`` and ``tools``; or ``text``.
     """
 
     style: str
@@ -67,9 +76,13 @@ def find_format(
     there, named = dataset.column_names, instruction or input or output
     if text_column and (sql_prompt or chat_prompt or named):
         raise UserError("--text_column_name excludes --sql_prompt, --chat_prompt and --*_column_name")
-    if "messages" in there and not (sql_prompt or named or text_column):
-        return ExampleFormat("messages", {"messages": "messages"})
-    if text_column or not (sql_prompt or chat_prompt or named or {"instruction", "output"} <= set(there)):
+    if not (sql_prompt or named or text_column):
+        form = _find_conversations(dataset)
+        if form:
+            return form
+    usual = {"instruction": INSTRUCTIONS, "input": INPUTS, "output": OUTPUTS}
+    found = {part: next((name for name in names if name in there), None) for part, names in usual.items()}
+    if text_column or not (sql_prompt or chat_prompt or named or (found["instruction"] and found["output"])):
         if not text_column and "text" not in there:
             raise UserError(
                 f"no columns instruction and output, messages or text, but {', '.join(there)}: name them with "
@@ -77,23 +90,51 @@ def find_format(
             )
         form = ExampleFormat("text", {"text": text_column or "text"})
     else:
-        usual = {"instruction": "instruction", "input": "input", "output": "output"}
+        missing = {part: part for part in usual}
         if sql_prompt and "question" in there:
-            usual = {"instruction": "question", "input": "context", "output": "answer"}
+            missing = {"instruction": "question", "input": "context", "output": "answer"}
+            found = dict(missing)
         given = {"instruction": instruction, "input": input, "output": output}
-        columns = {part: given[part] or usual[part] for part in usual}
-        if not sql_prompt and not input and columns["input"] not in there:
+        columns = {part: given[part] or found[part] or missing[part] for part in usual}
+        if not sql_prompt and columns["input"] not in there and not input:
             del columns["input"]
         form = ExampleFormat("sql" if sql_prompt else "chat" if chat_prompt else "instruction", columns)
     for part, column in form.columns.items():
-        flag = f"--{part}_column_name"
         if column not in there:
-            raise UserError(f"{flag} {column}: no such column; there are {', '.join(there)}")
-        feature = dataset.features[column]
-        if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "null")):
-            kind = getattr(feature, "dtype", type(feature).__name__)
-            raise UserError(f"{flag} {column}: the column holds {kind}, not text")
+            raise UserError(f"--{part}_column_name {column}: no such column; there are {', '.join(there)}")
+        _check_text(dataset, column, f"--{part}_column_name")
     return form
+
+
+def _find_conversations(dataset: Dataset) -> ExampleFormat | None:
+    """The format of conversations in a column, or in two: prompts and completions that are lists of messages."""
+    there = dataset.column_names
+    more = {part: part for part in ("system", "tools") if part in there}
+    for column in CONVERSATIONS:
+        if column in there and (column == "messages" or is_conversation(_first_value(dataset, column)[1])):
+            return ExampleFormat("messages", {"messages": column, **more})
+    prompt, completion = (next((name for name in names if name in there), None) for names in (INSTRUCTIONS, OUTPUTS))
+    if prompt and completion and is_conversation(_first_value(dataset, prompt)[1]):
+        return ExampleFormat("messages", {"prompt": prompt, "completion": completion, **more})
+    return None
+
+
+def _first_value(dataset: Dataset, column: str) -> tuple[int, Any]:
+    """The first row, from 1, in which a column has a value, and the value."""
+    for start in range(0, len(dataset), 1000):
+        for number, value in enumerate(dataset[start : start + 1000][column], start + 1):
+            if value not in (None, "", []):
+                return number, value
+    return 1, None
+
+
+def _check_text(dataset: Dataset, column: str, flag: str) -> None:
+    """Raise a UserError if a column holds neither text, nor numbers, nor booleans, nor nothing at all."""
+    feature = dataset.features[column]
+    if isinstance(feature, Json) or (isinstance(feature, (Value, ClassLabel)) and "binary" not in feature.dtype):
+        return  # a Json column holds values of several kinds: its lists and objects are refused by row
+    row, value = _first_value(dataset, column)
+    raise UserError(f"{flag} {column}, row {row}: a {type(value).__name__}, not text")
 
 
 def check_tokenizer(form: ExampleFormat, tokenizer: PreTrainedTokenizerBase, train_on_inputs: bool) -> None:
@@ -103,13 +144,37 @@ def check_tokenizer(form: ExampleFormat, tokenizer: PreTrainedTokenizerBase, tra
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, with which answers end: set eos_token in it")
     if form.style in ("chat", "messages") and not tokenizer.chat_template:
-        flag = "--chat_prompt" if form.style == "chat" else "the column 'messages'"
+        flag = "--chat_prompt" if form.style == "chat" else f"the column {next(iter(form.columns.values()))!r}"
         raise UserError(f"{flag} needs a chat template, which the tokenizer does not have: name a tokenizer that does")
 
 
 def text_of(table: pa.Table, name: str) -> pa.Array:
-    """A column as text; a missing value counts as an empty one."""
-    return pc.fill_null(pc.cast(table.column(name), pa.large_string()), "").combine_chunks()
+    """A column as text: numbers and booleans are written out, a missing value counts as an empty one.
+
+    So do lists and objects, which :func:`refused_values` names.
+    """
+    column = table.column(name)
+    if isinstance(column.type, pa.JsonType):
+        return pa.array(map(_spell, map(json.loads, column.fill_null("null").to_pylist())), pa.large_string())
+    return pc.fill_null(pc.cast(column, pa.large_string()), "").combine_chunks()
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, (list, dict)) or value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def refused_values(table: pa.Table, form: ExampleFormat) -> list[str | None]:
+    """For each row, why it cannot be read as text, or None."""
+    problems: list[str | None] = [None] * len(table)
+    for name in form.columns.values():
+        column = table.column(name)
+        if isinstance(column.type, pa.JsonType):
+            for row, value in enumerate(map(json.loads, column.fill_null("null").to_pylist())):
+                if isinstance(value, (list, dict)):
+                    problems[row] = f"column {name!r} has a {type(value).__name__}, not text"
+    return problems
 
 
 def fill_prompts(table: pa.Table, form: ExampleFormat) -> list[str]:
@@ -133,47 +198,23 @@ def fill_prompts(table: pa.Table, form: ExampleFormat) -> list[str]:
     return pc.if_else(blank, without, fill(WITH_INPUT, instruction=instruction, input=given)).to_pylist()
 
 
-def conversations(table: pa.Table, form: ExampleFormat) -> Iterator[list[dict]]:
-    """The conversations of a table: lists of messages with ``role`` and ``content``."""
-    if form.style == "messages":
-        yield from table.column(form.columns["messages"]).to_pylist()
-        return
-    columns = {part: text_of(table, column).to_pylist() for part, column in form.columns.items()}
-    given = columns.get("input") or [""] * len(table)
-    for instruction, more, output in zip(columns["instruction"], given, columns["output"], strict=True):
-        question = f"{instruction}\n\n{more}" if more.strip() else instruction
-        yield [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-
-
-def split_conversation(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A conversation as text, in turns: what is given, an answer, what is given, an answer, ...
-
-    An answer ends with the end-of-sequence token, if the template writes one; what follows the last answer is left
-    out. Joined, the turns are what the template renders.
+def conversation(row: dict[str, Any], form: ExampleFormat) -> tuple[list[dict], list[dict] | None, int]:
+    """The messages of a row, the tools that it names, and the number of the first message that may be an answer.
 
     Raises:
-        UserError: the template cannot render the conversation, or does not start an answer as its prompt ends.
+        ConversationError: there is no conversation, or it cannot be read.
     """
-
-    def render(count: int, prompt: bool) -> str:
-        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-
-    turns, done = [], ""
-    try:
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, through = render(number, True), render(number + 1, False)
-            if not (before.startswith(done) and through.startswith(before)):
-                raise UserError(
-                    "the chat template writes an answer otherwise than its generation prompt begins one, or changes "
-                    f"earlier turns: the trained part of {str(messages)[:80]}... is not a continuation"
-                )
-            answer = through[len(before) :]
-            if tokenizer.eos_token in answer:
-                answer = answer[: answer.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)]
-            turns += [before[len(done) :], answer]
-            done = before + answer
-    except (TemplateError, KeyError, TypeError) as error:
-        raise UserError(f"the chat template cannot render {str(messages)[:80]}... ({error})") from error
-    return turns
+    parts = {part: row[column] for part, column in form.columns.items()}
+    if form.style == "chat":
+        question, more = parts["instruction"], parts.get("input", "")
+        question = f"{question}\n\n{more}" if more.strip() else question
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": parts["output"]}], None, 0
+    if "prompt" in parts:
+        messages = read_messages(parts["prompt"], "user")
+        first = len(messages)
+        messages += read_messages(parts["completion"], "assistant")
+    else:
+        messages, first = read_messages(parts["messages"]), 0
+    if parts.get("system") and messages[0]["role"] != "system":
+        messages, first = [{"role": "system", "content": str(parts["system"])}, *messages], first + bool(first)
+    return messages, read_tools(parts.get("tools")), first

@@ -19,7 +19,7 @@ from gaudi_lm.instructions import (
     split_targets,
     tokenise_examples,
 )
-from gaudi_lm.prompts import SQL, WITH_INPUT, WITHOUT_INPUT, ExampleFormat, find_format, split_conversation
+from gaudi_lm.prompts import SQL, WITH_INPUT, WITHOUT_INPUT, ExampleFormat, find_format
 from gaudi_lm.runtime import UserError
 from gaudi_lm.sequences import PackedCollator, pack_sequences
 
@@ -198,20 +198,14 @@ def test_chat():
     short = "<bos> <user> a <eos> <assistant> *b* *c* *<eos>*"
     assert spans(tokenizer, rows) == [long, short]
     assert spans(tokenizer, rows, inputs=True)[1] == " ".join(f"*{word.strip('*')}*" for word in short.split())
-    assert spans(tokenizer, rows, max_length=12) == [" ".join(long.split()[:11]) + " *<eos>*", short]
+    # Cut in the question after an answer: behind that answer. Cut in an answer: it ends there.
+    assert spans(tokenizer, rows, max_length=12) == [" ".join(long.split()[:11]), short]
+    assert spans(tokenizer, rows, max_length=10) == [" ".join(long.split()[:9]) + " *<eos>*", short]
+    assert spans(tokenizer, rows, max_length=16) == [" ".join(long.split()[:11]), short]
+    assert spans(tokenizer, rows, max_length=17) == [long, short]
     # A template without an EOS still gets one at the end.
     tokenizer.chat_template = CHAT.replace("{{ eos_token }}", "")
     assert spans(tokenizer, rows)[1] == "<bos> <user> a <assistant> *b* *c* *<eos>*"
-
-
-def test_a_template_that_rewrites_is_refused():
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHAT.replace("<assistant>{%", "<assistant> <think>{%")
-    with pytest.raises(UserError, match="generation prompt"):
-        split_conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenizer)
-    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
-    with pytest.raises(UserError, match="no such role"):
-        split_conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenizer)
 
 
 def test_text():
@@ -244,8 +238,15 @@ def test_formats():
     ]:
         with pytest.raises(UserError, match=message):
             columns(*names, **flags)
-    with pytest.raises(UserError, match="holds int64"):
-        find_format(Dataset.from_dict({"instruction": [1], "output": ["a"]}))
+    assert columns("instruction", "context", "response", "category") == "instruction"
+    for names in (["prompt", "completion"], ["prompt", "response"], ["question", "answer"], ["query", "response"]):
+        form = find_format(Dataset.from_dict({name: ["a"] for name in [*names, "text", "id"]}))
+        assert form.columns == {"instruction": names[0], "output": names[1]}
+        assert str(form) == f"instruction (instruction from {names[0]!r}, output from {names[1]!r})"
+    assert find_format(Dataset.from_dict({"instruction": [1], "output": ["a"]})).style == "instruction"
+    for value, kind in (["a"], "list"), ({"a": 1}, "dict"), (b"a", "bytes"):
+        with pytest.raises(UserError, match=f"--output_column_name output, row 2: a {kind}, not text"):
+            find_format(Dataset.from_dict({"instruction": ["a", "b"], "output": [None, value]}))
 
 
 @given(data=st.data(), limit=st.none() | st.integers(2, 8), inputs=st.booleans())
