@@ -138,21 +138,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # Data
     cache = replace(model_args, cache_dir=data_args.dataset_cache_directory or model_args.cache_dir)
     raw = load_raw(data_args, cache, training_args.do_train, training_args.do_eval, data_args.dataset_seed)
-    form = find_format(
-        next(iter(raw.values())),
-        sql_prompt=data_args.sql_prompt,
-        chat_prompt=data_args.chat_prompt,
-        text_column=data_args.text_column_name,
-        instruction=data_args.instruction_column_name,
-        input=data_args.input_column_name,
-        output=data_args.output_column_name,
-    )
-    logger.info("examples: %s", form)
+    forms = {
+        split: find_format(
+            examples, sql_prompt=data_args.sql_prompt, chat_prompt=data_args.chat_prompt,
+            text_column=data_args.text_column_name, instruction=data_args.instruction_column_name,
+            input=data_args.input_column_name, output=data_args.output_column_name,
+        )
+        for split, examples in raw.items()
+    }  # fmt: skip
+    logger.info("examples: %s", "; ".join(dict.fromkeys(map(str, forms.values()))))
 
     # Tokenizer and model
     config = load_config(model_args)
     tokenizer = load_tokenizer(model_args)
-    check_tokenizer(form, tokenizer, data_args.train_on_inputs)
+    for form in forms.values():
+        check_tokenizer(form, tokenizer, data_args.train_on_inputs)
     max_length = length_limit("--max_seq_length", data_args.max_seq_length, tokenizer, config)
 
     # Preprocessing
@@ -161,10 +161,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with training_args.main_process_first(desc="preprocessing"):
         for split, examples in raw.items():
             rows[split] = tokenise_examples(
-                examples,
-                form,
-                tokenizer,
-                max_length,
+                examples, forms[split], tokenizer, max_length,
                 train_on_inputs=data_args.train_on_inputs,
                 concatenate=data_args.dataset_concatenation,
                 limit=limits[split],
@@ -173,7 +170,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 num_proc=data_args.preprocessing_num_workers,
                 use_cache=not (data_args.overwrite_cache and training_args.local_process_index == 0),
                 keep_in_memory=data_args.keep_in_memory,
-            )
+            )  # fmt: skip
     first = next(iter(rows.values())).with_format("numpy")[0]["input_ids"]
     logger.info("an example, what is learnt between >>> and <<<: %r", show_targets(first, tokenizer))
     if training_args.bf16 and model_args.torch_dtype is None:

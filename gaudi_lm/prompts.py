@@ -155,8 +155,12 @@ def text_of(table: pa.Table, name: str) -> pa.Array:
     """
     column = table.column(name)
     if isinstance(column.type, pa.JsonType):
-        return pa.array(map(_spell, map(json.loads, column.fill_null("null").to_pylist())), pa.large_string())
+        return pa.array(map(_spell, _json_values(column)), pa.large_string())
     return pc.fill_null(pc.cast(column, pa.large_string()), "").combine_chunks()
+
+
+def _json_values(column: pa.ChunkedArray) -> list[Any]:
+    return [None if text is None else json.loads(text) for text in column.to_pylist()]
 
 
 def _spell(value: Any) -> str:
@@ -171,7 +175,7 @@ def refused_values(table: pa.Table, form: ExampleFormat) -> list[str | None]:
     for name in form.columns.values():
         column = table.column(name)
         if isinstance(column.type, pa.JsonType):
-            for row, value in enumerate(map(json.loads, column.fill_null("null").to_pylist())):
+            for row, value in enumerate(_json_values(column)):
                 if isinstance(value, (list, dict)):
                     problems[row] = f"column {name!r} has a {type(value).__name__}, not text"
     return problems
