@@ -14,8 +14,7 @@ from running import copy_elsewhere, environment, run, run_ranks
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
-from gaudi_lm import instructions as instructions_module
-from gaudi_lm import packing, prompts
+from gaudi_lm import completions, packing, prompts
 from gaudi_lm.fingerprints import fingerprint
 from gaudi_lm.instructions import tokenise_examples
 from gaudi_lm.masking import make_lines
@@ -211,7 +210,7 @@ def test_a_result_is_found_again(on_disk, assets, masked_assets, make, monkeypat
         def encode(tokenizer, texts, add_special_tokens=True):
             return original(tokenizer, [text.upper() for text in texts], add_special_tokens)
 
-        for module in (packing, instructions_module, sys.modules["gaudi_lm.masking"]):
+        for module in (packing, completions, sys.modules["gaudi_lm.masking"]):
             monkeypatch.setattr(module, "encode", encode)
     changed = MAKERS[make](on_disk, AutoTokenizer.from_pretrained(folder))
     assert changed.cache_files != first.cache_files
