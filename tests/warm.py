@@ -24,6 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("run_clm", "run_mlm", "run_lora_clm")
+# What every run imports after it has begun, and what one on a card does.
+LATER = ("deepspeed", "matplotlib.backends.backend_agg", "matplotlib.figure")
+ON_CARD = ("optimum.habana.transformers.modeling_utils",)
 # Variables that change while a process runs, and from one run to the next; all others count before imports.
 LATE = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ACCELERATE_", "WANDB_", "MLFLOW_", "TMPDIR", "PWD")
 MOST = 4  # warm processes at a time; each holds about a gigabyte, most of it shared with its children
@@ -166,6 +169,8 @@ def main() -> None:
     for script in SCRIPTS:
         importlib.import_module(script)
         del sys.modules[script]
+    for module in LATER if "--use_cpu" in sys.argv else LATER + ON_CARD:
+        importlib.import_module(module)
     del sys.path[0]
     gc.collect()
     gc.freeze()  # children share these pages, as long as nobody writes into them
