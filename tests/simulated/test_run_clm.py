@@ -1,17 +1,15 @@
 """run_clm.py on simulated cards: the losses of the CPU, no graph compiled after warm-up, resumed and shared runs."""
 
-import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cards import card_environment
-from running import ROOT, environment, log_history, losses, results, run
+from running import ROOT, environment, log_history, losses, results, run, run_several
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
@@ -29,18 +27,6 @@ LLAMA = ",".join(
         "max_position_embeddings": 128,
     }.items()
 )
-# Several runs in one process, as imports take longer than they do. What a run prints goes to its own file.
-DRIVER = """
-import gc, json, sys
-cases = json.load(sys.stdin)
-sys.argv[1:] = next(iter(cases.values()))
-import run_clm
-for name, flags in cases.items():
-    print(f"=== {name}", file=sys.stderr, flush=True)
-    gc.collect()
-    run_clm.torch.hpu.reset_peak_memory_stats()
-    run_clm.main(flags)
-"""
 
 
 def flags(assets, output: Path, *more) -> list[str]:
@@ -85,15 +71,10 @@ def runs(assets, tmp_path_factory) -> dict[str, Path]:
         *("--output_dir", str(root / "resumed")),
         *("--resume_from_checkpoint", str(root / "dropout" / "checkpoint-4")),
     ]
-    env = environment(**card_environment(), PYTHONPATH=str(ROOT))
-    result = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps(cases), capture_output=True, text=True, cwd=root, env=env, timeout=900,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-8000:]
-    logs = re.split(r"^=== (\w+)\n", result.stderr, flags=re.M)
-    for name, text in [("start", logs[0]), *zip(logs[1::2], logs[2::2], strict=True)]:
-        (root / f"{name}.log").write_text(text)
+    ends = run_several("run_clm", list(cases.values()), environment(**card_environment()))
+    for name, end in zip(cases, ends, strict=True):
+        assert end.status == 0, f"{name}: {end.log[-8000:]}"
+        (root / f"{name}.log").write_text(end.log)
     return {name: root / name for name in cases}
 
 
@@ -114,9 +95,6 @@ def test_nothing_is_compiled_after_warmup(runs):
         assert 0 < figures["peak_device_memory_gb"] < 1, name
     log = runs["fp32"].with_suffix(".log").read_text()
     assert "graph_compilations_after_warmup = 0" in log and "compiled after warm-up" not in log
-    said = "".join(runs[name].with_suffix(".log").read_text() for name in runs)
-    said += (runs["fp32"].parent / "start.log").read_text()
-    assert said.count("SIMULATED GAUDI") == 1
 
 
 def test_bf16(runs):
@@ -167,6 +145,7 @@ def test_changing_shapes_are_found(assets, tmp_path):
     main = 'if __name__ == "__main__":'
     script.write_text(text.replace(main, f"lengths = iter([64] * 6 + [63] + [64] * 99)\n\n{main}"))
     output = tmp_path / "out"
-    result = run(script, *flags(assets, output, *ON_CARD), env=card_environment())
+    result = run(script, *flags(assets, output, *ON_CARD), env=card_environment(), fresh=True)
+    assert result.stderr.count("SIMULATED GAUDI") == 1
     assert results(output)["graph_compilations_after_warmup"] > 0
     assert re.search(r"compiled after warm-up: training step \d+: copy from host\(\[4, 63\] Long\)", result.stderr)
