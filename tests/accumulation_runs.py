@@ -1,6 +1,6 @@
 """Train tiny models of many families with different shares of a step: rows a batch, batches accumulated, ranks.
 
-torchrun --standalone --nproc_per_node RANKS tests/accumulation_runs.py OUTPUT ROWSxSTEPS... -- FAMILY...
+torchrun --nproc_per_node RANKS tests/accumulation_runs.py OUTPUT ROWSxSTEPS... -- FAMILY...
 
 Writes OUTPUT: for each family and each ROWSxSTEPS, the losses and gradient norms of all steps and the final weights.
 """

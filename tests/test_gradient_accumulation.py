@@ -4,12 +4,9 @@ optimum-habana 1.21.2 multiplies loss and gradients by the number of accumulated
 takes no keyword arguments: BERT, RoBERTa, ALBERT and DistilBERT among those here.
 """
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from running import ROOT, environment, log_history, run
+from running import ROOT, log_history, run, run_ranks
 
 FAMILIES = ["bert", "roberta", "albert", "distilbert", "gpt2", "gptj", "gpt_neox", "llama"]
 
@@ -20,12 +17,7 @@ def steps(tmp_path_factory) -> dict[tuple[str, str, int], dict]:
     found = {}
     for ranks, shares in ((1, ["8x1", "2x4"]), (2, ["4x1", "1x4"])):
         output = tmp_path_factory.mktemp("accumulation") / "found.pt"
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone",
-             str(ROOT / "tests" / "accumulation_runs.py"), str(output), *shares, "--", *FAMILIES],
-            capture_output=True, text=True, env=environment(), timeout=1100, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_ranks(ranks, ROOT / "tests" / "accumulation_runs.py", output, *shares, "--", *FAMILIES)
         found |= {(*key, ranks): value for key, value in torch.load(output).items()}
     return found
 
@@ -59,12 +51,7 @@ def test_masked_script_on_two_ranks(assets, masked_assets, tmp_path):
         "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "two",
     ]  # fmt: skip
     run("run_mlm.py", *flags, *one)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, "run_mlm.py", *map(str, [*flags, *two])],
-        capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=1100, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(2, "run_mlm.py", *flags, *two)
     alone, shared = log_history(tmp_path / "one"), log_history(tmp_path / "two")
     for name in ("loss", "grad_norm", "eval_loss", "eval_accuracy", "eval_tokens"):
         figures = [row[name] for row in alone if name in row]

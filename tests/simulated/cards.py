@@ -1,9 +1,9 @@
 """Run things on simulated cards, in a process of their own: PyTorch cannot lose a device that it has been given."""
 
 import os
-import subprocess
-import sys
 
+import pytest.__main__
+import warm
 from running import ROOT, environment
 
 FILES = ROOT / "tests" / "simulated" / "on_card"
@@ -17,18 +17,11 @@ def card_environment(cards: int = 1, **changes: str) -> dict[str, str]:
 
 def test_on_card(file: str, **changes: str) -> None:
     """Run the tests of a file in `on_card`, on two cards."""
-    command = [
-        *(sys.executable, "-m", "pytest", str(FILES / file), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
+    argv = [
+        *(pytest.__main__.__file__, str(FILES / file), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
         *("-o", "python_files=card_*.py", "-o", "addopts=--strict-markers"),
     ]
-    result = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment(**card_environment(2, **changes)),
-        timeout=900,
-    )
+    (result,) = warm.run(argv, environment(**card_environment(2, **changes)), ROOT, ("--use_habana",), 280)
     assert result.returncode == 0, f"{result.stdout[-20000:]}\n{result.stderr[-4000:]}"
     assert " passed" in result.stdout and "skipped" not in result.stdout
 
