@@ -209,16 +209,18 @@ class ChatTemplate:
         spans, done = [], 0
         for position, (number, begin, stop) in enumerate(anchors):
             limit = next((other for _, other, _ in anchors[position + 1 :] if other is not None), len(text))
-            if begin is None:  # empty, and no mark was possible: it stands after the next generation prompt
-                head = text.find(self.prompt, done, limit) if self.prompt else -1
-                if head < 0:
+            called, unmarked = bool(messages[number].get("tool_calls")), begin is None
+            if unmarked:  # it is empty, and stands after the next generation prompt
+                begin = stop = self._after_prompt(text, done, limit)
+                if begin is None:
                     continue
-                begin = stop = head + len(self.prompt)
             start, last = self._start(text, done, begin), number == len(messages) - 1
-            if begin == stop or messages[number].get("tool_calls"):
+            if called or unmarked:
                 stop = self._shared(text, stop, limit, messages[: number + 1], tools)
-            known = self.stops if messages[number].get("tool_calls") else self.special
-            done = stop if self._closed(text[start:stop]) else self._end(text, stop, limit, last, known)
+            if (called or unmarked) and self._closed(text[start:stop]):
+                done = stop
+            else:
+                done = self._end(text, stop, limit, last, self.stops if called else self.special)
             spans.append((number, start, done))
         return spans
 
@@ -238,11 +240,15 @@ class ChatTemplate:
 
     def _start(self, text: str, done: int, begin: int) -> int:
         """Where an answer starts whose text begins at ``begin``: behind the generation prompt, or its beginning."""
-        for prompt in self._prompts():
-            head = text.rfind(prompt, done, begin)
-            if head >= 0:
-                return head + len(prompt)
-        return begin
+        head, length = max(
+            ((text.rfind(prompt, done, begin), len(prompt)) for prompt in self._prompts()), default=(-1, 0)
+        )
+        return begin if head < 0 else head + length
+
+    def _after_prompt(self, text: str, done: int, limit: int) -> int | None:
+        """Where the next generation prompt ends."""
+        found = [(text.find(prompt, done, limit), -len(prompt)) for prompt in self._prompts()]
+        return next((head - length for head, length in sorted(found) if head >= 0), None)
 
     def _prompts(self) -> list[str]:
         """The generation prompt, and starts of it that still name who speaks, the longest first."""
@@ -278,9 +284,7 @@ class ChatTemplate:
                 continue
             content = message.get("content") or ""
             said = [content, content.strip(), REASONING.split(content)[-1].strip()]
-            heads = [(text.find(prompt, done), -len(prompt)) for prompt in self._prompts()]
-            head, length = min((head for head in heads if head[0] >= 0), default=(-1, 0))
-            start = head - length if head >= 0 else None
+            start = self._after_prompt(text, done, len(text))
             found = [(words, text.find(words, done if start is None else start)) for words in said]
             words, place = next((pair for pair in found if pair[1] >= 0), ("", -1))
             if place < 0 or message.get("tool_calls"):

@@ -8,6 +8,8 @@ import json
 import numpy as np
 import pytest
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from gaudi_lm.chat_templates import ChatTemplate
@@ -427,3 +429,36 @@ def test_prompts_and_completions_that_are_messages(tokenizer):
     assert tokenizer.decode(row[row >= 0]) == "hello<|im_end|>"
     system = rows_of(tokenizer, [{"system": "be kind", "conversations": json.dumps(TWO)}])[0]["input_ids"]
     assert tokenizer.decode(split_targets(system)[0]).startswith("<|im_start|>system\nbe kind<|im_end|>\n")
+
+
+def with_marks(template: str, begin: str, end: str) -> str:
+    """A template with marks of its own around what is between `begin` and `end`, where the assistant speaks."""
+    before, rest = template.split(begin)
+    inner, after = rest.split(end)
+    body = f"{inner}{end}"
+    return (
+        f"{before}{begin}{{% if m.role == 'assistant' %}}{{% generation %}}{body}{{% endgeneration %}}"
+        f"{{% else %}}{body}{{% endif %}}{after}"
+    )
+
+
+FRAGMENTS = [
+    "hello", "hi", " ", "\n", "<think>", "\n</think>\n\n", "<|im_end|>", "<|im_start|>assistant\n", "[/INST]", "é日",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [CHATML, REASONING])
+@given(said=st.lists(st.lists(st.sampled_from(FRAGMENTS), max_size=4).map("".join), min_size=2, max_size=6))
+def test_places_are_those_of_marks(tokenizer, template, said):
+    """Whatever is said: found without marks as with the marks that the same template could have had."""
+    split = "{{ '<|im_start|>' + m.role + '\n' }}"
+    plain = template.replace("{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}", split + (
+        "{{ m.content + '<|im_end|>' }}{{ '\n' }}"
+    )).replace("{{ said + '<|im_end|>\n' }}", "{{ said + '<|im_end|>' }}{{ '\n' }}")  # fmt: skip
+    messages = [(user, assistant)[number % 2](text) for number, text in enumerate(said)]
+    found = {}
+    for name, written in ("plain", plain), ("marked", with_marks(plain, split, "+ '<|im_end|>' }}")):
+        tokenizer.chat_template = written
+        found[name] = ChatTemplate(tokenizer).answers(messages)
+    assert "{% generation %}" in written
+    assert found["plain"] == found["marked"]
