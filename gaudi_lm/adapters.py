@@ -243,9 +243,13 @@ def save_merged(trainer: LMTrainer) -> None:
 
     The trainer's model keeps its adapter, and exactly its weights: subtracting what was added would round them.
     """
-    if not trainer.is_world_process_zero():
-        return
-    folder = Path(trainer.args.output_dir) / "merged"
+    with trainer.files_at_top() as place:
+        if trainer.is_world_process_zero():
+            _write_merged(trainer, place / "merged")
+    logger.info("the merged model is in %s", Path(trainer.args.output_dir, "merged").resolve())
+
+
+def _write_merged(trainer: LMTrainer, folder: Path) -> None:
     adapted = trainer.accelerator.unwrap_model(trainer.model)
     model = adapted.get_base_model()
     before = {
@@ -260,7 +264,6 @@ def save_merged(trainer: LMTrainer) -> None:
         for name, weight in before.items():
             model.get_parameter(name).copy_(weight)
     trainer.processing_class.save_pretrained(folder)
-    logger.info("the merged model is in %s", folder.resolve())
 
 
 def _without_adapter(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import torch
 from optimum.habana import GaudiTrainingArguments
 from transformers.utils.logging import get_log_levels_dict
 
@@ -164,6 +165,14 @@ class TrainingArguments(GaudiTrainingArguments):
         },
     )
 
+    save_on_signal: bool = field(
+        default=True,
+        metadata={
+            "help": "On SIGTERM, SIGUSR1 and the first Ctrl-C: finish the step, save a checkpoint and end with exit "
+            "status 128 plus the signal's number. False: end at once."
+        },
+    )
+
     def __post_init__(self):
         self.set_aside: list[str] = []
         if self.use_cpu:
@@ -192,6 +201,12 @@ class TrainingArguments(GaudiTrainingArguments):
             raise UserError(f"--deepspeed: values that differ from the flags: {'; '.join(differing)}; use auto there")
         if not (self.do_train or self.do_eval):
             raise UserError("nothing to do: give --do_train, --do_eval, or both")
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank; accelerate's ``cpu:0`` for several ranks is a place torch 2.13 loads nothing to."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def rows_per_step(self) -> int:

@@ -11,15 +11,20 @@ from contextlib import contextmanager
 class UserError(Exception):
     """Something the user can mend: one line that names the flag or the file, and the way out."""
 
+    status = 2
+
 
 @contextmanager
 def user_errors():
-    """Print a :class:`UserError` as one line on stderr and end with exit code 2, without a traceback."""
+    """Print a :class:`UserError` as one line on stderr and end with its exit code, without a traceback; Ctrl-C too."""
     try:
         yield
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        print("interrupted: there was no training to save", file=sys.stderr)
+        sys.exit(130)
 
 
 def warn(message: str) -> None:

@@ -30,17 +30,28 @@ def command_line() -> str:
     return shlex.join(["python", *words]).replace("'<hidden>'", "<hidden>")
 
 
-def write_model_card(trainer, task: str, base_model: str | None, data: str, library: str = "transformers") -> None:
-    """Write ``README.md`` into the output directory.
+def write_model_card(
+    trainer,
+    path: Path,
+    title: str,
+    curve: bool,
+    task: str,
+    base_model: str | None,
+    data: str,
+    library: str = "transformers",
+) -> None:
+    """Write a model card.
 
     Args:
+        path: of the ``README.md``.
+        title: its heading.
+        curve: whether ``loss_curve.png`` will lie beside it.
         task: the hub's name of the task, such as ``text-generation``.
         base_model: hub name or folder of the model that was fine-tuned; None for one from scratch.
         data: the data in a few words.
         library: with which the result is loaded, ``transformers`` or ``peft``.
     """
     args = trainer.args
-    folder = Path(args.output_dir)
     on_hub = base_model is not None and not Path(base_model).exists()
     meta = ModelCardData(
         library_name=library,
@@ -57,14 +68,14 @@ def write_model_card(trainer, task: str, base_model: str | None, data: str, libr
     origin = f"Fine-tuned from `{base_model}`" if base_model else "Trained from scratch"
     lines = [
         f"---\n{meta.to_yaml()}\n---",
-        f"\n# {folder.resolve().name}\n",
+        f"\n# {title}\n",
         f"{origin} on {data} with gaudi-lm ({'Gaudi' if args.use_habana else 'CPU'}).\n",
         "## Command\n",
         f"```bash\n{command_line()}\n```\n",
         "## Results\n",
         "| | |\n|---|---|",
         *(f"| {name} | {value} |" for name, value in rows),
-        "\n![loss curve](loss_curve.png)\n" if (folder / "loss_curve.png").exists() else "",
+        "\n![loss curve](loss_curve.png)\n" if curve else "",
         "## Settings\n",
         "| | |\n|---|---|",
         *(f"| {name} | {getattr(value, 'value', value)} |" for name, value in settings),
@@ -72,4 +83,4 @@ def write_model_card(trainer, task: str, base_model: str | None, data: str, libr
         + ", ".join(f"{name} {module.__version__}" for name, module in versions)
         + ".\n",
     ]
-    ModelCard("\n".join(lines), ignore_metadata_errors=True).save(folder / "README.md")
+    ModelCard("\n".join(lines), ignore_metadata_errors=True).save(path)

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from .activations import fuse_activations
 from .arguments import ModelArguments, TrainingArguments
@@ -208,7 +209,15 @@ def load_model(
             )
         if options["torch_dtype"] == "auto":
             options["torch_dtype"] = None
-        return auto_class.from_config(config, trust_remote_code=model_args.trust_remote_code, **options)
+        # Weights that ZeRO-3 has divided are empty to what initialises them (transformers 4.55): they would keep
+        # torch's defaults, or fail. So each rank makes the whole model, and DeepSpeed divides it afterwards.
+        deepspeed = getattr(training_args, "hf_deepspeed_config", None)
+        unset_hf_deepspeed_config()
+        try:
+            return auto_class.from_config(config, trust_remote_code=model_args.trust_remote_code, **options)
+        finally:
+            if deepspeed is not None:
+                set_hf_deepspeed_config(deepspeed)
 
     try:
         try:

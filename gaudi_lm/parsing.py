@@ -143,7 +143,11 @@ def parse(argv: list[str] | None, *dataclass_types: type) -> tuple:
     check_ranges(vars(values))
     check_folders(vars(values))
     check_flags(vars(values), {name: parser.get_default(name) for name in vars(values)})
-    return tuple(
+    parts = tuple(
         kind(**{field.name: getattr(values, field.name) for field in fields(kind) if field.init})
         for kind in dataclass_types
     )
+    for part in parts:
+        # For the manifest of a checkpoint: all flags of the script, without secrets.
+        part.flags = {name: value for name, value in vars(values).items() if not name.endswith("token")}
+    return parts

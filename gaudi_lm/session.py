@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
 import os
@@ -11,13 +13,14 @@ from pathlib import Path
 import torch
 from optimum.habana.utils import set_seed
 from torch.utils.checkpoint import DefaultDeviceType
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import get_log_levels_dict
 
 from .arguments import TrainingArguments
+from .checkpoints import STATE
 from .metrics import save_loss_curve
 from .model_card import write_model_card
-from .runtime import UserError, set_up_logging
+from .resume import find_checkpoint as find_checkpoint  # for the scripts
+from .runtime import set_up_logging
 from .trainer import LMTrainer
 
 logger = logging.getLogger("gaudi_lm")
@@ -64,42 +67,6 @@ def _warn_slow_bf16() -> None:
         )
 
 
-def find_checkpoint(training_args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: ``--resume_from_checkpoint``, or the newest complete one in ``--output_dir``.
-
-    Raises:
-        UserError: no such checkpoint, or an output directory that holds something else.
-    """
-    if not training_args.do_train:
-        return None
-    wanted, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
-    newest = None
-    if folder.is_dir() and not training_args.overwrite_output_dir:
-        steps = {
-            int(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")): path
-            for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-            # trainer_state.json is written last: a checkpoint without it was interrupted.
-            if path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit()
-            and (path / "trainer_state.json").is_file()
-        }
-        newest = str(steps[max(steps)]) if steps else None
-    if wanted and wanted.lower() not in ("true", "false"):
-        if not (Path(wanted) / "trainer_state.json").is_file():
-            raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint there (trainer_state.json is missing)")
-        return wanted
-    if wanted and wanted.lower() == "true" and newest is None:
-        raise UserError(f"--resume_from_checkpoint: {folder} holds no checkpoint")
-    if folder.is_dir() and any(folder.iterdir()) and newest is None and not training_args.overwrite_output_dir:
-        raise UserError(
-            f"--output_dir {folder} is not empty and holds no checkpoint: "
-            "choose another, or give --overwrite_output_dir to train from the start there"
-        )
-    if newest is None or (wanted and wanted.lower() == "false"):
-        return None
-    logger.info("going on from %s", newest)
-    return newest
-
-
 def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
     """Log figures, one line each, and write them to ``<split>_results.json`` and ``all_results.json``.
 
@@ -110,14 +77,32 @@ def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
         logger.info("%s = %s", name, "nan" if math.isnan(value) else f"{value:.6g}")
     for line in trainer.device_metrics.report_lines()[1:]:
         logger.warning(line)
-    trainer.save_metrics(split, metrics)
+    total = Path(trainer.args.output_dir) / "all_results.json"
+    with trainer.files_at_top() as place:
+        if trainer.is_world_process_zero():
+            _write_json(place / f"{split}_results.json", metrics)
+            _write_json(place / total.name, {**_read_json(total), **metrics})
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=4, sort_keys=True) + "\n")
+
+
+def _read_json(path: Path) -> dict:
+    with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: not written by this suite
+        return dict(json.loads(path.read_text()))
+    return {}
 
 
 def save(trainer: LMTrainer, save_model: bool = True) -> None:
     """Model, tokenizer and trainer state at the top of ``output_dir``: before anything else can go wrong."""
-    if save_model:
-        trainer.save_model()
-    trainer.save_state()
+    with trainer.files_at_top() as place:
+        if save_model:
+            trainer.save_model(str(place), _internal_call=True)
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(place / STATE))
+    if save_model and trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
 
 def write_card(trainer: LMTrainer, **card) -> None:
@@ -126,10 +111,10 @@ def write_card(trainer: LMTrainer, **card) -> None:
     Args:
         card: passed to :func:`gaudi_lm.model_card.write_model_card`.
     """
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return
     folder = Path(trainer.args.output_dir)
-    save_loss_curve(trainer.state.log_history, folder / "loss_curve.png")
-    write_model_card(trainer, **card)
+    with trainer.files_at_top() as place:
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(place / STATE))
+            drawn = save_loss_curve(trainer.state.log_history, place / "loss_curve.png")
+            write_model_card(trainer, place / "README.md", title=folder.resolve().name, curve=drawn, **card)
     logger.info("everything is in %s", os.path.abspath(folder))

@@ -26,11 +26,12 @@ from .gaudi_configs import gaudi_config
 from .losses import install_token_loss
 from .metrics import Throughput, TokenMetrics
 from .progress import LogLines, StepClock
+from .saving import ResumableTrainer
 
 logger = logging.getLogger("gaudi_lm")
 
 
-class LMTrainer(GaudiTrainer):
+class LMTrainer(ResumableTrainer):
     """GaudiTrainer for models with :func:`gaudi_lm.losses.install_token_loss`.
 
     What differs from GaudiTrainer: the loss is a mean over the label tokens of the whole optimizer step, on all ranks

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,19 @@ def run_ranks(
     texts = "\n".join(f"rank {rank}: {one.returncode}\n{one.stderr[-4000:]}" for rank, one in enumerate(found))
     assert [one.returncode for one in found] == [0] * ranks, texts
     return found
+
+
+def run_interrupted(
+    ranks: int,
+    script: str | Path,
+    *flags: object,
+    meanwhile: Callable[[list[int]], None],
+    env: dict[str, str] | None = None,
+    seconds: float = 280,
+) -> list[subprocess.CompletedProcess]:
+    """Run a script in one process (``ranks`` 0) or in several; ``meanwhile`` gets their ids. Any end will do."""
+    argv, environ = [str(script), *map(str, flags)], environment(**(env or {}))
+    return warm.run(argv, environ, ROOT, _card(argv[1:], environ), seconds, ranks, meanwhile)
 
 
 def _card(flags: list[str], environ: dict[str, str]) -> tuple[str, ...]:

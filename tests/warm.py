@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +61,9 @@ class Warm:
             raise RuntimeError(f"the warm process ended: {self.process.stderr.read()[-4000:]}")
         return json.loads(answer)
 
-    def run(self, runs: list[dict], seconds: float) -> list[subprocess.CompletedProcess]:
+    def run(
+        self, runs: list[dict], seconds: float, meanwhile: Callable[[list[int]], None] | None = None
+    ) -> list[subprocess.CompletedProcess]:
         """Run all of ``runs`` at the same time, each ``{"argv", "cwd", "env"}``."""
         with tempfile.TemporaryFile() as streams:
             files = [tempfile.TemporaryFile() for _ in range(2 * len(runs))]  # noqa: SIM115
@@ -69,6 +72,8 @@ class Warm:
             socket.send_fds(self.socket, [b"run"], [streams.fileno(), *(file.fileno() for file in files)])
             pids = self.receive(120)
             try:
+                if meanwhile is not None:
+                    meanwhile(pids)
                 statuses = self.receive(seconds)
             except BaseException:
                 for pid in pids:
@@ -87,7 +92,13 @@ class Warm:
 
 
 def run(
-    argv: list[str], environment: dict[str, str], cwd: Path, card: tuple[str, ...], seconds: float, ranks: int = 0
+    argv: list[str],
+    environment: dict[str, str],
+    cwd: Path,
+    card: tuple[str, ...],
+    seconds: float,
+    ranks: int = 0,
+    meanwhile: Callable[[list[int]], None] | None = None,
 ) -> list[subprocess.CompletedProcess]:
     """Run a script in a child of a warm process, or in one for each of ``ranks``, which find one another.
 
@@ -96,6 +107,7 @@ def run(
         environment: the whole environment of the run.
         card: flags that choose the card, such as ``("--use_cpu",)``.
         seconds: after so many, all children are killed and ``TimeoutError`` is raised.
+        meanwhile: called with the process ids while they run.
     """
     late = {name: value for name, value in environment.items() if name.startswith(LATE)}
     early = {name: value for name, value in environment.items() if name not in late}
@@ -113,7 +125,7 @@ def run(
         meeting["LOCAL_WORLD_SIZE"] = str(ranks)
         places = [{**late, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
         runs = [{**runs[0], "env": place} for place in places]
-    return warm.run(runs, seconds)
+    return warm.run(runs, seconds, meanwhile)
 
 
 @atexit.register

@@ -1,0 +1,190 @@
+"""Checkpoints are whole or not there, checked before they are used, and run nothing that lies in them."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from resuming import CPU, script_flags, start
+
+from gaudi_lm import checkpoints
+from gaudi_lm.errors import UserError
+from gaudi_lm.resume import find_checkpoint
+
+FILES = [
+    "config.json", "gaudi_config.json", "generation_config.json", "model.safetensors", "optimizer.pt", "rng_state.pth",
+    "scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json", "training_args.bin",
+    "manifest.json",
+]  # fmt: skip
+NEEDED = ["model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"]
+DAMAGES = ["deleted", "emptied", "halved", "zeroed", "tail zeroed"]
+STEPS = (3, 6)
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    tail = max(1, len(data) // 8)
+    if how == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(
+            {
+                "emptied": b"",
+                "halved": data[: len(data) // 2],
+                "zeroed": bytes(len(data)),
+                "tail zeroed": data[:-tail] + bytes(tail),
+            }[how]
+        )
+
+
+@pytest.fixture(scope="module")
+def trained(assets, masked_assets, instructions, tmp_path_factory) -> Path:
+    """The folder of a run that has saved ``checkpoint-3``, ``-6`` and ``-8``."""
+    output = tmp_path_factory.mktemp("trained") / "out"
+    start("run_clm.py", 1, output, *script_flags("run_clm.py", assets, masked_assets, instructions), *CPU)
+    return output
+
+
+@pytest.fixture
+def output(trained, tmp_path) -> Path:
+    """An output directory as a kill leaves it: two checkpoints, and what was being written when it came."""
+    folder = tmp_path / "out"
+    for step in STEPS:
+        shutil.copytree(trained / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    shutil.copytree(trained / "checkpoint-8", folder / "incomplete-checkpoint-8")
+    (folder / "incomplete-checkpoint-8" / "optimizer.pt").unlink()
+    return folder
+
+
+def arguments(folder: Path, **changes) -> SimpleNamespace:
+    values = {"do_train": True, "process_index": 0, "resume_from_checkpoint": None, "overwrite_output_dir": False}
+    return SimpleNamespace(output_dir=str(folder), **{**values, **changes})
+
+
+def test_the_last_complete_checkpoint_is_taken(output, caplog):
+    assert find_checkpoint(arguments(output)) == str(output / "checkpoint-6")
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    assert "incomplete-checkpoint-8" in caplog.text
+    assert checkpoints.faults(output / "checkpoint-6") == []
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(output, caplog, name, how):
+    damage(output / "checkpoint-6" / name, how)
+    taken = find_checkpoint(arguments(output))
+    if (name, how) == ("manifest.json", "deleted"):
+        # As another tool would have left it: everything is there, but nothing vouches for it.
+        assert taken == str(output / "checkpoint-6") and "no manifest.json" in caplog.text
+        return
+    assert taken == str(output / "checkpoint-3")
+    (line,) = (record.getMessage() for record in caplog.records if "cannot be gone on from" in record.getMessage())
+    assert str(output / "checkpoint-6") in line and name in line
+    for wanted in (output / "checkpoint-6", output):
+        shutil.rmtree(output / "checkpoint-3", ignore_errors=True)
+        named = {"resume_from_checkpoint": str(wanted)} if wanted != output else {}
+        with pytest.raises(UserError) as refused:
+            find_checkpoint(arguments(output, **named))
+        assert name in str(refused.value) and ("--resume_from_checkpoint" if named else "--output_dir") in str(
+            refused.value
+        )
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"]
+)
+def test_without_a_manifest_what_can_be_seen_is_seen(output, caplog, name, how):
+    (output / "checkpoint-6" / "manifest.json").unlink()
+    damage(output / "checkpoint-6" / name, how)
+    taken = find_checkpoint(arguments(output))
+    if (name, how) == ("model.safetensors", "tail zeroed"):  # any numbers may be weights
+        assert "whether its weights are as they were written" in caplog.text
+    else:
+        assert taken == str(output / "checkpoint-3")
+        assert any(name in record.getMessage() for record in caplog.records)
+
+
+class Payload:
+    """Executed by whoever unpickles it."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def poison(path: Path, mark: Path, form: str) -> None:
+    """Replace a file by one that holds the same and makes a folder when it is unpickled without care."""
+    if form == "bare":
+        path.write_bytes(pickle.dumps(Payload(mark)))
+        return
+    content = torch.load(path, weights_only=False)
+    content = {**content, "more": Payload(mark)} if isinstance(content, dict) else Payload(mark)
+    torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+
+
+def seal_again(folder: Path) -> None:
+    """A manifest that vouches for what is there: whoever can write one file can write the other."""
+    run = json.loads((folder / "manifest.json").read_text())["run"]
+    checkpoints.seal(folder, run)
+
+
+@pytest.mark.parametrize("sealed", [True, False], ids=["manifest", "no manifest"])
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_is_not_executed(output, tmp_path, name, form, sealed):
+    poison(output / "checkpoint-6" / name, tmp_path / "executed", form)
+    if sealed:
+        seal_again(output / "checkpoint-6")
+    else:
+        (output / "checkpoint-6" / "manifest.json").unlink()
+    assert find_checkpoint(arguments(output)) == str(output / "checkpoint-3")
+    with pytest.raises(UserError, match=f"{name} is refused"):
+        find_checkpoint(arguments(output, resume_from_checkpoint=str(output / "checkpoint-6")))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.slow
+def test_a_pickle_of_arguments_is_never_read(output, assets, masked_assets, instructions, tmp_path):
+    poison(output / "checkpoint-6" / "training_args.bin", tmp_path / "executed", "bare")
+    seal_again(output / "checkpoint-6")
+    start("run_clm.py", 1, output, *script_flags("run_clm.py", assets, masked_assets, instructions), *CPU)
+    assert (output / "checkpoint-8").is_dir() and not (tmp_path / "executed").exists()
+
+
+def test_a_folder_is_begun_in_that_holds_no_more_than_what_an_interrupted_run_leaves(output):
+    for step in STEPS:
+        shutil.rmtree(output / f"checkpoint-{step}")
+    (output / "runs").mkdir()
+    (output / "train_results.json").write_text("{")
+    assert find_checkpoint(arguments(output)) is None
+    assert not (output / "incomplete-checkpoint-8").exists()
+    (output / "model.safetensors").touch()
+    with pytest.raises(UserError, match="not empty and holds no checkpoint"):
+        find_checkpoint(arguments(output))
+
+
+def test_what_the_flag_asks_for(output):
+    named = str(output / "checkpoint-3")
+    assert find_checkpoint(arguments(output, resume_from_checkpoint=named)) == named
+    assert find_checkpoint(arguments(output, resume_from_checkpoint="True")) == str(output / "checkpoint-6")
+    assert find_checkpoint(arguments(output, overwrite_output_dir=True)) is None
+    assert find_checkpoint(arguments(output, do_train=False)) is None
+    for wanted in ("False", str(output / "checkpoint-4"), str(output)):
+        with pytest.raises(UserError, match="--resume_from_checkpoint"):
+            find_checkpoint(arguments(output, resume_from_checkpoint=wanted))
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        find_checkpoint(arguments(output.parent / "nowhere", resume_from_checkpoint="True"))
+
+
+def test_a_manifest_lists_every_file_and_keeps_no_secret(trained):
+    manifest = json.loads((trained / "checkpoint-8" / "manifest.json").read_text())
+    there = {path.name for path in (trained / "checkpoint-8").iterdir()} - {"manifest.json"}
+    assert set(manifest["files"]) == there >= set(FILES) - {"manifest.json"}
+    assert not [name for name in manifest["run"]["flags"] if name.endswith("token")]

@@ -1,0 +1,42 @@
+"""A run that goes on from a checkpoint ends with the bits of one that was not interrupted, log included."""
+
+import shutil
+
+import pytest
+from resuming import CARD, CPU, essence, script_flags, start, zero
+from running import losses
+
+pytestmark = [pytest.mark.slow]
+SCRIPTS = ["run_clm.py", "run_mlm.py", "run_lora_clm.py"]
+CASES = {
+    **{f"{ranks}-cpu": (ranks, CPU) for ranks in (1, 2)},
+    **{f"{ranks}-card": (ranks, CARD) for ranks in (1, 2)},
+    **{f"zero{stage}": (2, [*CARD, *zero(stage)]) for stage in (1, 2, 3)},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_is_exact(script, case, assets, masked_assets, instructions, tmp_path):
+    ranks, card = CASES[case]
+    flags = [*script_flags(script, assets, masked_assets, instructions), *card]
+    start(script, ranks, tmp_path / "whole", *flags)
+    again = tmp_path / "again"
+    again.mkdir()
+    # As a kill in step 4 or 5 leaves it: logged and evaluated beyond the checkpoint, in the midst of an epoch.
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", again / "checkpoint-3")
+    said = start(script, ranks, again, *flags)
+    assert f"going on from {again / 'checkpoint-3'}" in said[0]
+    assert essence(again) == essence(tmp_path / "whole")
+    steps = [row["step"] for row in essence(again)[1] if "loss" in row]
+    assert steps == list(range(1, 9))
+
+
+def test_a_new_model_begins_alike_with_and_without_zero_3(assets, masked_assets, instructions, tmp_path):
+    """Divided weights are empty to what initialises them: they kept torch's defaults, with a loss far above chance."""
+    flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *CARD, "--max_steps", 1]
+    first = {}
+    for stage in (2, 3):
+        start("run_clm.py", 2, tmp_path / str(stage), *flags, *zero(stage))
+        first[stage] = losses(tmp_path / str(stage))[0]
+    assert first[3] == pytest.approx(first[2], rel=1e-3)
