@@ -115,7 +115,7 @@ def run_several(script: str, runs: list[list], environ: dict[str, str] | None = 
     for flags in runs:
         flags = [str(flag) for flag in flags]
         (done,) = warm.run([f"{script}.py", *flags], environ, ROOT, _card(flags, environ), 280)
-        output = Path(flags[flags.index("--output_dir") + 1])
+        output = Path([value for flag, value in zip(flags, flags[1:], strict=False) if flag == "--output_dir"][-1])
         ends.append(End(done.returncode, done.stderr, None if done.returncode else results(output)))
     return ends
 

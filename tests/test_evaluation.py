@@ -6,9 +6,8 @@ import sys
 
 import pytest
 import torch
-from running import ROOT, environment
+from running import ROOT, environment, run_several
 from safetensors.torch import load_file
-from several_runs import run_several
 from test_lora import common
 from tiny_models import tiny_model
 
