@@ -18,6 +18,7 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PeftType,
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
@@ -27,6 +28,8 @@ from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .adalora import SavedConfig, load_adalora
+from .memory import host_copies
 from .runtime import UserError
 from .trainer import LMTrainer
 
@@ -209,8 +212,12 @@ def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftMode
         UserError: there is no adapter, or it was made for another model.
     """
     try:
-        adapted = PeftModel.from_pretrained(model, name, is_trainable=trainable)
         saved = load_peft_weights(name, device="cpu")
+        config = SavedConfig.from_pretrained(name)
+        if config.peft_type == PeftType.ADALORA:
+            adapted = load_adalora(model, config, saved, trainable)
+        else:
+            adapted = PeftModel.from_pretrained(model, name, is_trainable=trainable)
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise UserError(f"--adapter_name_or_path {name}: no adapter there ({str(error).splitlines()[0]})") from error
     except (ValueError, RuntimeError, KeyError) as error:
@@ -274,5 +281,4 @@ def _without_adapter(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         for name, weight in model.state_dict(keep_vars=True).items()
         if ".base_layer." in name or not name.startswith(adapted)
     }
-    copies = {id(weight): weight.detach().cpu() for weight in weights.values()}
-    return {name: copies[id(weight)] for name, weight in weights.items()}
+    return host_copies(weights)

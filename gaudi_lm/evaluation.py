@@ -1,4 +1,4 @@
-"""Evaluation that keeps no logits: three sums a batch, static shapes, each row counted once on all ranks."""
+"""The rows of an evaluation: static shapes, each counted once on all ranks; and the precision of its weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .batches import PADDING_ROW, silence_padding_rows
-
-WINDOW = 32  # batches between two transfers of the sums to the host
 
 
 class EvaluationRows(IterableDataset):
@@ -84,49 +82,6 @@ def evaluation_loader(
     if not rows.sized:
         options |= {"num_workers": 0, "prefetch_factor": None}
     return DataLoader(rows, batch_size=batch_size, collate_fn=silence_padding_rows(collator), **options)
-
-
-class TokenSums:
-    """Sums over batches: on the card within a window, in float64 and whole numbers on the host across windows."""
-
-    def __init__(self):
-        self.windows: list[tuple[float, int, int]] = []
-        self._batches = 0
-        self._window: torch.Tensor | None = None
-
-    def add(self, loss_sum: torch.Tensor, correct: torch.Tensor, count: torch.Tensor) -> None:
-        """Add the 0-dim sums of one batch; every 32nd call waits for the card."""
-        sums = torch.stack([loss_sum.float(), correct.float(), count.float()])
-        self._window = sums if self._window is None else self._window + sums
-        self._batches += 1
-        if self._batches % WINDOW == 0:
-            self.flush()
-
-    def flush(self) -> None:
-        """Move what has been summed on the card to the host."""
-        if self._window is not None:
-            loss_sum, correct, count = self._window.tolist()
-            self.windows.append((loss_sum, int(correct), int(count)))
-            self._window = None
-
-    def over_ranks(self, gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, list]:
-        """``loss_sum``, ``correct`` and ``count``, one entry a rank.
-
-        Args:
-            gather: from a tensor of shape ``[n]`` to the ranks' tensors in a row, ``[world_size * n]``.
-        """
-        self.flush()
-        loss_sum = sum(window[0] for window in self.windows)
-        # float32 counts exactly to 2**24 only, so whole numbers travel in two parts.
-        parts = [*divmod(sum(w[1] for w in self.windows), 1 << 20), *divmod(sum(w[2] for w in self.windows), 1 << 20)]
-        ranks = gather(torch.tensor([loss_sum, *parts], dtype=torch.float32, device=device)).reshape(-1, 5).tolist()
-        if len(ranks) == 1:
-            ranks[0][0] = loss_sum
-        return {
-            "loss_sum": [rank[0] for rank in ranks],
-            "correct": [int(rank[1]) << 20 | int(rank[2]) for rank in ranks],
-            "count": [int(rank[3]) << 20 | int(rank[4]) for rank in ranks],
-        }
 
 
 @contextmanager

@@ -10,6 +10,7 @@ on values.
 import inspect
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Literal
@@ -19,48 +20,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.utils import ModelOutput
 
+from gaudi_lm.architectures import architecture_of
 from gaudi_lm.cross_entropy import chunked_cross_entropy, full_cross_entropy
 from gaudi_lm.predictions import IGNORE_INDEX, select_targets
-
-# Models whose logits are `scale * (hidden @ weight.T + bias)`, perhaps soft-capped, from `get_output_embeddings()`.
-CAUSAL_MODELS = frozenset(
-    ("bloom", "codegen", "cohere", "cohere2", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode")
-    + ("gpt_neo", "gpt_neox", "gptj", "granite", "llama", "mistral", "mixtral", "mpt", "olmo", "olmo2", "opt")
-    + ("persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "smollm3", "stablelm", "starcoder2")
-)
-
-# Masked models: the module that receives the encoder's output first. It and what follows see masked rows only.
-MASKED_HEADS = {
-    "albert": "predictions",
-    "bert": "cls",
-    "camembert": "lm_head",
-    "deberta": "cls",
-    "deberta-v2": "cls",
-    "distilbert": "vocab_transform",
-    "electra": "generator_predictions",
-    "modernbert": "head",
-    "mpnet": "lm_head",
-    "roberta": "lm_head",
-    "roberta-prelayernorm": "lm_head",
-    "xlm-roberta": "lm_head",
-    "xlm-roberta-xl": "lm_head",
-}
 
 
 @dataclass
 class TokenLossOutput(ModelOutput):
     """What a model with an installed token loss returns when it is given labels. Every tensor is 0-dimensional.
 
-    loss: float32, `loss_sum / num_items_in_batch` where that was given, else `loss_sum / count`; 0 without targets.
+    loss: float32, `(loss_sum + count * aux_loss) / num_items_in_batch`, or `/ count` where that was not given: what is
+        added weighs as the batch's share of the step. 0 without targets.
     loss_sum: float32, detached: the sum of the negative log-likelihoods of this batch's target tokens, in nats.
     correct: int64: targets that are the argmax of their logits.
     count: int64: target tokens, that is (shifted, for causal models) labels other than -100.
+    aux_loss: float32, detached: what the routers of a mixture of experts add, times the configured coefficient.
     """
 
     loss: Tensor | None = None
     loss_sum: Tensor | None = None
     correct: Tensor | None = None
     count: Tensor | None = None
+    aux_loss: Tensor | None = None
 
 
 def install_token_loss(
@@ -89,9 +70,7 @@ def install_token_loss(
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     reason = _why_full_logits(base, objective) if chunked else "asked for"
-    entry = MASKED_HEADS[base.config.model_type] if objective == "masked" and not reason else None
-    if base.config.model_type == "modernbert":
-        base.config.reference_compile = False  # else the head is one compiled function, which cannot be entered
+    entry = architecture_of(base.config).masked_head if objective == "masked" and not reason else None
 
     # The function, not the bound method: a copy of the model must run on its own parameters.
     original = getattr(base.forward, "__func__", base.forward)
@@ -103,10 +82,10 @@ def install_token_loss(
         run = MethodType(original, self) if takes_self else original
         if args:
             kwargs.update(zip(parameters, args, strict=False))
+        num_items = kwargs.pop("num_items_in_batch", None)
         if kwargs.get("labels") is None:
-            kwargs.pop("num_items_in_batch", None)
             return run(**kwargs)
-        labels, num_items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
+        labels = kwargs.pop("labels")
         kwargs.pop("return_dict", None)
         if "use_cache" in parameters and kwargs.get("past_key_values") is None:
             kwargs["use_cache"] = False
@@ -114,26 +93,28 @@ def install_token_loss(
             labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         smoothing = label_smoothing if self.training else 0.0
         if reason:
-            outputs = run(**kwargs)
+            with _uncompiled(self.config):
+                outputs = run(**kwargs)
             loss_sum, correct = full_cross_entropy(outputs.logits, labels, smoothing)
         else:
             rows = None
             if entry and max_predictions_per_seq is not None:
                 limit = max_predictions_per_seq
                 rows = limit(*labels.shape) if callable(limit) else limit * labels.shape[0]
-            outputs, hidden, labels = _run_without_head(self, run, kwargs, labels, entry, rows)
+            with _uncompiled(self.config):
+                outputs, hidden, labels = _run_without_head(self, run, kwargs, labels, entry, rows)
             head = self.get_output_embeddings()
-            scale, softcap = _logit_transform(self)
+            scale, softcap = architecture_of(self.config).logit_transform(self)
             loss_sum, correct = chunked_cross_entropy(
                 hidden, head.weight, labels, bias=head.bias, scale=scale, softcap=softcap, smoothing=smoothing
             )
         count = (labels != IGNORE_INDEX).sum()
+        loss, added = loss_sum, _router_loss(self, outputs)
+        if added is not None:
+            loss, added = loss + count * added.to(loss.device), added.detach()
         items = count if num_items is None else num_items
-        items = items.to(loss_sum.device).clamp(min=1) if torch.is_tensor(items) else max(items, 1)
-        loss = loss_sum / items
-        if outputs.get("aux_loss") is not None:  # mixtures of experts balance their routers
-            loss = loss + self.router_aux_loss_coef * outputs["aux_loss"].to(loss.device)
-        return TokenLossOutput(loss=loss, loss_sum=loss_sum.detach(), correct=correct, count=count)
+        loss = loss / (items.to(loss.device).clamp(min=1) if torch.is_tensor(items) else max(items, 1))
+        return TokenLossOutput(loss=loss, loss_sum=loss_sum.detach(), correct=correct, count=count, aux_loss=added)
 
     # The keyword arguments tell the trainer that the loss is normalised here, also for models that cannot do it.
     forward.token_loss_original = original
@@ -189,15 +170,32 @@ def _no_warning(input_ids: Tensor, attention_mask: Tensor | None) -> None:
     pass
 
 
-def _logit_transform(model) -> tuple[float, float | None]:
-    config = model.config
-    if config.model_type in ("cohere", "cohere2"):
-        return float(model.logit_scale), None
-    if config.model_type == "granite":
-        return 1.0 / config.logits_scaling, None
-    if config.model_type in ("gemma2", "gemma3_text"):
-        return 1.0, config.final_logit_softcapping
-    return 1.0, None
+@contextmanager
+def _uncompiled(config):
+    """ModernBERT's own compilation off for the moment: its head would be one function, which cannot be entered.
+
+    Not for good, as the configuration is saved with the model.
+    """
+    if not hasattr(config, "reference_compile"):
+        yield
+        return
+    wanted, config.reference_compile = config.reference_compile, False
+    try:
+        yield
+    finally:
+        config.reference_compile = wanted
+
+
+def _router_loss(model, outputs) -> Tensor | None:
+    """What a mixture of experts adds to its loss so that its routers share out the tokens evenly."""
+    balance = outputs.get("aux_loss")
+    if not torch.is_tensor(balance):
+        return None
+    for name in ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight"):  # most; JetMoE; DBRX
+        coefficient = getattr(model, name, getattr(model.config, name, None))
+        if coefficient is not None:
+            return coefficient * balance.float()
+    raise NotImplementedError(f"{model.config.model_type} balances its routers with a weight of an unknown name")
 
 
 def _why_full_logits(model, objective) -> str | None:
@@ -209,8 +207,9 @@ def _why_full_logits(model, objective) -> str | None:
         return "DeepSpeed ZeRO-3 shards the head"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         return "FSDP shards the head"
-    known = CAUSAL_MODELS if objective == "causal" else MASKED_HEADS
-    if name not in known or (name.startswith("deberta") and not model.config.legacy):
+    row = architecture_of(model.config)
+    known = row.causal_head if objective == "causal" else row.masked_head
+    if not known or (name.startswith("deberta") and not model.config.legacy):
         return f"the head of {name} is not known"
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
         return f"the output embedding is a {type(head).__name__}, not a plain linear layer"

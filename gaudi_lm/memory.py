@@ -1,8 +1,10 @@
-"""What the process holds: the C library's heap, and pages of mapped files."""
+"""What the process holds: the C library's heap, pages of mapped files, and copies of what a card holds."""
 
 import ctypes
 import os
 from collections.abc import Iterable
+
+import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 MADV_DONTNEED = 4  # of Linux's <sys/mman.h>
@@ -36,3 +38,9 @@ def forget_mapped_pages(files: Iterable[str]) -> None:
             if path in wanted and "w" not in permissions:
                 start, end = (int(address, 16) for address in span.split("-"))
                 library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+
+
+def host_copies(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights, made with ``state_dict(keep_vars=True)``, in host memory; tied ones stay tied, and count once."""
+    copies = {id(weight): weight.detach().cpu() for weight in weights.values()}
+    return {name: copies[id(weight)] for name, weight in weights.items()}

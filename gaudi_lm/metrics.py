@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -9,6 +10,11 @@ from pathlib import Path
 
 import datasets
 import evaluate
+import torch
+
+from .sums import gather_numbers
+
+logger = logging.getLogger("gaudi_lm")
 
 
 class TokenMetrics(evaluate.Metric):
@@ -88,6 +94,32 @@ class Throughput:
             self.synchronise()
             self.seconds += time.perf_counter() - self._started
             self._started = None
+
+    def figures(self, prefix: str, gather: Callable | None, device: torch.device) -> dict[str, float]:
+        """Samples, steps and tokens a second of all ranks together, and their share of padding.
+
+        Args:
+            prefix: of the names, such as ``train``.
+            gather, device: see `gaudi_lm.sums.gather_numbers`.
+        """
+        self.pause()
+        own = [self.samples, self.tokens, self.positions, self.seconds, self.steps]
+        ranks = list(zip(*gather_numbers(own, gather, device), strict=True))
+        samples, tokens, positions = map(sum, ranks[:3])
+        seconds, steps = max(ranks[3]), ranks[4][0]
+        if not steps or not seconds:
+            if self.steps_seen:
+                logger.warning(
+                    "%s throughput omitted: all %d steps were warm-up (--throughput_warmup_steps %d)",
+                    prefix, self.steps_seen, self.warmup_steps,
+                )  # fmt: skip
+            return {}
+        return {
+            f"{prefix}_samples_per_second": round(samples / seconds, 3),
+            f"{prefix}_steps_per_second": round(steps / seconds, 3),
+            f"{prefix}_tokens_per_second": round(tokens / seconds, 1),
+            f"{prefix}_padding_share": round(1 - tokens / positions, 4) if positions else 0.0,
+        }
 
 
 def save_loss_curve(history: list[dict], path: Path) -> bool:

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from .activations import fuse_activations
+from .architectures import PADDING, architecture_of
 from .arguments import ModelArguments, TrainingArguments
 from .attention import hand_over_flags
 from .dropout import install_dropout
@@ -140,15 +141,25 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
 def fit_vocabulary(
     config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, from_scratch: bool, config_overrides: str | None
 ) -> None:
-    """Before a model is made from scratch, give its configuration the tokenizer's vocabulary size.
+    """Before a model is made from scratch, give its configuration the tokenizer's special tokens and vocabulary size.
 
     A size that the user set by ``--config_overrides`` is left alone; a checkpoint's embedding is enlarged after
     loading, by :func:`load_model`.
 
     Raises:
-        UserError: the user's own size is smaller than the tokenizer's vocabulary.
+        UserError: the user's own size is smaller than the tokenizer's vocabulary, or a padding token is needed.
     """
-    if not from_scratch or config.vocab_size == len(tokenizer):
+    if architecture_of(config).first_position == PADDING and tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{config.model_type} counts positions from the padding token, and the tokenizer has none: choose another "
+            "by --tokenizer_name, or give this one a pad_token in its tokenizer_config.json"
+        )
+    if not from_scratch:
+        return
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, getattr(tokenizer, name))
+    if config.vocab_size == len(tokenizer):
         return
     frozen = any(pair.split("=")[0].strip() == "vocab_size" for pair in (config_overrides or "").split(","))
     if frozen:
@@ -161,9 +172,6 @@ def fit_vocabulary(
         "vocabulary size: %d, as the tokenizer has (the configuration says %d)", len(tokenizer), config.vocab_size
     )
     config.vocab_size = len(tokenizer)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(config, name, None) is not None:
-            setattr(config, name, getattr(tokenizer, name))
 
 
 def resolve_dtype(name: str | None) -> torch.dtype | str | None:
@@ -272,8 +280,7 @@ def length_limit(
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         # RoBERTa's positions start after the padding index, so two of them are never used.
-        offset = config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0
-        limits["the model's positions"] = positions - offset
+        limits["the model's positions"] = positions - architecture_of(config).position_of_first_token(config)
     length = wanted
     if length is None:
         length = min(*limits.values(), default)
@@ -285,16 +292,3 @@ def length_limit(
             logger.warning("%s: reduced from %d to %d, %s", flag, length, limit, name)
             length = limit
     return length
-
-
-# Architectures whose position ids start at padding_idx + 1, of max_position_embeddings in all.
-OFFSET_POSITIONS = (
-    "roberta",
-    "xlm-roberta",
-    "camembert",
-    "xlm-roberta-xl",
-    "longformer",
-    "mpnet",
-    "data2vec-text",
-    "esm",
-)

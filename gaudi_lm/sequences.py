@@ -27,30 +27,12 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 
+from .architectures import architecture_of, packable
 from .predictions import IGNORE_INDEX
 from .runtime import UserError
 
 logger = logging.getLogger("gaudi_lm")
 
-# What tests/test_sequences.py proves, on the models of transformers and on those that optimum-habana patches.
-CAUSAL = frozenset(
-    ("codegen", "cohere", "cohere2", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neo")
-    + ("gpt_neox", "gptj", "granite", "llama", "mistral", "olmo", "olmo2", "opt", "persimmon", "phi", "phi3", "qwen2")
-    + ("qwen3", "smollm3", "stablelm", "starcoder2")
-)
-CAUSAL_GAUDI = frozenset(
-    ("falcon", "gemma", "gemma2", "gemma3_text", "gpt_neo", "llama", "mistral", "mpt", "persimmon", "qwen2", "qwen3")
-    + ("stablelm",)
-)
-MASKED = frozenset(
-    ("bert", "camembert", "electra", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl")
-)
-MASKED_GAUDI = frozenset({"bert"})
-
-# Their position embeddings count from `padding_idx + 1`, and padding has the position `padding_idx`.
-OFFSET_POSITIONS = frozenset(
-    ("camembert", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl")
-)
 ROWS_PER_CHUNK = 100_000  # of a packed table: keeps the 32-bit offsets of an Arrow list far from their limit
 
 
@@ -183,12 +165,12 @@ def check_packable(model: nn.Module) -> None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = base.config.model_type
     patched = is_patched(base)
-    proven = (CAUSAL_GAUDI | MASKED_GAUDI) if patched else (CAUSAL | MASKED)
+    proven = packable(patched)
     if name not in proven:
         where = "optimum-habana's " if patched else ""
         raise UserError(
             f"--pack_sequences: {where}{name} is not known to keep packed texts apart; leave the flag out, or use one "
-            f"of {', '.join(sorted(proven))}"
+            f"of {', '.join(proven)}"
         )
     if getattr(getattr(base, "generation_config", None), "flash_attention_causal_mask", False):
         raise UserError(
@@ -242,22 +224,21 @@ class PackedCollator:
         check_packable(model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         name = base.config.model_type
-        causal = name in CAUSAL | CAUSAL_GAUDI
+        row = architecture_of(base.config)
         window = getattr(base.config, "sliding_window", None)
         if window and length > window:
             # A mask given from outside replaces the model's own, which would have held the window.
             raise UserError(
                 f"--pack_sequences: {name} attends to {window} tokens, rows are of {length}: lower --max_seq_length"
             )
-        offset = name in OFFSET_POSITIONS
+        first = row.position_of_first_token(base.config)
         return cls(
             length=length,
             pad_token_id=pad_token_id,
-            causal=causal,
-            first_position=base.config.pad_token_id + 1 if offset else 0,
-            pad_position=base.config.pad_token_id if offset else 0,
-            # The patched models invert a mask of ones and zeros, except Gemma, which adds it as it comes.
-            additive=causal and (name == "gemma" or not is_patched(base)),
+            causal=row.causal_head,
+            first_position=first,
+            pad_position=max(0, first - 1),
+            additive=row.causal_head and (row.adds_patched_mask or not is_patched(base)),
             dtype=base.dtype,
         )
 

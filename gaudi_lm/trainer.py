@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 
 import torch
 from optimum.habana import GaudiTrainer
 from optimum.habana.transformers.trainer import _get_input_update_settings
+from peft import PeftType
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
+from .adalora import RankReduction
 from .arguments import TrainingArguments
 from .attention import complete_generation_config
 from .batches import TrainingBatches, TrainingRows, count_tokens, silence_padding_rows
 from .checkpointing import repair_gradient_checkpointing
 from .cpu_ranks import average_gradients
 from .device_metrics import DeviceMetrics
-from .evaluation import TokenSums, evaluation_loader, weights_as
+from .evaluation import evaluation_loader, weights_as
 from .gaudi_configs import gaudi_config
 from .losses import install_token_loss
+from .memory import host_copies
 from .metrics import Throughput, TokenMetrics
 from .progress import LogLines, StepClock
 from .saving import ResumableTrainer
+from .sums import TokenSums, TrainingLoss
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -39,17 +44,21 @@ class LMTrainer(ResumableTrainer):
     batches; evaluation keeps sums, not logits; throughput counts what was executed.
     """
 
-    def __init__(self, *args, evaluation_collator=None, **kwargs):
+    def __init__(self, *args, objective: str, evaluation_collator=None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.first_target = 1 if objective == "causal" else 0  # no token predicts the first one
         self.evaluation_collator = evaluation_collator or self.data_collator
         self.model_accepts_loss_kwargs = True
         self.throughput = Throughput(self.args.throughput_warmup_steps, self._synchronise)
         self._window = (0, 0, 0)
         self._graphed_model: torch.nn.Module | None = None
         self.device_metrics = DeviceMetrics(self.args.throughput_warmup_steps)
+        adalora = getattr(self.model, "peft_type", None) == PeftType.ADALORA
+        self.rank_reduction = RankReduction(self.model) if adalora else None
+        loss = TrainingLoss(self.args.logging_nan_inf_filter, adds_orthogonality=adalora)
         # The clock waits for the card at the end of warm-up, before that step's figures of the card are read.
-        self.add_callback(StepClock(self))
-        self.add_callback(self.device_metrics)
+        for callback in (StepClock(self), self.device_metrics, loss, *filter(None, [self.rank_reduction])):
+            self.add_callback(callback)
         average_gradients(self.accelerator)
 
     def _synchronise(self) -> None:
@@ -95,7 +104,7 @@ class LMTrainer(ResumableTrainer):
         if not batches:
             return [], None
         # The batches are still in host memory: counting them waits for nothing.
-        labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        labels = sum(int((batch["labels"][:, self.first_target :] != -100).sum()) for batch in batches)
         counts = [count_tokens(batch) for batch in batches]
         self._window = tuple(sum(column) for column in zip(*counts, strict=True))
         items = torch.tensor(labels, device=device)
@@ -103,27 +112,41 @@ class LMTrainer(ResumableTrainer):
             items = self.accelerator.gather(items).sum()
         return batches, items
 
+    @property
+    def training_loss(self) -> TrainingLoss:
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TrainingLoss))
+
+    @property
+    def _ranks(self) -> tuple[Callable | None, torch.device]:  # the last arguments of gather_numbers
+        return (self.accelerator.gather if self.args.world_size > 1 else None), self.args.device
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        # A mean over the batch, so that what wrappers add to it (AdaLoRA) gets the batch's share of the step too.
+        outputs = model(**inputs)
         loss = outputs["loss"]
-        if self.args.average_tokens_across_devices and self.args.world_size > 1 and num_items_in_batch is not None:
-            # Gradients are averaged over ranks, while the loss was divided by the tokens of all ranks.
-            loss = loss * self.args.world_size
+        if num_items_in_batch is not None:
+            # Gradients are averaged over ranks, while label tokens are of all ranks.
+            ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
+            share = ranks / num_items_in_batch.clamp(min=1)
+            loss = loss * (outputs["count"] * share)
+            self.training_loss.add(loss.detach(), outputs, share)
         return (loss, outputs) if return_outputs else loss
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        output = super().train(*args, **kwargs)
+        return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
 
     def _maybe_log_save_evaluate(
         self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
     ):
-        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-            total = self._nested_gather(tr_loss).mean().item()
+        if self.control.should_log and self.training_loss.steps:
             tr_loss.zero_()
-            logs = {"loss": total / (self.state.global_step - self._globalstep_last_logged)}
+            logs = self.training_loss.take(*self._ranks)
             if self.is_deepspeed_enabled:
                 grad_norm = model.get_global_grad_norm()
             if grad_norm is not None:
                 logs["grad_norm"] = float(grad_norm)
             logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
-            self._total_loss_scalar += total
             self._globalstep_last_logged = self.state.global_step
             self.store_flos()
             self.log(logs, start_time=start_time)
@@ -135,17 +158,16 @@ class LMTrainer(ResumableTrainer):
             if self.args.save_strategy == SaveStrategy.BEST:
                 self.control.should_save = is_best
         if self.control.should_save:
+            self.training_loss.keep(*self._ranks)
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def log(self, logs: dict[str, float], start_time: float | None = None, end_time: float | None = None) -> None:
         if "train_runtime" in logs:
             # Upstream divides all samples by the time after warm-up, and counts resumed steps as done.
-            for name in ("samples", "steps", "tokens"):
-                logs.pop(f"train_{name}_per_second", None)
-            logs.update(self._throughput_figures(self.throughput, "train"))
-            # Of the steps of this process: those before a checkpoint have their losses in its log.
-            logs["train_loss"] = self._total_loss_scalar / max(1, self.throughput.steps_seen)
+            for name in ("loss", "samples_per_second", "steps_per_second", "tokens_per_second"):
+                logs.pop(f"train_{name}", None)
+            logs.update(self.throughput.figures("train", *self._ranks) | self.training_loss.result(*self._ranks))
         if self.args.device.type == "hpu":
             super().log(logs, start_time, end_time)
         else:
@@ -155,39 +177,24 @@ class LMTrainer(ResumableTrainer):
     def _save(self, output_dir=None, state_dict=None):
         if state_dict is None and self.args.device.type == "hpu":
             # Copied to the host one by one, tied weights would be written twice.
-            weights = self.model.state_dict(keep_vars=True)
-            copies = {id(weight): weight.detach().cpu() for weight in weights.values()}
-            state_dict = {name: copies[id(weight)] for name, weight in weights.items()}
+            state_dict = host_copies(self.model.state_dict(keep_vars=True))
         super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.rank_reduction and self.args.should_save:
+            self.rank_reduction.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.rank_reduction and checkpoint is not None:
+            self.rank_reduction.load(checkpoint)
 
     def _issue_warnings_after_load(self, load_result):
         # Checkpoints leave out tied weights; a model that ties them misses nothing.
         tied = set(self.model._tied_weights_keys or ()) if hasattr(self.model, "_tied_weights_keys") else set()
         load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
         super()._issue_warnings_after_load(load_result)
-
-    def _throughput_figures(self, throughput: Throughput, prefix: str) -> dict[str, float]:
-        throughput.pause()
-        own = [throughput.samples, throughput.tokens, throughput.positions, throughput.seconds, throughput.steps]
-        ranks = torch.tensor(own, dtype=torch.float32)
-        if self.args.world_size > 1:
-            ranks = self.accelerator.gather(ranks.to(self.args.device))
-        ranks = ranks.reshape(-1, len(own)).cpu().double()
-        samples, tokens, positions = ranks[:, :3].sum(0).tolist()
-        seconds, steps = ranks[:, 3].max().item(), int(ranks[0, 4])
-        if not steps or not seconds:
-            if throughput.steps_seen:
-                logger.warning(
-                    "%s throughput omitted: all %d steps were warm-up (--throughput_warmup_steps %d)",
-                    prefix, throughput.steps_seen, throughput.warmup_steps,
-                )  # fmt: skip
-            return {}
-        return {
-            f"{prefix}_samples_per_second": round(samples / seconds, 3),
-            f"{prefix}_steps_per_second": round(steps / seconds, 3),
-            f"{prefix}_tokens_per_second": round(tokens / seconds, 1),
-            f"{prefix}_padding_share": round(1 - tokens / positions, 4) if positions else 0.0,
-        }
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Token-weighted loss, perplexity and accuracy, and the speed of the evaluation, over all ranks."""
@@ -201,7 +208,8 @@ class LMTrainer(ResumableTrainer):
         warmup = 0 if self.is_in_train else args.throughput_warmup_steps
         throughput, sums, started = Throughput(warmup, self._synchronise), TokenSums(), time.perf_counter()
         throughput.begin_step()
-        with weights_as(self.model, self._evaluation_dtype(), restore=args.do_train):
+        dtype = torch.bfloat16 if args.bf16_full_eval and not self.is_in_train else None
+        with weights_as(self.model, dtype, restore=args.do_train):
             for batch in loader:
                 window = count_tokens(batch)
                 inputs = self._prepare_inputs({**batch, **extra_inputs} if update else batch)
@@ -213,20 +221,16 @@ class LMTrainer(ResumableTrainer):
                 self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
                 throughput.end_step(*window)
                 throughput.begin_step()
-        gather = self.accelerator.gather if args.world_size > 1 else (lambda tensor: tensor)
-        parts = sums.over_ranks(gather, args.device if args.world_size > 1 else torch.device("cpu"))
+        parts = sums.over_ranks(*self._ranks)
         result = TokenMetrics(keep_in_memory=True, experiment_id=f"rank{args.process_index}").compute(**parts)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
         metrics[f"{metric_key_prefix}_samples"] = loader.dataset.rows_seen
         metrics[f"{metric_key_prefix}_tokens"] = sum(parts["count"])
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
-        metrics.update(self._throughput_figures(throughput, metric_key_prefix))
+        metrics.update(throughput.figures(metric_key_prefix, *self._ranks))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
-
-    def _evaluation_dtype(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.args.bf16_full_eval and not self.is_in_train else None
 
     def _evaluation_model(self) -> torch.nn.Module:
         """The model in evaluation mode on the card, in HPU graphs where they are asked for and training is over."""
@@ -282,6 +286,7 @@ def build_trainer(
         complete_generation_config()
     trainer = LMTrainer(
         model=model,
+        objective=objective,
         gaudi_config=gaudi_config(training_args),
         args=training_args,
         data_collator=collator,

@@ -2,7 +2,11 @@
 
 torchrun --nproc_per_node RANKS tests/accumulation_runs.py OUTPUT ROWSxSTEPS... -- FAMILY...
 
-Writes OUTPUT: for each family and each ROWSxSTEPS, the losses and gradient norms of all steps and the final weights.
+A family is a model type, perhaps with an adapter: `llama+adalora`. Of a mixture of experts all rows hold the same
+tokens, as the balance of its routers is no mean over rows: two batches of other rows have another balance than both
+together.
+
+Writes OUTPUT: for each family and each ROWSxSTEPS, the figures of all steps and of the run, and the final weights.
 """
 
 import os
@@ -20,10 +24,13 @@ import torch
 from datasets import Dataset
 from tiny_models import CAUSAL, VOCABULARY, tiny_model
 
+from gaudi_lm.adapters import AdapterArguments, adapter_config, add_adapter
 from gaudi_lm.arguments import TrainingArguments
 from gaudi_lm.trainer import build_trainer
 
 ROWS, LENGTH = 20, 16  # with 8 rows a step, the last step of an epoch has 4
+EXPERTS = ("mixtral",)
+ADALORA = {"adalora_init_r": 4, "adalora_target_r": 2, "adalora_tinit": 1, "adalora_tfinal": 2, "adalora_delta_t": 1}
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -33,25 +40,46 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids.where(torch.arange(LENGTH) < targets[:, None], -100)}
 
 
-def train(family: str, batch: int, accumulation: int) -> dict:
+def family_model(name: str) -> torch.nn.Module:
+    model_type, _, adapter = name.partition("+")
+    experts = {"output_router_logits": True, "router_aux_loss_coef": 0.5} if model_type in EXPERTS else {}
+    model = tiny_model(model_type, **experts)
+    if adapter:
+        settings = AdapterArguments(peft_type=adapter, lora_dropout=0.0, lora_target_modules=["q_proj", "v_proj"])
+        for flag, value in ADALORA.items():
+            setattr(settings, flag, value)
+        torch.manual_seed(1)
+        model = add_adapter(model, adapter_config(settings), "--lora_target_modules")
+    return model
+
+
+def train(family: str, batch: int, accumulation: int, **changes) -> dict:
     data = np.random.default_rng(0).integers(3, VOCABULARY, (ROWS, LENGTH), dtype=np.int32)
-    args = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, do_train=True, per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation, num_train_epochs=2, logging_steps=1, save_strategy="no",
-        optim="sgd", learning_rate=0.1, max_grad_norm=1.0, disable_tqdm=True,
-    )  # fmt: skip
+    if family.startswith(EXPERTS):
+        data[:] = data[0]
+    args = TrainingArguments(**{
+        "output_dir": tempfile.mkdtemp(), "use_cpu": True, "do_train": True, "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation, "num_train_epochs": 2, "logging_steps": 1, "optim": "sgd",
+        "save_strategy": "no", "learning_rate": 0.1, "max_grad_norm": 1.0, "disable_tqdm": True, **changes,
+    })  # fmt: skip
     trainer = build_trainer(
-        tiny_model(family),
-        "causal" if family in CAUSAL else "masked",
+        family_model(family),
+        "causal" if family.partition("+")[0] in CAUSAL else "masked",
         args,
         None,
         collate,
         train_dataset=Dataset.from_dict({"input_ids": list(data)}),
     )
-    trainer.train()
+    output = trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]
-    weights = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-    return {"loss": [r["loss"] for r in logs], "grad_norm": [r["grad_norm"] for r in logs], "weights": weights}
+    weights = {n: value.detach().clone() for n, value in trainer.model.named_parameters() if value.requires_grad}
+    figures = ("loss", "grad_norm", "aux_loss", "orthogonality_loss")
+    return {
+        "weights": weights,
+        "metrics": output.metrics,
+        "training_loss": output.training_loss,
+        **{name: [row[name] for row in logs] for name in figures if logs and name in logs[0]},
+    }
 
 
 def main() -> None:
@@ -60,6 +88,10 @@ def main() -> None:
     for name in sys.argv[sys.argv.index("--") + 1 :]:
         for share in shares:
             found[name, share] = train(name, *map(int, share.split("x")))
+        if name == "gpt2" or name.startswith(EXPERTS) or "+" in name:
+            # The log has four of the six steps, or none; the last step of an epoch has half of its rows.
+            found[name, "rare"] = train(name, *map(int, shares[0].split("x")), logging_steps=4)
+            found[name, "never"] = train(name, *map(int, shares[0].split("x")), logging_steps=100)
     if os.environ.get("RANK", "0") == "0":
         torch.save(found, output)
 

@@ -12,7 +12,7 @@ from tiny_models import CAUSAL, MASKED, VOCABULARY, tiny_model
 from tokenizers import ByteLevelBPETokenizer
 from torch.nn import functional
 
-from gaudi_lm import sequences
+from gaudi_lm.architectures import packable
 from gaudi_lm.batches import count_tokens
 from gaudi_lm.losses import install_token_loss
 from gaudi_lm.runtime import UserError
@@ -65,7 +65,7 @@ def worst_difference(model, device="cpu"):
     return worst
 
 
-@pytest.mark.parametrize("model_type", sorted(sequences.CAUSAL | sequences.MASKED))
+@pytest.mark.parametrize("model_type", packable(patched=False))
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_each_text_has_the_loss_it_has_alone(model_type, attention):
     try:
@@ -76,7 +76,7 @@ def test_each_text_has_the_loss_it_has_alone(model_type, attention):
     assert worst_difference(model) <= 1e-5
 
 
-@pytest.mark.parametrize("model_type", sorted((set(CAUSAL) | set(MASKED)) - sequences.CAUSAL - sequences.MASKED))
+@pytest.mark.parametrize("model_type", sorted({*CAUSAL, *MASKED} - {*packable(patched=False)}))
 def test_others_are_refused_by_name(model_type):
     with pytest.raises(UserError, match=f"--pack_sequences: {model_type} "):
         PackedCollator.for_model(tiny_model(model_type), PAD, LENGTH)

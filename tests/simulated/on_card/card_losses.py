@@ -12,10 +12,11 @@ from optimum.habana.transformers import gradient_checkpointing as lazy_mode
 from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 from tiny_models import distance, gradients, make_batch, objective_of, tiny_model
 
+from gaudi_lm.architectures import ARCHITECTURES, packable
 from gaudi_lm.checkpointing import repair_gradient_checkpointing
 from gaudi_lm.losses import install_token_loss
 from gaudi_lm.runtime import UserError
-from gaudi_lm.sequences import CAUSAL_GAUDI, MASKED, MASKED_GAUDI, PackedCollator, is_patched
+from gaudi_lm.sequences import PackedCollator, is_patched
 
 adapt_transformers_to_gaudi()
 MODELS = ["gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "opt", "bert", "roberta", "distilbert", "albert"]
@@ -113,10 +114,13 @@ def test_evaluation_in_hpu_graphs(model_type):
             assert {name: value.item() for name, value in got.items()} == pytest.approx(plain, rel=1e-6)
 
 
-@pytest.mark.parametrize("model_type", sorted(CAUSAL_GAUDI | MASKED_GAUDI | MASKED))
+MASKED = [name for name in packable(patched=False) if ARCHITECTURES[name].masked_head]
+
+
+@pytest.mark.parametrize("model_type", sorted({*packable(patched=True), *MASKED}))
 def test_each_packed_text_has_the_loss_it_has_alone(model_type):
     model = tiny_model(model_type, attn_implementation="eager")
-    assert is_patched(model) == (model_type in CAUSAL_GAUDI | MASKED_GAUDI)
+    assert is_patched(model) == (model_type in packable(patched=True))
     assert test_sequences.worst_difference(model, "hpu") <= 1e-5
 
 

@@ -1,0 +1,126 @@
+"""What the suite knows of each architecture: one row each, and a test for every field of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+PADDING = "padding"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture, as transformers wrote it and as optimum-habana patches it.
+
+    Attributes:
+        causal_head: a causal model's logits are ``softcap(scale * (hidden @ weight.T + bias))``, with weight and bias
+            of its output embedding.
+        masked_head: of a masked model, the module that receives the encoder's output first: it and what follows make
+            the logits position by position.
+        logit_transform: from a model to ``(scale, softcap)``, a softcap of None being none.
+        first_position: index of the first token in the table of positions; ``padding``: one more than the padding id,
+            which is then the position of padding.
+        packs: a block-diagonal mask and position ids keep the texts of a row apart.
+        packs_patched: so they do in optimum-habana's model, where there is one.
+        adds_patched_mask: that model adds a mask to the scores as it comes; others want one of ones and zeros.
+    """
+
+    causal_head: bool = False
+    masked_head: str | None = None
+    logit_transform: Callable[[PreTrainedModel], tuple[float, float | None]] = lambda model: (1.0, None)
+    first_position: int | str = 0
+    packs: bool = False
+    packs_patched: bool = False
+    adds_patched_mask: bool = False
+
+    def position_of_first_token(self, config: PretrainedConfig) -> int:
+        """Where positions start, for this configuration, which needs a padding id if they start after it."""
+        return config.pad_token_id + 1 if self.first_position == PADDING else self.first_position
+
+
+def _scaled(model: PreTrainedModel) -> tuple[float, None]:
+    return float(model.logit_scale), None
+
+
+def _divided(model: PreTrainedModel) -> tuple[float, None]:
+    return 1.0 / model.config.logits_scaling, None
+
+
+def _capped(model: PreTrainedModel) -> tuple[float, float | None]:
+    return 1.0, model.config.final_logit_softcapping
+
+
+def _causal(packs: bool = True, patched: bool = False, **fields) -> Architecture:
+    return Architecture(causal_head=True, packs=packs, packs_patched=patched, **fields)
+
+
+def _masked(head: str, first: int | str = 0, packs: bool = True, patched: bool = False) -> Architecture:
+    return Architecture(masked_head=head, first_position=first, packs=packs, packs_patched=patched)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "bloom": _causal(packs=False),
+    "codegen": _causal(),
+    "cohere": _causal(logit_transform=_scaled),
+    "cohere2": _causal(logit_transform=_scaled),
+    "falcon": _causal(patched=True),
+    "gemma": _causal(patched=True, adds_patched_mask=True),
+    "gemma2": _causal(patched=True, logit_transform=_capped),
+    "gemma3_text": _causal(patched=True, logit_transform=_capped),
+    "gpt2": _causal(),
+    "gpt_bigcode": _causal(),
+    "gpt_neo": _causal(patched=True),
+    "gpt_neox": _causal(),
+    "gptj": _causal(),
+    "granite": _causal(logit_transform=_divided),
+    "llama": _causal(patched=True),
+    "mistral": _causal(patched=True),
+    "mixtral": _causal(packs=False),
+    "mpt": _causal(packs=False, patched=True),
+    "olmo": _causal(),
+    "olmo2": _causal(),
+    "opt": _causal(),  # its table of positions has the two rows more that it starts after
+    "persimmon": _causal(patched=True),
+    "phi": _causal(),
+    "phi3": _causal(),
+    "qwen2": _causal(patched=True),
+    "qwen2_moe": _causal(packs=False),
+    "qwen3": _causal(patched=True),
+    "smollm3": _causal(),
+    "stablelm": _causal(patched=True),
+    "starcoder2": _causal(),
+    "albert": _masked("predictions", packs=False),
+    "bert": _masked("cls", patched=True),
+    "camembert": _masked("lm_head", PADDING),
+    "deberta": _masked("cls", packs=False),
+    "deberta-v2": _masked("cls", packs=False),
+    "distilbert": _masked("vocab_transform", packs=False),
+    "electra": _masked("generator_predictions"),
+    "modernbert": _masked("head", packs=False),
+    "mpnet": _masked("lm_head", 2),  # whatever its padding id is
+    "roberta": _masked("lm_head", PADDING),
+    "roberta-prelayernorm": _masked("lm_head", PADDING),
+    "xlm-roberta": _masked("lm_head", PADDING),
+    "xlm-roberta-xl": _masked("lm_head", PADDING),
+    # Their heads are not known: the loss is made from the full logits.
+    "data2vec-text": Architecture(first_position=PADDING),
+    "esm": Architecture(first_position=PADDING),
+    "ibert": Architecture(first_position=PADDING),
+    "longformer": Architecture(first_position=PADDING),
+    "luke": Architecture(first_position=PADDING),
+    "xmod": Architecture(first_position=PADDING),
+}
+
+UNKNOWN = Architecture()
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """The row of a model's configuration; one that claims nothing for an architecture that has none."""
+    return ARCHITECTURES.get(config.model_type, UNKNOWN)
+
+
+def packable(patched: bool) -> list[str]:
+    """The architectures that keep packed texts apart, in transformers or as optimum-habana patches them."""
+    return sorted(name for name, row in ARCHITECTURES.items() if (row.packs_patched if patched else row.packs))

@@ -1,0 +1,125 @@
+"""The table of architectures: what a row says is what the model does. Heads and packing have tests of their own."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from running import run_many
+from test_losses import make_batch, tiny_model
+from tiny_models import CAUSAL, MASKED, VOCABULARY
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from gaudi_lm.architectures import ARCHITECTURES, PADDING
+from gaudi_lm.losses import install_token_loss
+from gaudi_lm.models import fit_vocabulary, length_limit
+from gaudi_lm.runtime import UserError
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+OTHERS = {
+    "data2vec-text": SMALL,
+    "esm": {**SMALL, "mask_token_id": 4, "position_embedding_type": "absolute"},
+    "ibert": SMALL,
+    "longformer": {**SMALL, "attention_window": 8},
+    "luke": {**SMALL, "entity_vocab_size": 8, "entity_emb_size": 8},
+    "xmod": {**SMALL, "languages": ["en_XX"], "default_language": "en_XX"},
+}
+POSITIONS = {"n_positions": 40, "max_position_embeddings": 40, "max_seq_len": 40, "seq_length": 40}
+
+
+def make_model(model_type: str, pad_token_id: int | None) -> torch.nn.Module:
+    """A tiny model with 40 positions, whatever the configuration calls them."""
+    settings = CAUSAL.get(model_type) or MASKED.get(model_type) or OTHERS[model_type]
+    config = CONFIG_MAPPING[model_type]()
+    names = {**settings, **{name: size for name, size in POSITIONS.items() if hasattr(config, name)}}
+    config = CONFIG_MAPPING[model_type](**names, vocab_size=VOCABULARY, pad_token_id=pad_token_id)
+    auto = AutoModelForCausalLM if model_type in CAUSAL else AutoModelForMaskedLM
+    return auto.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("pad_token_id", [0, 1, 3])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_the_default_length_is_the_longest_that_the_model_takes(model_type, pad_token_id):
+    model, row = make_model(model_type, pad_token_id), ARCHITECTURES[model_type]
+    unlimited = SimpleNamespace(model_max_length=10**30)
+    length = length_limit("--max_seq_length", None, unlimited, model.config, default=40)
+    assert length == 40 - row.position_of_first_token(model.config)
+    assert row.position_of_first_token(model.config) == (
+        pad_token_id + 1 if row.first_position == PADDING else row.first_position
+    )
+    input_ids = torch.randint(5, VOCABULARY, (2, length + 1), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=input_ids[:, :length]).logits).all()
+        if row.first_position:
+            with pytest.raises((IndexError, RuntimeError)):
+                model(input_ids=input_ids)
+
+
+@pytest.mark.parametrize("model_type", [name for name, row in ARCHITECTURES.items() if row.first_position])
+def test_positions_start_where_the_row_says(model_type):
+    model = make_model(model_type, 3)
+    input_ids = torch.randint(5, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    first = ARCHITECTURES[model_type].position_of_first_token(model.config)
+    with torch.no_grad():
+        own = model(input_ids=input_ids).logits
+        given = model(input_ids=input_ids, position_ids=torch.arange(first, first + 12).expand(2, -1)).logits
+        other = model(input_ids=input_ids, position_ids=torch.arange(first + 1, first + 13).expand(2, -1)).logits
+    torch.testing.assert_close(own, given)
+    assert not torch.allclose(own, other)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_tokenizer_without_padding_token(model_type):
+    """Where positions do not count from it, the model is made and runs; elsewhere the fault is named."""
+    config = CONFIG_MAPPING[model_type]()
+    tokenizer = SimpleNamespace(pad_token_id=None, bos_token_id=0, eos_token_id=2, __len__=None)
+    tokenizer = type("Tokenizer", (SimpleNamespace,), {"__len__": lambda self: VOCABULARY})(**vars(tokenizer))
+    if ARCHITECTURES[model_type].first_position == PADDING:
+        with pytest.raises(UserError, match=f"{model_type} counts positions from the padding token"):
+            fit_vocabulary(config, tokenizer, True, None)
+        return
+    fit_vocabulary(config, tokenizer, True, None)
+    assert config.vocab_size == VOCABULARY and config.pad_token_id is None
+    model = make_model(model_type, None)
+    assert torch.isfinite(model(input_ids=torch.randint(5, VOCABULARY, (2, 9))).logits).all()
+
+
+@pytest.mark.parametrize("wanted", [None, True, False])
+def test_modernbert_keeps_its_own_compilation_setting(wanted, tmp_path):
+    model = tiny_model("modernbert", reference_compile=wanted)
+    install_token_loss(model, "masked", max_predictions_per_seq=12)
+    model(**make_batch("masked")).loss.backward()
+    model.save_pretrained(tmp_path)
+    assert model.config.reference_compile is wanted
+    # transformers 4.55 writes no such setting at all.
+    assert "reference_compile" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.slow
+def test_scripts_say_or_do_what_is_right(assets, masked_assets, tmp_path):
+    """roberta-prelayernorm at its default length; a tokenizer with a mask token and no padding token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(masked_assets.roberta)
+    tokenizer._pad_token = None
+    tokenizer._special_tokens_map["pad_token"] = None
+    tokenizer.save_pretrained(tmp_path / "no_padding")
+    small = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=48,max_position_embeddings=66"
+    common = [
+        "--train_file", assets.train, "--do_train", "--use_cpu", "--max_steps", 1, "--config_overrides", small,
+        "--per_device_train_batch_size", 2, "--validation_split_percentage", 20,
+    ]  # fmt: skip
+    cases = {
+        name: [*map(str, common), "--model_type", model_type, "--tokenizer_name", str(tokenizer_name),
+               "--output_dir", str(tmp_path / name)]
+        for name, model_type, tokenizer_name in (
+            ("longest", "roberta-prelayernorm", masked_assets.roberta),
+            ("no padding", "roberta", tmp_path / "no_padding"),
+        )
+    }  # fmt: skip
+    ends = run_many("run_mlm.py", cases, tmp_path)
+    assert ends["longest"][0] == 0, ends["longest"][1]
+    status, log = ends["no padding"]
+    assert status == 2, log
+    assert "error: roberta counts positions from the padding token, and the tokenizer has none" in log
+    assert "Traceback" not in log and not (tmp_path / "no padding").exists()
