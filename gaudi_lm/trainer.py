@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -134,7 +133,7 @@ class LMTrainer(ResumableTrainer):
 
     def train(self, *args, **kwargs) -> TrainOutput:
         output = super().train(*args, **kwargs)
-        return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
+        return output._replace(training_loss=output.metrics.get("train_loss", float("nan")))
 
     def _maybe_log_save_evaluate(
         self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None

@@ -1,12 +1,13 @@
 """Train tiny models of many families with different shares of a step: rows a batch, batches accumulated, ranks.
 
-torchrun --nproc_per_node RANKS tests/accumulation_runs.py OUTPUT ROWSxSTEPS... -- FAMILY...
+torchrun --nproc_per_node RANKS tests/accumulation_runs.py OUTPUT ROWSxSTEPS... -- FAMILY
 
 A family is a model type, perhaps with an adapter: `llama+adalora`. Of a mixture of experts all rows hold the same
 tokens, as the balance of its routers is no mean over rows: two batches of other rows have another balance than both
 together.
 
-Writes OUTPUT: for each family and each ROWSxSTEPS, the figures of all steps and of the run, and the final weights.
+Writes OUTPUT: for each ROWSxSTEPS the figures of all steps and of the run, and the final weights; for some families
+also of runs that do not log each step.
 """
 
 import os
@@ -83,15 +84,12 @@ def train(family: str, batch: int, accumulation: int, **changes) -> dict:
 
 
 def main() -> None:
-    output, *shares = sys.argv[1 : sys.argv.index("--")]
-    found = {}
-    for name in sys.argv[sys.argv.index("--") + 1 :]:
-        for share in shares:
-            found[name, share] = train(name, *map(int, share.split("x")))
-        if name == "gpt2" or name.startswith(EXPERTS) or "+" in name:
-            # The log has four of the six steps, or none; the last step of an epoch has half of its rows.
-            found[name, "rare"] = train(name, *map(int, shares[0].split("x")), logging_steps=4)
-            found[name, "never"] = train(name, *map(int, shares[0].split("x")), logging_steps=100)
+    output, *shares, _, name = sys.argv[1:]
+    found = {share: train(name, *map(int, share.split("x"))) for share in shares}
+    if name == "gpt2" or name.startswith(EXPERTS) or "+" in name:
+        # The log has four of the six steps, or none; the last step of an epoch has half of its rows.
+        for when, steps in (("rare", 4), ("never", 100)):
+            found[when] = train(name, *map(int, shares[0].split("x")), logging_steps=steps)
     if os.environ.get("RANK", "0") == "0":
         torch.save(found, output)
 

@@ -4,34 +4,32 @@ optimum-habana 1.21.2 multiplies loss and gradients by the number of accumulated
 takes no keyword arguments: BERT, RoBERTa, ALBERT and DistilBERT among those here.
 """
 
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
-from running import ROOT, environment, log_history, run
+from running import ROOT, log_history, run, run_ranks
 
 FAMILIES = ["bert", "roberta", "albert", "distilbert", "gpt2", "gptj", "gpt_neox", "llama"]
 ADDED = {  # what is added to the loss, by family
     "mixtral": "aux_loss", "mixtral+lora": "aux_loss", "llama+adalora": "orthogonality_loss",
 }  # fmt: skip
+LOGGED = ["gpt2", *ADDED]  # of these, runs that log now and then as well, and three ranks
+SHARES = {1: ["8x1", "2x4"], 2: ["4x1", "1x4"], 3: ["3x1"]}
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory) -> dict[tuple[str, str, int], dict]:
-    """Losses, gradient norms and weights by family, ROWSxSTEPS and number of ranks; 8 rows are a step throughout."""
-    found = {}
-    for ranks, shares in ((1, ["8x1", "2x4"]), (2, ["4x1", "1x4"]), (3, ["3x1"])):
+def steps(tmp_path_factory) -> Callable[[str, int], dict[str, dict]]:
+    """Figures and weights of a family's runs by ROWSxSTEPS, for a number of ranks; 8 rows are a step, of 3 ranks 9."""
+
+    @cache
+    def train(family: str, ranks: int) -> dict[str, dict]:
         output = tmp_path_factory.mktemp("accumulation") / "found.pt"
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone",
-             str(ROOT / "tests" / "accumulation_runs.py"), str(output), *shares,
-             "--", *(FAMILIES if ranks < 3 else ["gpt2"]), *ADDED],
-            capture_output=True, text=True, env=environment(), timeout=1100, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[:3000]
-        found |= {(*key, ranks): value for key, value in torch.load(output).items()}
-    return found
+        run_ranks(ranks, ROOT / "tests" / "accumulation_runs.py", output, *SHARES[ranks], "--", family)
+        return torch.load(output)
+
+    return train
 
 
 @pytest.mark.slow
@@ -39,7 +37,7 @@ def steps(tmp_path_factory) -> dict[tuple[str, str, int], dict]:
 @pytest.mark.parametrize(("share", "ranks"), [("2x4", 1), ("4x1", 2), ("1x4", 2)])
 @pytest.mark.parametrize("family", [*FAMILIES, *ADDED])
 def test_a_step_is_the_same_however_it_is_shared(steps, family, share, ranks):
-    whole, shared = steps[family, "8x1", 1], steps[family, share, ranks]
+    whole, shared = steps(family, 1)["8x1"], steps(family, ranks)[share]
     # 20 rows: two steps of 8 rows and one of 4 in each of the two epochs.
     assert len(whole["loss"]) == 6 and len(set(whole["loss"])) == 6
     for figure in ("loss", "grad_norm", *filter(None, [ADDED.get(family)])):
@@ -51,21 +49,22 @@ def test_a_step_is_the_same_however_it_is_shared(steps, family, share, ranks):
 @pytest.mark.slow
 @pytest.mark.xdist_group("accumulation")
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("family", ["gpt2", *ADDED])
+@pytest.mark.parametrize("family", LOGGED)
 def test_the_loss_of_a_run_is_of_all_steps_and_ranks(steps, family, ranks):
     """Whatever was logged: all steps, some, or none; the last step of an epoch has fewer rows than the others."""
-    logged = steps[family, {1: "8x1", 2: "4x1", 3: "3x1"}[ranks], ranks]
+    runs = steps(family, ranks)
+    logged = runs[SHARES[ranks][0]]
     mean = sum(logged["loss"]) / len(logged["loss"])
-    for when in (logged, steps[family, "rare", ranks], steps[family, "never", ranks]):
-        assert when["metrics"]["train_loss"] == pytest.approx(mean, rel=1e-6)
-        assert when["training_loss"] == when["metrics"]["train_loss"]
-    assert len(steps[family, "rare", ranks]["loss"]) == 1 and "loss" not in steps[family, "never", ranks]
+    for one in (logged, runs["rare"], runs["never"]):
+        assert one["metrics"]["train_loss"] == pytest.approx(mean, rel=1e-6)
+        assert one["training_loss"] == one["metrics"]["train_loss"]
+    assert len(runs["rare"]["loss"]) == 1 and "loss" not in runs["never"]
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("accumulation")
 def test_what_adalora_drops_is_dropped_on_all_ranks(steps):
-    runs = [steps["llama+adalora", share, ranks] for share, ranks in (("8x1", 1), ("2x4", 1), ("4x1", 2), ("1x4", 2))]
+    runs = [steps("llama+adalora", ranks)[share] for ranks in (1, 2) for share in SHARES[ranks]]
     dropped = [
         {name: (value == 0).view(-1).tolist() for name, value in run["weights"].items() if "lora_E" in name}
         for run in runs
@@ -90,12 +89,7 @@ def test_masked_script_on_two_ranks(assets, masked_assets, tmp_path):
         "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "two",
     ]  # fmt: skip
     run("run_mlm.py", *flags, *one)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, "run_mlm.py", *map(str, [*flags, *two])],
-        capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=1100, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(2, "run_mlm.py", *flags, *two)
     alone, shared = log_history(tmp_path / "one"), log_history(tmp_path / "two")
     for name in ("loss", "grad_norm", "eval_loss", "eval_accuracy", "eval_tokens"):
         figures = [row[name] for row in alone if name in row]
