@@ -175,7 +175,6 @@ class LMTrainer(ResumableTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         if state_dict is None and self.args.device.type == "hpu":
-            # Copied to the host one by one, tied weights would be written twice.
             state_dict = host_copies(self.model.state_dict(keep_vars=True))
         super()._save(output_dir, state_dict)
 
