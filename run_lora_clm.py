@@ -32,7 +32,7 @@ from gaudi_lm.adapters import (
 )
 from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments
 from gaudi_lm.data import load_raw
-from gaudi_lm.instructions import collate_examples, collate_packed, show_targets, tokenise_examples
+from gaudi_lm.instructions import collate_examples, show_targets, tokenise_examples
 from gaudi_lm.models import length_limit, load_config, load_model, load_tokenizer
 from gaudi_lm.parsing import parse
 from gaudi_lm.prompts import check_tokenizer, find_format
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 use_cache=not (data_args.overwrite_cache and training_args.local_process_index == 0),
                 keep_in_memory=data_args.keep_in_memory,
             )  # fmt: skip
-    first = next(iter(rows.values())).with_format("numpy")[0]["input_ids"]
+    first = next(iter(rows.values())).with_format("numpy")[0]
     logger.info("an example, what is learnt between >>> and <<<: %r", show_targets(first, tokenizer))
     if training_args.bf16 and model_args.torch_dtype is None:
         model_args.torch_dtype = "bfloat16"  # frozen weights lose nothing by it; peft keeps the adapter in fp32
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if data_args.pack_sequences:
         step = training_args.rows_per_step
         rows = {s: pack_sequences(texts, max_length, split=s, rows_per_step=step) for s, texts in rows.items()}
-        collator = partial(collate_packed, assemble=PackedCollator.for_model(model, padding, max_length))
+        collator = PackedCollator.for_model(model, padding, max_length)
     trainer = build_trainer(
         model,
         "causal",

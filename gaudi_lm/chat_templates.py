@@ -285,12 +285,12 @@ class ChatTemplate:
             content = message.get("content") or ""
             said = [content, content.strip(), REASONING.split(content)[-1].strip()]
             start = self._after_prompt(text, done, len(text))
-            found = [(words, text.find(words, done if start is None else start)) for words in said]
-            words, place = next((pair for pair in found if pair[1] >= 0), ("", -1))
+            found = [(text.find(words, done if start is None else start), -len(words)) for words in said]
+            place, length = min((pair for pair in found if pair[0] >= 0), default=(-1, 0))
             if place < 0 or message.get("tool_calls"):
                 raise ConversationError(f"the chat template changes what message {number + 1} says")
             start = place if start is None else start
-            done = self._end(text, place + len(words), len(text), last=number == len(messages) - 1)
+            done = self._end(text, place - length, len(text), last=number == len(messages) - 1)
             spans.append((number, start, done))
         return spans
 

@@ -195,6 +195,8 @@ def mark_answers(messages: list[dict], with_empty: bool) -> tuple[list[dict], di
             said, words = message[part], message[part].strip()
             if words:
                 before, after = said.split(words)[0], said[said.index(words) + len(words) :]
+                if words.endswith("think>"):  # what follows the reasoning is stripped of this white space, if anything
+                    words, after = words + after, ""
                 # A template that drops the reasoning drops the marks before its end.
                 words = REASONING.sub(lambda tag: tag[0] + mark(), mark() + words)
                 message[part] = before + words + mark() + after

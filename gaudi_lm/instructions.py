@@ -1,13 +1,14 @@
 """Examples of instructions and answers to rows of tokens, with the exact span that is trained.
 
-A row keeps both what it says and what is trained in one int32: a token that is not a target stands as its complement,
-``~token``, which is negative. So a row can be cut, concatenated and packed like any other.
+The results are standard rows: ``input_ids``, and ``labels`` of the same length, -100 where a token is not learnt.
+While rows are made, both are one int32: a token that is not a target stands as its complement, ``~token``, which is
+negative.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -91,7 +92,7 @@ def tokenise_examples(
     stop_ids: int | list[int] | None = None,
     **options,
 ) -> Dataset:
-    """Rows of ``input_ids`` (targets plain, others as complements): one an example, or blocks of all examples.
+    """Rows of ``input_ids`` and ``labels``, lists of int32: one an example, or blocks of all examples.
 
     Args:
         max_length: longest row, or with ``concatenate`` the size of the blocks; an example may then span two blocks.
@@ -109,13 +110,14 @@ def tokenise_examples(
 
     def encode_rows(table: pa.Table) -> pa.Table:
         encoded = encode_examples(table, form, tokenizer, features, template)
-        rows = finish_rows(
+        tokens, lengths = finish_rows(
             encoded.tokens, encoded.lengths, encoded.ends, longest, train_on_inputs, form.style != "text",
             encoded.closed,
         )  # fmt: skip
         whole = pa.array(encoded.lengths + ~encoded.closed, pa.int32())
         problems = pa.array(encoded.problems, pa.string())
-        return pa.table({"input_ids": to_list_array(*rows), "length": whole, "problem": problems})
+        input_ids, labels = (to_list_array(values, lengths) for values in split_targets(tokens))
+        return pa.table({"input_ids": input_ids, "labels": labels, "length": whole, "problem": problems})
 
     if concatenate:
         wanted = None if limit is None else limit * max_length
@@ -164,30 +166,18 @@ def collate_examples(rows: list[dict], padding: int, lengths: Sequence[int]) -> 
     Args:
         lengths: see :func:`gaudi_lm.rows.pad_rows`.
     """
-    tokens, used = pad_rows([row["input_ids"] for row in rows], lengths, ~padding)
-    input_ids, labels = split_targets(tokens)
+    input_ids, used = pad_rows([row["input_ids"] for row in rows], lengths, padding)
+    labels, _ = pad_rows([row["labels"] for row in rows], [input_ids.shape[1]], IGNORE_INDEX)
     labels[:, 0] = IGNORE_INDEX
     batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
-    if lengths or (used < tokens.shape[1]).any():
-        batch["attention_mask"] = torch.from_numpy((np.arange(tokens.shape[1]) < used[:, None]).astype(np.int64))
+    if lengths or (used < input_ids.shape[1]).any():
+        batch["attention_mask"] = torch.from_numpy((np.arange(input_ids.shape[1]) < used[:, None]).astype(np.int64))
     return batch
 
 
-def collate_packed(rows: list[dict], assemble: Callable[[list[dict]], dict]) -> dict[str, torch.Tensor]:
-    """A batch of rows that :func:`gaudi_lm.sequences.pack_sequences` packed from examples.
-
-    Args:
-        assemble: a :class:`gaudi_lm.sequences.PackedCollator` for the model.
-    """
-    batch = assemble(rows)
-    batch["labels"][batch["labels"] < 0] = IGNORE_INDEX
-    batch["input_ids"] = torch.where(batch["input_ids"] < 0, ~batch["input_ids"], batch["input_ids"])
-    return batch
-
-
-def show_targets(row: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
+def show_targets(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
     """A row as text, its trained parts between ``>>>`` and ``<<<``."""
-    input_ids, labels = split_targets(row)
+    input_ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
     borders = np.flatnonzero(np.diff(labels != IGNORE_INDEX)) + 1
     parts = []
     for tokens, target in zip(np.split(input_ids, borders), np.split(labels, borders), strict=True):

@@ -150,10 +150,10 @@ def tokenise(
     return map_rows(dataset, encode_rows, wanted=max_tokens, measure=count_tokens, **options)
 
 
-def token_chunks(dataset: Dataset) -> Iterator[np.ndarray]:
-    """The tokens of ``input_ids``, row after row, in int32 arrays that are views of the data set's buffers."""
+def token_chunks(dataset: Dataset, column: str = "input_ids") -> Iterator[np.ndarray]:
+    """The values of a column of lists, row after row, in int32 arrays that are views of the data set's buffers."""
     # flatten() respects the offsets of a sliced array; .values would not.
-    for chunk in dataset.with_format("arrow")[:]["input_ids"].chunks:
+    for chunk in dataset.with_format("arrow")[:][column].chunks:
         yield chunk.flatten().to_numpy(zero_copy_only=False)
 
 
@@ -188,8 +188,8 @@ def group_into_blocks(
 ) -> Dataset:
     """Concatenate all rows of ``input_ids`` and cut them into blocks: ``input_ids``, fixed-size lists of int32.
 
-    Only the last, partial block of the split is dropped. Blocks are views of the tokenised data set, except the one
-    that straddles the border between two of its chunks.
+    So are ``labels``, if there are any. Only the last, partial block of the split is dropped. Blocks are views of the
+    tokenised data set, except the one that straddles the border between two of its chunks.
 
     Args:
         block_size: tokens in a block.
@@ -200,13 +200,17 @@ def group_into_blocks(
         UserError: there is not a single whole block.
     """
     total = count_tokens(dataset)
-    arrays, blocks = [], 0
-    for array in cut(token_chunks(dataset), block_size):
-        array = array[: None if max_blocks is None else max_blocks - blocks]
-        if not len(array):
-            break
-        arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1), type=pa.int32()), block_size))
-        blocks += len(array)
+    columns: dict[str, pa.ChunkedArray] = {}
+    blocks = 0
+    for name in (name for name in ("input_ids", "labels") if name in dataset.column_names):
+        arrays, blocks = [], 0
+        for array in cut(token_chunks(dataset, name), block_size):
+            array = array[: None if max_blocks is None else max_blocks - blocks]
+            if not len(array):
+                break
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1), type=pa.int32()), block_size))
+            blocks += len(array)
+        columns[name] = pa.chunked_array(arrays, pa.list_(pa.int32(), block_size))
     if not blocks:
         raise UserError(
             f"the {split} data has {total} tokens, less than one block of {block_size}: "
@@ -218,4 +222,4 @@ def group_into_blocks(
     )
     # Without a fingerprint, datasets would copy and hash all tokens to make one: thirty times the work of the cutting.
     fingerprint = Hasher.hash(["blocks", dataset._fingerprint, block_size, max_blocks])
-    return Dataset(pa.table({"input_ids": pa.chunked_array(arrays)}), fingerprint=fingerprint)
+    return Dataset(pa.table(columns), fingerprint=fingerprint)

@@ -60,7 +60,7 @@ def test_columns(tokenizer, case):
     )
     assert len(rows) == 3
     for number, found in enumerate(rows.with_format("numpy")):
-        shown = show_targets(found["input_ids"], tokenizer)
+        shown = show_targets(found, tokenizer)
         assert (learnt or IN_ALPACA).replace("part 0", f"part {number}") in shown
         assert shown.endswith("</s><<<")
 

@@ -13,10 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from gaudi_lm.instructions import (
     collate_examples,
-    collate_packed,
     finish_rows,
     show_targets,
-    split_targets,
     tokenise_examples,
 )
 from gaudi_lm.prompts import SQL, WITH_INPUT, WITHOUT_INPUT, ExampleFormat, find_format
@@ -61,7 +59,7 @@ def spans(tokenizer, examples: list[dict], max_length: int = 200, inputs: bool =
         data, find_format(data, **flags), tokenizer, max_length,
         train_on_inputs=inputs, concatenate=concatenate, limit=None, split="train",
     )  # fmt: skip
-    return [words(tokenizer, *split_targets(row["input_ids"])) for row in rows.with_format("numpy")]
+    return [words(tokenizer, row["input_ids"], row["labels"]) for row in rows.with_format("numpy")]
 
 
 ALPACA = [
@@ -120,7 +118,7 @@ def test_padded(pad):
     longest = collate_examples(list(rows), padding, lengths=[])
     assert longest["input_ids"].shape[1] == max(len(row.split()) for row in EXPECTED)
     # Where all is learnt, the first token still is no target: nothing predicts it.
-    whole = collate_examples([{"input_ids": np.array([5, 6, 7], np.int32)}] * 2, padding, lengths=[])
+    whole = collate_examples([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 2, padding, lengths=[])
     assert whole["labels"].tolist() == [[-100, 6, 7]] * 2 and "attention_mask" not in whole
 
 
@@ -139,7 +137,7 @@ def test_packed():
         data, find_format(data), tokenizer, 64, train_on_inputs=False, concatenate=False, limit=None, split="train"
     )
     packed = pack_sequences(rows, 64).with_format("numpy")
-    batch = collate_packed(list(packed), PackedCollator(length=64, pad_token_id=1, causal=True))
+    batch = PackedCollator(length=64, pad_token_id=1, causal=True)(list(packed))
     found = [words(tokenizer, *row) for row in zip(batch["input_ids"], batch["labels"], strict=True)]
     assert sorted(" ".join(found).replace(" <bos>", "\n<bos>").split("\n")) == sorted(
         row + " <eos>" * fill for row, fill in zip(*_with_filling(packed, EXPECTED), strict=True)
@@ -217,7 +215,7 @@ def test_text():
 
 def test_shown_example():
     tokenizer = make_tokenizer()
-    row = np.array([~0, ~5, 6, 1], np.int32)
+    row = {"input_ids": [0, 5, 6, 1], "labels": [-100, -100, 6, 1]}
     assert show_targets(row, tokenizer) == f"<bos> {tokenizer.decode([5])}>>>{tokenizer.decode([6])} <eos><<<"
 
 
