@@ -111,6 +111,7 @@ def test_modules_of_a_user_count(tmp_path, monkeypatch, use):
     assert with_text("another") != first == with_text("one")
 
 
+@pytest.mark.slow
 def test_the_same_in_every_process(tmp_path):
     (tmp_path / "mine.py").write_text(SOURCE)
     program = "from gaudi_lm.fingerprints import fingerprint; import mine; print(fingerprint(mine.make(3)))"

@@ -289,7 +289,7 @@ def test_bad_input(assets, masked_assets, tmp_path):
     data = ["--train_file", assets.train]
     end = ["--output_dir", output, "--use_cpu", "--do_train"]
     cases = {
-        "probability 0": ([*model, *data, "--mlm_probability", 0], "--mlm_probability 0.0"),
+        "probability 0": ([*model, *data, "--mlm_probability", 0], "--mlm_probability 0"),
         "probability 1.5": ([*model, *data, "--mlm_probability", 1.5], "--mlm_probability 1.5"),
         "probability -1": ([*model, *data, "--mlm_probability", -0.1], "--mlm_probability -0.1"),
         "predictions": ([*model, *data, "--max_predictions_per_seq", -1], "--max_predictions_per_seq -1"),

@@ -109,6 +109,7 @@ def test_without_cards_nothing_is_built(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_says_once_that_it_is_simulated():
     code = "import habana_frameworks.torch, habana_frameworks.torch.core"
     said = {}

@@ -4,6 +4,7 @@ import pytest
 from cards import test_on_card as run_on_card
 
 
+@pytest.mark.slow
 def test_device():
     run_on_card("card_device.py", GAUDI_SIMULATOR_MEMORY_GB="0.0625")
 
