@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from . import STAND_IN
+from . import STAND_IN, absent
 
 REPORT = """\
 A simulated Gaudi: n cards of a PyTorch device `hpu` in host memory, for GAUDI_SIMULATOR=n. The real
@@ -33,14 +33,21 @@ Simulated, as on a card
   host waits       counted by operation: item, copies to the host, results of unknown shape, synchronize.
   collectives      hccl by gloo: DDP, FSDP, ZeRO-1, 2 and 3, under mpirun, torchrun and the deepspeed launcher; also
                    where torch.compile has traced them. Each ends the graph that is being gathered.
-  fused parts      FusedAdamW, FusedClipNorm, FusedSDPA, FusedRMSNorm, rotary helpers: by plain PyTorch.
+  fused parts      FusedAdamW, FusedClipNorm, FusedSDPA, FusedRMSNorm, rotary helpers, mixture_of_experts and
+                   optimizer_adamw of torch.ops.hpu: by plain PyTorch.
+  FP8              Habana's Transformer Engine (--fp8): inputs and weights of linear layers are really rounded to E4M3
+                   (to 240, as on a Gaudi 2), gradients to E5M2, by delayed scales that are powers of two; so are the
+                   operands of attention with --flash_attention_fp8. Products are summed in float32 and rounded once.
+                   The first run of a layer uses its own largest values; scales are in no checkpoint.
 
 Not simulated
   speed            of anything: steps, compilations, collectives. Time means nothing here.
   graph compiler   its fusions, its memory plan, its bugs, shapes that it pads by itself, operations that it lacks.
   numbers          the order of sums, and the rounding, of Gaudi's engines.
   FusedAdamW       moments in another dtype than the parameters'.
-  fp8, INC quantisation, torch.ops.hpu, Transformer Engine, sparse tensors, media pipes, several processes on one card.
+  INC quantisation, sparse tensors, media pipes, several processes on one card.
+
+Absent names that optimum-habana, accelerate or DeepSpeed call, and what happens then
 """
 
 
@@ -52,7 +59,7 @@ def main() -> None:
     if not (arguments.report or arguments.build):
         parser.error("give --report or --build")
     if arguments.report:
-        print(REPORT, end="")
+        print(REPORT + absent.report(), end="")
     if arguments.build:
         os.environ.pop("GAUDI_SIMULATOR", None)
         sys.path.append(STAND_IN)

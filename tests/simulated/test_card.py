@@ -32,3 +32,13 @@ def test_recorded_operations():
 @pytest.mark.slow
 def test_gaudi_models():
     run_on_card("card_models.py")
+
+
+@pytest.mark.slow
+def test_fp8():
+    run_on_card("card_fp8.py", PT_HPU_LAZY_MODE="0")
+
+
+@pytest.mark.slow
+def test_calls_by_name():
+    run_on_card("card_calls.py")

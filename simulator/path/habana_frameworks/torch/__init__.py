@@ -4,6 +4,7 @@ from . import _simulator, hpu
 
 if _simulator.CARDS:
     _simulator.register(hpu)
+    from ._simulator import operators  # noqa: F401  (torch.ops.hpu)
 
 from . import distributed, hpex
 
