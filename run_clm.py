@@ -22,7 +22,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments
-from gaudi_lm.data import load_raw, text_column
+from gaudi_lm.columns import text_column
+from gaudi_lm.data import load_raw
 from gaudi_lm.models import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
 from gaudi_lm.packing import group_into_blocks, tokenise
 from gaudi_lm.parsing import parse

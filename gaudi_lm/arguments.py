@@ -71,10 +71,19 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
     train_file: str | None = field(
         default=None,
-        metadata={"help": "Training file or glob: csv, json, jsonl, txt or parquet, also compressed (.gz, .zst)."},
+        metadata={
+            "help": "Training file or glob: csv, tsv, json, jsonl, txt or parquet, also compressed (.gz, .zst)."
+        },
     )
     validation_file: str | None = field(
-        default=None, metadata={"help": "Validation file or glob, of the same kind as --train_file."}
+        default=None, metadata={"help": "Validation file or glob; with --dataset_name, instead of its validation set."}
+    )
+    csv_delimiter: str | None = field(
+        default=None,
+        metadata={
+            "help": "What separates the fields of csv and tsv files, such as ';'; by default a tab in .tsv files, and "
+            "otherwise the first of comma, tab and semicolon that is in a file's first line."
+        },
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on at most this many blocks (or rows, where nothing is concatenated)."}
@@ -98,14 +107,15 @@ class DataArguments:
         default=True, metadata={"help": "Save the final model at the top of --output_dir after training."}
     )
     text_column_name: str | None = field(
-        default=None, metadata={"help": "Column that holds the text; by default `text`, or else the first column."}
+        default=None,
+        metadata={"help": "Column that holds the text; by default `text`, or else the first one with words."},
     )
 
     def described(self) -> str:
         """The data in a few words, for the model card."""
-        if self.dataset_name:
-            return " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
-        return ", ".join(Path(file).name for file in (self.train_file, self.validation_file) if file)
+        hub = " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
+        files = (Path(file).name for file in (self.train_file, self.validation_file) if file)
+        return ", ".join(filter(None, (hub, *files)))
 
     def check(self, streaming_needs_max_steps: int, allow_no_split: bool = False) -> None:
         """Refuse what cannot work, by the flag's name.
@@ -115,8 +125,8 @@ class DataArguments:
         """
         if self.dataset_name is None and self.train_file is None and self.validation_file is None:
             raise UserError("no data: give --dataset_name, or --train_file and/or --validation_file")
-        if self.dataset_name and (self.train_file or self.validation_file):
-            raise UserError("--dataset_name and --train_file/--validation_file exclude each other")
+        if self.dataset_name and self.train_file:
+            raise UserError("--dataset_name and --train_file exclude each other: both are what is trained on")
         low = 0 if allow_no_split else 1
         if not low <= self.validation_split_percentage <= 99:
             raise UserError(f"--validation_split_percentage {self.validation_split_percentage} is outside {low}-99")

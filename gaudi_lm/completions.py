@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat_templates import ChatTemplate
 from .conversations import ConversationError
-from .packing import encode, special_ends
+from .encoding import encode, special_ends
 from .prompts import ExampleFormat, conversation, fill_prompts, refused_values, text_of
 from .rows import join_rows
 

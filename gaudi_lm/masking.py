@@ -11,7 +11,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .packing import encode, map_rows, special_ends, to_list_array
+from .columns import texts_of
+from .encoding import encode, special_ends
+from .packing import map_rows, to_list_array
 from .predictions import IGNORE_INDEX, limit_predictions
 from .rows import join_rows, pad_rows, shorten_rows
 from .runtime import UserError
@@ -65,7 +67,7 @@ def make_lines(
     """
 
     def encode_rows(table: pa.Table) -> pa.Table:
-        texts = [text or "" for text in table.column(column).to_pylist()]
+        texts = texts_of(table, column)
         return pa.table({"input_ids": to_list_array(*encode_lines(texts, tokenizer, size))})
 
     rows = map_rows(texts, encode_rows, wanted=limit, **options)

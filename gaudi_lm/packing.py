@@ -15,6 +15,8 @@ from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from .columns import texts_of
+from .encoding import encode
 from .fingerprints import fingerprint
 from .memory import forget_mapped_pages
 from .runtime import UserError
@@ -23,39 +25,6 @@ logger = logging.getLogger("gaudi_lm")
 
 ROWS = 1000  # rows that are tokenised at a time
 MAPPED_BYTES = 2**23  # so much of a mapped file is read before its pages are let go
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenise a list of texts.
-
-    Returns:
-        ``(tokens, lengths)``: int32 of shape ``[sum(lengths)]`` and int64 of shape ``[len(texts)]``.
-    """
-    if getattr(tokenizer, "is_fast", False):
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = tokenizer.split_special_tokens  # set by some calls of a tokenizer only
-        rows = [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
-    else:
-        rows = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-    tokens = np.empty(int(lengths.sum()), dtype=np.int32)
-    end = 0
-    for row in rows:
-        tokens[end : end + len(row)] = row
-        end += len(row)
-    return tokens, lengths
-
-
-def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after a single text, such as ``[CLS]`` and ``[SEP]``."""
-    (bare, _), (whole, _) = (encode(tokenizer, ["a"], special) for special in (False, True))
-    bare, whole = bare.tolist(), whole.tolist()
-    start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
-    return whole[:start], whole[start + len(bare) :]
 
 
 def to_list_array(tokens: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
@@ -144,7 +113,7 @@ def tokenise(
     """
 
     def encode_rows(table: pa.Table) -> pa.Table:
-        texts = [text or "" for text in table.column(column).to_pylist()]
+        texts = texts_of(table, column)
         return pa.table({"input_ids": to_list_array(*encode(tokenizer, texts, add_special_tokens))})
 
     return map_rows(dataset, encode_rows, wanted=max_tokens, measure=count_tokens, **options)

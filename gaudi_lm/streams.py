@@ -7,29 +7,15 @@ from itertools import islice
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from transformers import PreTrainedTokenizerBase
 
+from .columns import batches_of_text
+from .encoding import encode
 from .masking import encode_lines
-from .packing import cut, encode
+from .packing import cut
 from .runtime import UserError
-
-
-def batches_of_text(dataset: Dataset | IterableDataset, column: str, size: int = 1000) -> Iterator[list[str]]:
-    """Texts in lists of at most ``size``; a missing text counts as an empty one.
-
-    Raises:
-        UserError: a value that is not text, with its row, or a line that cannot be read.
-    """
-    row = 0
-    for batch in dataset.iter(batch_size=size):
-        texts = ["" if text is None else text for text in batch[column]]
-        for text in texts:
-            row += 1
-            if not isinstance(text, str):
-                raise UserError(f"column {column!r}, row {row}: a {type(text).__name__}, not text")
-        yield texts
 
 
 def rank_share(

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from gaudi_lm import packing
 from gaudi_lm.arguments import DataArguments, ModelArguments
-from gaudi_lm.data import load_raw, text_column
+from gaudi_lm.columns import text_column
+from gaudi_lm.data import load_raw
 from gaudi_lm.packing import count_tokens, group_into_blocks, tokenise
 from gaudi_lm.streams import StreamedBlocks
 

@@ -1,0 +1,348 @@
+"""Files as people bring them: odd names, columns that come late or differ, numbers, delimiters, very long lines."""
+
+import json
+import logging
+
+import pandas
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from running import run_several
+from transformers import AutoTokenizer, LlamaTokenizerFast
+
+from gaudi_lm import encoding, json_lines
+from gaudi_lm.arguments import DataArguments, ModelArguments
+from gaudi_lm.columns import batches_of_text, text_column, texts_of
+from gaudi_lm.data import load_raw
+from gaudi_lm.errors import UserError
+from gaudi_lm.packing import tokenise
+
+WORDS = ["Assert statements are a convenient way", "to insert debugging assertions", "into a program"]
+
+
+def read(folder, streaming: bool = False, validation: bool = False, **flags) -> dict:
+    data = DataArguments(streaming=streaming, **{name: str(value) for name, value in flags.items()})
+    return load_raw(data, ModelArguments(cache_dir=str(folder / "cache")), "train_file" in flags, validation)
+
+
+def train_texts(folder, streaming: bool = False, column: str | None = None, **flags) -> list[str]:
+    """The texts that a script would train on, read from a data set or a stream."""
+    train = read(folder, streaming, **flags)["train"]
+    column = text_column(train, column)
+    if streaming:
+        return [text for batch in batches_of_text(train, column) for text in batch]
+    return texts_of(train.with_format("arrow")[:], column)
+
+
+def write_jsonl(path, rows: list[dict]):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+both_ways = pytest.mark.parametrize("streaming", (False, True), ids=("whole", "stream"))
+
+NAMES = [
+    "notes[1].txt", "notes?.txt", "a*b.txt", "100%.txt", "with space.txt", "a::b.txt", "#1.txt", "{x}.txt",
+    "naïve.TXT", "-dash.txt", "[!a].txt", "line\nbreak.txt", "a~b.txt", "c:d.txt",
+]  # fmt: skip
+
+
+@both_ways
+@pytest.mark.parametrize("name", NAMES)
+def test_an_existing_path_is_a_path(tmp_path, name, streaming):
+    (tmp_path / name).write_text("\n".join(WORDS) + "\n")
+    (tmp_path / "notes1.txt").write_text("another file\n")
+    assert train_texts(tmp_path, streaming, train_file=tmp_path / name) == [f"{line}\n" for line in WORDS]
+
+
+@both_ways
+def test_a_glob_is_one_where_there_is_no_such_file(tmp_path, streaming):
+    for number in (1, 2, 3):
+        (tmp_path / f"notes{number}.txt").write_text(f"file {number}\n")
+    assert train_texts(tmp_path, streaming, train_file=tmp_path / "notes[12].txt") == ["file 1\n", "file 2\n"]
+
+
+@both_ways
+def test_splits_are_read_by_themselves(tmp_path, streaming):
+    """Other columns in the validation file, and even another kind of file."""
+    train = write_jsonl(tmp_path / "train.jsonl", [{"text": line, "score": 1} for line in WORDS])
+    rows = [{"source": "manual", "text": line, "score": "high"} for line in WORDS]
+    validations = [write_jsonl(tmp_path / "validation.jsonl", rows), tmp_path / "validation.csv"]
+    pandas.DataFrame(rows).to_csv(validations[1], index=False)
+    for validation in validations:
+        raw = read(tmp_path, streaming, True, train_file=train, validation_file=validation)
+        for split in ("train", "validation"):
+            assert text_column(raw[split], None) == "text"
+            assert [row["text"] for row in raw[split]] == WORDS
+
+
+@both_ways
+@pytest.mark.parametrize("late", ({"extra": 1}, {"extra": {"a": [1]}}, {"id": "a word"}, {"id": [1]}, {"id": None}))
+def test_only_columns_that_are_used_need_to_fit(tmp_path, streaming, late):
+    """Files of one split with other columns, or with other types in a column that nobody reads."""
+    write_jsonl(tmp_path / "part0.jsonl", [{"id": 1, "text": WORDS[0]}])
+    write_jsonl(tmp_path / "part1.jsonl", [{"text": WORDS[1], **late}])
+    write_jsonl(tmp_path / "part2.jsonl", [{"text": WORDS[2], "id": 2.5}])
+    assert train_texts(tmp_path, streaming, train_file=tmp_path / "part*.jsonl") == WORDS
+
+
+@both_ways
+@pytest.mark.parametrize("late", ("extra", "text", "id"))
+def test_a_key_that_comes_late(tmp_path, streaming, late, monkeypatch):
+    """After the first block, which is 8 MB, an unused column, the used one, or another type of a column appears."""
+    monkeypatch.setattr(json_lines, "BLOCK", 200)
+    rows = [{"id": number, "text": WORDS[number % 3]} for number in range(200)]
+    if late == "text":
+        rows[0]["text"] = "first"
+        rows[1:150] = [{"id": number} for number in range(1, 150)]
+    else:
+        rows[150][late] = "a word" if late == "id" else {"deep": ["er"]}
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert train_texts(tmp_path, streaming, train_file=path) == [row.get("text", "") for row in rows]
+
+
+@pytest.mark.slow
+def test_a_key_after_ten_megabytes(tmp_path):
+    rows = [{"text": f"{number} " + "word " * 100, "number": number} for number in range(24_000)]
+    rows[-1]["late"] = "a key"
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert path.stat().st_size > 12 * 2**20
+    train = read(tmp_path, train_file=path)["train"]
+    assert train.column_names == ["text", "number", "late"]
+    assert train[-1] == rows[-1] and train[0] == {**rows[0], "late": None}
+
+
+VALUES = [85, -1, 2.5, True, None, "a word", "2020-01-01", 2**70]
+SPELT = ["85", "-1", "2.5", "true", "", "a word", "2020-01-01", str(2**70)]
+
+
+@both_ways
+def test_numbers_are_written_out(tmp_path, streaming):
+    """Numbers among texts, and columns of numbers alone; text that looks like a date or a number stays as it is."""
+    path = write_jsonl(tmp_path / "mixed.jsonl", [{"text": value} for value in VALUES])
+    assert train_texts(tmp_path, streaming, train_file=path) == SPELT
+    for name, values, expected in (
+        ("whole", [1, 0, None], ["1", "0", ""]),
+        ("booleans", [True, False], ["true", "false"]),
+        ("dates", ["2020-01-01", "2021-01-01"], ["2020-01-01", "2021-01-01"]),
+        ("fractions", [0.5, 1.0], ["0.5", "1.0"]),
+        ("nothing", [None, None], ["", ""]),
+    ):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [{"text": value} for value in values])
+        assert train_texts(tmp_path, streaming, train_file=path) == expected, name
+    (tmp_path / "as_written.csv").write_text("text\n007\n1.50\nNA\nnull\n\nTrue\n")
+    texts = train_texts(tmp_path, streaming, train_file=tmp_path / "as_written.csv")
+    assert texts == ["007", "1.50", "NA", "null", "True"]
+
+
+@both_ways
+@pytest.mark.parametrize("value", (["a"], {"a": 1}))
+def test_lists_and_objects_are_refused_by_row(tmp_path, streaming, value):
+    path = write_jsonl(tmp_path / "mixed.jsonl", [{"text": "a"}, {"text": 1}, {"text": value}])
+    with pytest.raises(UserError, match=f"'text', row 3: (a )?{type(value).__name__}, not text"):
+        train_texts(tmp_path, streaming, train_file=path)
+    path = write_jsonl(tmp_path / "all.jsonl", [{"text": value}])
+    with pytest.raises(UserError, match=f"'text', row 1: (a )?{type(value).__name__}, not text"):
+        train_texts(tmp_path, streaming, train_file=path)
+
+
+@both_ways
+def test_the_column_by_default(tmp_path, streaming):
+    """`text`, or else the first one with words: a number of the row is not what anybody trains on."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"id": n, "content": line} for n, line in enumerate(WORDS)])
+    assert train_texts(tmp_path, streaming, train_file=path) == WORDS
+    (tmp_path / "a.csv").write_text("id,content\n" + "".join(f"{n},{line}\n" for n, line in enumerate(WORDS)))
+    assert train_texts(tmp_path, streaming, train_file=tmp_path / "a.csv") == WORDS
+    assert train_texts(tmp_path, streaming, "id", train_file=path) == ["0", "1", "2"]
+    path = write_jsonl(tmp_path / "numbers.jsonl", [{"a": 1, "b": 2}])
+    with pytest.raises(UserError, match="none of a, b holds words; --text_column_name takes one of a, b"):
+        train_texts(tmp_path, streaming, train_file=path)
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("name", "delimiter", "flags"),
+    [
+        ("tabs.tsv", "\t", {}),
+        ("tabs.tsv.gz", "\t", {}),
+        ("tabs.csv", "\t", {}),
+        ("semicolons.csv", ";", {}),
+        ("semicolons.csv", ";", {"csv_delimiter": ";"}),
+        ("commas.tsv", ",", {"csv_delimiter": ","}),
+        ("bars.csv", "|", {"csv_delimiter": "|"}),
+        ("tabs.csv", "\t", {"csv_delimiter": "\\t"}),
+    ],
+)
+def test_delimiters(tmp_path, streaming, name, delimiter, flags):
+    texts = [*WORDS, 'with "quotes"', f"with the delimiter {delimiter} in it", "over\ntwo lines"]
+    rows = pandas.DataFrame({"id": range(len(texts)), "text": texts})
+    rows.to_csv(tmp_path / name, sep=delimiter, index=False)
+    assert train_texts(tmp_path, streaming, train_file=tmp_path / name, **flags) == texts
+
+
+def test_wrong_delimiters_and_rows(tmp_path):
+    (tmp_path / "a.csv").write_text("id,text\n1,a\n2,b,c\n")
+    (tmp_path / "b.csv").write_text("text\n1,a\n2,b\n")
+    (tmp_path / "a.txt").write_text("a\n")
+    for flags, message in (
+        ({"train_file": tmp_path / "a.csv", "csv_delimiter": "::"}, "--csv_delimiter '::': one character"),
+        (
+            {"train_file": tmp_path / "a.txt", "csv_delimiter": ";"},
+            "--csv_delimiter: --train_file .*a.txt is not a csv",
+        ),
+        ({"train_file": tmp_path / "a.csv"}, "a.csv: cannot be read as csv .*line 3"),
+        ({"train_file": tmp_path / "b.csv"}, "b.csv: cannot be read as csv"),
+    ):
+        for streaming in (False, True):
+            with pytest.raises(UserError, match=message):
+                train_texts(tmp_path, streaming, **flags)
+
+
+@both_ways
+def test_types_of_parquet(tmp_path, streaming):
+    """string_view, dictionaries, large strings; a column that datasets has no type for is no obstacle."""
+    number = pa.array([1, 2, 3])
+    for name, column in {
+        "view": pa.array(WORDS, pa.string_view()),
+        "dictionary": pa.array(WORDS).dictionary_encode(),
+        "large": pa.array(WORDS, pa.large_string()),
+    }.items():
+        views = pa.array([["a"], ["b"], None], pa.list_(pa.string_view()))
+        table = pa.table(
+            {"n": number, "text": column, "tags": views, "map": pa.array([[("a", 1)]] * 3, pa.map_("string", "int8"))}
+        )
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        assert train_texts(tmp_path, streaming, train_file=tmp_path / f"{name}.parquet") == WORDS
+    assert train_texts(tmp_path, streaming, train_file=tmp_path / "*.parquet") == 3 * WORDS
+
+
+@both_ways
+@pytest.mark.parametrize("ending", ("txt", "csv", "jsonl", "json"))
+def test_a_byte_order_mark_is_not_text(tmp_path, streaming, ending):
+    rows = [{"text": line} for line in WORDS]
+    content = {
+        "txt": "\n".join(WORDS),
+        "csv": "text\n" + "\n".join(WORDS),
+        "jsonl": "\n".join(map(json.dumps, rows)),
+        "json": json.dumps(rows, indent=1),
+    }[ending]
+    (tmp_path / f"a.{ending}").write_bytes(b"\xef\xbb\xbf" + content.encode())
+    texts = train_texts(tmp_path, streaming, train_file=tmp_path / f"a.{ending}")
+    assert [text.rstrip("\n") for text in texts] == WORDS
+
+
+@both_ways
+def test_json_of_one_value(tmp_path, streaming):
+    rows = [{"text": line} for line in WORDS]
+    for name, value in {"list": rows, "texts": WORDS, "object": {"version": "1", "data": rows}}.items():
+        for indent in (None, 2):
+            (tmp_path / f"{name}{indent}.json").write_text(json.dumps(value, indent=indent))
+            if name != "object" or indent:
+                path = tmp_path / f"{name}{indent}.json"
+                assert train_texts(tmp_path, streaming, train_file=path) == WORDS, (name, indent)
+
+
+def test_many_frames_of_zstandard(tmp_path):
+    """As programs that compress in parallel write them."""
+    import zstandard
+
+    frames = [zstandard.compress(f"{line}\n".encode()) for line in WORDS]
+    (tmp_path / "a.txt.zst").write_bytes(b"".join(frames))
+    assert train_texts(tmp_path, train_file=tmp_path / "a.txt.zst") == [f"{line}\n" for line in WORDS]
+
+
+def test_a_file_is_read_again_when_it_has_changed(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("first\n")
+    assert train_texts(tmp_path, train_file=path) == ["first\n"]
+    files = sorted((tmp_path / "cache").rglob("*.arrow"))
+    assert train_texts(tmp_path, train_file=path) == ["first\n"]
+    assert sorted((tmp_path / "cache").rglob("*.arrow")) == files
+    path.write_text("other\n")
+    assert train_texts(tmp_path, train_file=path) == ["other\n"]
+    data = DataArguments(train_file=str(path), keep_linebreaks=False)
+    assert load_raw(data, ModelArguments(cache_dir=str(tmp_path / "cache")), True, False)["train"]["text"][:] == [
+        "other"
+    ]
+
+
+@pytest.fixture(params=("bytes", "metaspace", "masked"))
+def tokenizer(request, assets, instructions, masked_assets):
+    folder = {"bytes": assets.tokenizer, "metaspace": instructions.llama, "masked": masked_assets.bert}
+    return AutoTokenizer.from_pretrained(folder[request.param])
+
+
+@pytest.mark.parametrize("special", (False, True))
+def test_a_long_text_is_cut_between_words(assets, tokenizer, special, monkeypatch):
+    """The tokens of the pieces are those of the whole text, with the special tokens at its two ends."""
+    monkeypatch.setattr(encoding, "PIECE", 500)
+    monkeypatch.setattr(encoding, "WINDOW", 250)
+    monkeypatch.setattr(encoding, "CHARACTERS", 2000)
+    text = assets.train.read_text()[:20_000]
+    texts = ["before", text, "", "after", text[:700], "x" * 499, *(["and", "more"] * 300)]
+    tokens, lengths = encoding.encode(tokenizer, texts, special)
+    expected = [tokenizer(one, add_special_tokens=special)["input_ids"] for one in texts]
+    assert lengths.tolist() == list(map(len, expected))
+    assert tokens.tolist() == sum(expected, [])
+    assert isinstance(tokenizer, LlamaTokenizerFast) or tokenizer.is_fast
+
+
+def test_no_more_than_so_many_characters_at_a_time(tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "PIECE", 100)
+    monkeypatch.setattr(encoding, "WINDOW", 50)
+    monkeypatch.setattr(encoding, "CHARACTERS", 1000)
+    seen, original = [], encoding._encode_at_once
+    monkeypatch.setattr(
+        encoding, "_encode_at_once", lambda t, texts, s: (seen.append(sum(map(len, texts))), original(t, texts, s))[1]
+    )
+    encoding.encode(tokenizer, ["word " * 5000, *["some words"] * 1000, "a" * 5000, "\n" * 300])
+    assert max(seen) <= 1000 + 100
+
+
+@pytest.mark.slow
+def test_a_single_line_of_many_megabytes(assets, tmp_path, caplog):
+    """One row, cut, tokenised and made into blocks."""
+    words = " ".join(assets.train.read_text().split())
+    line = " ".join([words] * (4 * 2**20 // len(words)))
+    (tmp_path / "line.txt").write_text(line)
+    train = read(tmp_path, train_file=tmp_path / "line.txt")["train"]
+    tokenizer = AutoTokenizer.from_pretrained(assets.tokenizer)
+    with caplog.at_level(logging.ERROR):
+        tokens = tokenise(train, tokenizer, "text")["input_ids"][0]
+    assert tokenizer.decode(tokens[:500]) == line[: len(tokenizer.decode(tokens[:500]))]
+    assert len(tokens) == len(tokenizer(line, verbose=False)["input_ids"])
+
+
+@pytest.mark.slow
+def test_scripts_read_them(assets, masked_assets, instructions, tmp_path):
+    """The three scripts on odd files, and a data set of the hub with a validation file beside it."""
+    (tmp_path / "notes[1].txt").write_text("\n".join(WORDS * 60))
+    rows = [{"id": n, "text": WORDS[n % 3]} for n in range(150)]
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": row["text"], "source": "manual"} for row in rows])
+    pandas.DataFrame(rows).to_csv(tmp_path / "tabs.tsv", sep="\t", index=False)
+    pandas.DataFrame(rows).to_csv(tmp_path / "semicolons.csv", sep=";", index=False)
+    (tmp_path / "hub").mkdir()
+    write_jsonl(tmp_path / "hub" / "train.jsonl", rows)
+    models = {
+        "run_clm": ["--model_name_or_path", assets.gpt2, "--block_size", 32],
+        "run_mlm": [*masked_assets.scratch("bert"), "--max_seq_length", 32, "--line_by_line"],
+        "run_lora_clm": ["--model_name_or_path", instructions.llama, "--max_seq_length", 64],
+    }
+    data = {
+        "brackets": ["--train_file", tmp_path / "notes[1].txt", "--validation_file", tmp_path / "notes[1].txt"],
+        "columns": ["--train_file", train, "--validation_file", other],
+        "tabs": ["--train_file", tmp_path / "tabs.tsv", "--validation_file", tmp_path / "semicolons.csv"],
+        "hub": ["--dataset_name", tmp_path / "hub", "--validation_file", tmp_path / "notes[1].txt"],
+    }
+    for script, model in models.items():
+        runs = []
+        for name, files in data.items():
+            runs.append(
+                [*model, *files, "--do_train", "--do_eval", "--max_steps", 1, "--max_train_samples", 16, "--use_cpu"]
+                + ["--max_eval_samples", 16, "--save_strategy", "no", "--cache_dir", tmp_path / "cache"]
+                + ["--save_last_ckpt", "False", "--output_dir", tmp_path / script / name]
+            )
+        for name, end in zip(data, run_several(script, runs), strict=True):
+            assert end.status == 0, f"{script} {name}: {end.log}"
+            assert end.metrics["eval_samples"] > 0
