@@ -10,13 +10,13 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from optimum.habana import GaudiTrainer
-from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -37,15 +37,20 @@ class WriteError(UserError):
     status = 1
 
 
-def _reason(error: Exception) -> str | None:
-    """Why a file could not be written; None where the error is another one."""
-    text = str(error)
-    if isinstance(error, OSError) and error.errno is not None:
-        return os.strerror(error.errno)
-    if isinstance(error, SafetensorError) and "os error" in text:
-        return text.partition("Error while serializing: ")[2] or text
-    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "file write failed" in text):
-        return "the disk took no more (" + text.strip().splitlines()[0] + ")"
+def _reason(error: BaseException | None) -> str | None:
+    """Why a file could not be written; None where the error is another one.
+
+    Libraries in Rust put the number of the error into a text, and torch raises an error of its own while that of the
+    system passes by.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return os.strerror(error.errno)
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            return os.strerror(int(found[1]))
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in ("inline_container", "iostream")):
+            return "a file of torch was cut short"
+        error = error.__cause__ or error.__context__
     return None
 
 
@@ -202,14 +207,15 @@ class ResumableTrainer(GaudiTrainer):
         intact = next((path for path in older if not checkpoints.faults(path)), None)
         needed = checkpoints.size_of(older[0]) if older else _size_of_state(self)
         try:
-            free = f"{shutil.disk_usage(output).free / 1e6:.1f} MB"
+            # What is half-written is given back.
+            free = shutil.disk_usage(output).free + checkpoints.size_of(checkpoints.incomplete(folder))
         except OSError:
-            free = "an unknown space"
+            free = 0
         left = f"{intact} is intact, and the next start goes on from it" if intact else "no checkpoint is complete yet"
         what = folder.name if checkpoints.checkpoint_step(folder) is not None else "the results"
         return WriteError(
             f"{output}: {what} could not be written ({reason}): about {needed / 1e6:.1f} MB are needed, "
-            f"{free} are free; {left}"
+            f"{free / 1e6:.1f} MB are free; {left}"
         )
 
 
