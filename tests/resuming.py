@@ -8,7 +8,7 @@ from running import ROOT, log_history, run, run_ranks
 from simulated.cards import card_environment
 from small_models import SMALL
 
-TIMES = ("runtime", "per_second", "total_flos", "memory", "train_loss", "train_padding")
+TIMES = ("runtime", "per_second", "total_flos", "memory", "train_padding")
 CPU, CARD = ["--use_cpu"], ["--use_habana", "--use_lazy_mode"]
 GPT2 = "n_embd=16,n_layer=1,n_head=2,n_positions=64"
 
@@ -31,7 +31,7 @@ def script_flags(script: str, assets, masked_assets, instructions) -> list:
     return [
         *own, "--train_file", data[0], "--validation_file", data[1], "--max_train_samples", 20,
         "--max_eval_samples", 4, "--per_device_eval_batch_size", 4, "--do_train", "--do_eval", "--learning_rate", 1e-2,
-        "--max_steps", 8, "--save_steps", 3, "--logging_steps", 1, "--eval_strategy", "steps", "--eval_steps", 4,
+        "--max_steps", 8, "--save_steps", 3, "--logging_steps", 2, "--eval_strategy", "steps", "--eval_steps", 4,
     ]  # fmt: skip
 
 
