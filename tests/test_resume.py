@@ -34,7 +34,8 @@ def test_resume_is_exact(script, case, assets, masked_assets, instructions, tmp_
 
 def test_a_new_model_begins_alike_with_and_without_zero_3(assets, masked_assets, instructions, tmp_path):
     """Divided weights are empty to what initialises them: they kept torch's defaults, with a loss far above chance."""
-    flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *CARD, "--max_steps", 1, "--logging_steps", 1]
+    flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *CARD]
+    flags += ["--max_steps", 1, "--logging_steps", 1]
     first = {}
     for stage in (2, 3):
         start("run_clm.py", 2, tmp_path / str(stage), *flags, *zero(stage))
