@@ -17,6 +17,16 @@ REPORTS = {"all_results.json", "train_results.json", "eval_results.json", checkp
 """What a run may write at the top of its folder before its model is there."""
 
 
+LOGS = ("*.log", "*.out", "*.err", "events.out.tfevents.*")  # of launchers, shells and TensorBoard
+
+
+def is_log(path: Path) -> bool:
+    """Whether a file is a log, or a folder holds nothing but logs: both may be in ``--output_dir`` before a run."""
+    if path.is_dir():
+        return all(map(is_log, path.iterdir()))
+    return any(map(path.match, LOGS))
+
+
 def find_checkpoint(training_args) -> str | None:
     """The checkpoint to go on from: ``--resume_from_checkpoint``, or the newest intact one in ``--output_dir``.
 
@@ -73,7 +83,7 @@ def _find(training_args) -> str | None:
         )
     if wanted.lower() == "true":
         raise UserError(f"--resume_from_checkpoint: {folder} holds no checkpoint")
-    if here and any(path.name not in REPORTS for path in folder.iterdir()):
+    if here and not all(path.name in REPORTS or is_log(path) for path in folder.iterdir()):
         raise UserError(
             f"--output_dir {folder} is not empty and holds no checkpoint: "
             "choose another, or give --overwrite_output_dir to train from the start there"

@@ -14,7 +14,7 @@ from running import copy_elsewhere, environment, run, run_ranks
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
-from gaudi_lm import completions, packing, prompts
+from gaudi_lm import masking, packing, prompts
 from gaudi_lm.fingerprints import fingerprint
 from gaudi_lm.instructions import tokenise_examples
 from gaudi_lm.masking import make_lines
@@ -186,36 +186,59 @@ def on_disk(tmp_path):
     return Dataset.load_from_disk(str(tmp_path / "rows"))
 
 
+def examples(rows: Dataset, tokenizer, **style) -> Dataset:
+    rows = rows.remove_columns("text")
+    form = find_format(rows, **style)
+    options = {"train_on_inputs": False, "concatenate": False, "limit": None, "split": "train"}
+    return tokenise_examples(rows, form, tokenizer, 256, **options)
+
+
 MAKERS = {
     "blocks": lambda rows, tokenizer: tokenise(rows, tokenizer, "text"),
     "lines": lambda rows, tokenizer: make_lines(rows, tokenizer, "text", 32, None, "train"),
-    "instructions": lambda rows, tokenizer: tokenise_examples(
-        rows.remove_columns("text"), find_format(rows.remove_columns("text")), tokenizer, 256,
-        train_on_inputs=False, concatenate=False, limit=None, split="train",
-    ),
-}  # fmt: skip
+    "instructions": examples,
+    "chat": lambda rows, tokenizer: examples(rows, tokenizer, chat_prompt=True),
+}
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_a_result_is_found_again(on_disk, assets, masked_assets, make, monkeypatch):
-    """The file of the second result is that of the first; with a changed function it is another, with other rows."""
-    folder = masked_assets.roberta if make == "lines" else assets.tokenizer
-    first = MAKERS[make](on_disk, AutoTokenizer.from_pretrained(folder))
+def test_a_result_is_found_again(on_disk, assets, masked_assets, instructions, make, monkeypatch):
+    """The file of the second result is that of the first; with something changed it is another, with other rows."""
+    folder = {"lines": masked_assets.roberta, "blocks": assets.tokenizer}.get(make, instructions.llama)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    first = MAKERS[make](on_disk, tokenizer)
     again = MAKERS[make](on_disk, AutoTokenizer.from_pretrained(folder))
     assert first.cache_files and again.cache_files == first.cache_files
+    assert MAKERS[make](on_disk, tokenizer).cache_files == first.cache_files, "after its first use"
     if make == "instructions":
         monkeypatch.setattr(prompts, "WITHOUT_INPUT", "Do this: {instruction}\n")
+    elif make == "chat":
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|", "[").replace("|>", "]")
     else:
         original = packing.encode
 
         def encode(tokenizer, texts, add_special_tokens=True):
             return original(tokenizer, [text.upper() for text in texts], add_special_tokens)
 
-        for module in (packing, completions, sys.modules["gaudi_lm.masking"]):
+        for module in (packing, masking):
             monkeypatch.setattr(module, "encode", encode)
-    changed = MAKERS[make](on_disk, AutoTokenizer.from_pretrained(folder))
+    changed = MAKERS[make](on_disk, tokenizer)
     assert changed.cache_files != first.cache_files
     assert changed["input_ids"][:] != first["input_ids"][:]
+
+
+@pytest.mark.slow
+def test_a_new_process_finds_the_conversations(instructions, tmp_path):
+    """Another process, with other seeds of hashing, finds what the first one made."""
+    files = set()
+    for fresh in (False, True):
+        run(
+            "run_lora_clm.py", "--model_name_or_path", instructions.llama, "--do_eval", "--chat_prompt",
+            "--validation_file", instructions.validation, "--use_cpu", "--cache_dir", tmp_path / "cache",
+            "--output_dir", tmp_path / "out", fresh=fresh,
+        )  # fmt: skip
+        files.add(frozenset(path.name for path in (tmp_path / "cache").rglob("*.arrow")))
+    assert len(files) == 1 and len(files.pop()) == 2
 
 
 def test_a_cached_result_is_not_made_again(on_disk, tmp_path):
