@@ -6,8 +6,10 @@ import inspect
 import logging
 import sys
 
+from optimum.habana.distributed import apply_zero3_leaf_promotion
 from optimum.habana.transformers.trainer import _get_input_update_settings
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .arguments import ModelArguments, TrainingArguments
 from .runtime import UserError
@@ -39,6 +41,8 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
         if idle:
             logger.info("--use_cpu wins over %s", ", ".join(idle))
         return
+    if training_args.use_zero3_leaf_promotion:
+        promote_leaves(model)
     module = sys.modules[type(model).forward.__module__]
     if not fused_rope:
         if not hasattr(module, "has_fused_rope"):
@@ -66,3 +70,17 @@ def complete_generation_config() -> None:
     """
     for name in ("attn_softmax_bf16", "use_flash_attention", *FLASH_ATTENTION):
         setattr(GenerationConfig, name, None)
+
+
+def promote_leaves(model: PreTrainedModel) -> None:
+    """Let ZeRO-3 gather the weights of a whole layer at once, where optimum-habana knows which modules are layers.
+
+    Raises:
+        UserError: another stage than 3, or an architecture that it does not know.
+    """
+    if not is_deepspeed_zero3_enabled():
+        raise UserError("--use_zero3_leaf_promotion: the --deepspeed configuration is not of stage 3")
+    known = ("llama", "mixtral", "qwen3_moe")
+    if model.config.model_type not in known:
+        raise UserError(f"--use_zero3_leaf_promotion: {model.config.model_type} is not among {', '.join(known)}")
+    apply_zero3_leaf_promotion(model)

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from .arguments import TrainingArguments
 from .runtime import UserError
 
 PADDING_ROW = "padding_row"
@@ -41,6 +42,15 @@ class TrainingRows(torch.utils.data.Dataset):
             if number < 0:
                 row[PADDING_ROW] = True
         return rows
+
+
+def loader_options(args: TrainingArguments) -> dict:
+    """Options of a ``DataLoader`` by the flags, in training and evaluation alike."""
+    return {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
+        "prefetch_factor": args.dataloader_prefetch_factor,
+    }
 
 
 def silence_padding_rows(collator: Callable[[list[dict]], dict]) -> Callable[[list[dict]], dict]:

@@ -44,6 +44,8 @@ def _hub_options(model_args: ModelArguments) -> dict:
 def _first_line(error: BaseException) -> str:
     if "gated repo" in str(error):
         return "gated: accept its terms on its page, then log in with `hf auth login` or give --token"
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own: look at it there, then give --trust_remote_code to let it run"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

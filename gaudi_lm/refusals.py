@@ -69,6 +69,7 @@ ALWAYS: dict[str, str] = {
 NEEDS: dict[str, str] = {
     "compile_dynamic": "torch_compile",
     "compile_from_sec_iteration": "torch_compile",
+    "allow_unspec_int_on_nn_module": "torch_compile",
     "cache_size_limit": "torch_compile",
     "dataloader_persistent_workers": "dataloader_num_workers",
     "dataloader_prefetch_factor": "dataloader_num_workers",
@@ -84,10 +85,12 @@ NEEDS: dict[str, str] = {
     "hub_private_repo": "push_to_hub",
     "hub_revision": "push_to_hub",
     "hub_strategy": "push_to_hub",
+    "inline_inbuilt_nn_modules": "torch_compile",
     "minimize_memory": "fp8",
     "profiling_record_shapes": "profiling_steps",
     "profiling_warmup_steps": "profiling_steps",
     "profiling_with_stack": "profiling_steps",
+    "use_compiled_autograd": "deepspeed",
     "use_regional_compilation": "torch_compile",
     "use_zero3_leaf_promotion": "deepspeed",
 }
@@ -116,6 +119,7 @@ CARD_ONLY: dict[str, object] = {
     "profiling_steps": 0,
     "profiling_warmup_steps": 0,
     "profiling_with_stack": False,
+    "use_compiled_autograd": False,
     "use_habana": False,
     "use_hpu_graphs": False,
     "use_hpu_graphs_for_inference": False,

@@ -19,7 +19,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from .adalora import RankReduction
 from .arguments import TrainingArguments
 from .attention import complete_generation_config
-from .batches import TrainingBatches, TrainingRows, count_tokens, silence_padding_rows
+from .batches import TrainingBatches, TrainingRows, count_tokens, loader_options, silence_padding_rows
 from .checkpointing import repair_gradient_checkpointing
 from .cpu_ranks import average_gradients
 from .device_metrics import DeviceMetrics
@@ -44,7 +44,10 @@ class LMTrainer(ResumableTrainer):
     """
 
     def __init__(self, *args, objective: str, evaluation_collator=None, **kwargs):
+        bf16 = kwargs["args"].bf16
         super().__init__(*args, **kwargs)
+        # GaudiTrainer turns this on before transformers' own constructor turns it off: --bf16 did nothing on a CPU.
+        self.use_cpu_amp = bf16 and self.args.half_precision_backend == "cpu_amp"
         self.first_target = 1 if objective == "causal" else 0  # no token predicts the first one
         self.evaluation_collator = evaluation_collator or self.data_collator
         self.model_accepts_loss_kwargs = True
@@ -64,17 +67,9 @@ class LMTrainer(ResumableTrainer):
         if self.args.device.type == "hpu":
             torch.hpu.synchronize()
 
-    def _loader_options(self) -> dict:
-        args = self.args
-        return {
-            "num_workers": args.dataloader_num_workers,
-            "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
-            "prefetch_factor": args.dataloader_prefetch_factor,
-        }
-
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
-        options = {**self._loader_options(), "collate_fn": self.data_collator}
+        options = {**loader_options(args), "collate_fn": self.data_collator}
         options["persistent_workers"] = args.dataloader_persistent_workers
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             # A second worker would read the same stream again.
@@ -198,7 +193,7 @@ class LMTrainer(ResumableTrainer):
         """Token-weighted loss, perplexity and accuracy, and the speed of the evaluation, over all ranks."""
         args = self.args
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        place, options = (args.process_index, args.world_size), self._loader_options()
+        place, options = (args.process_index, args.world_size), loader_options(args)
         loader = evaluation_loader(dataset, self.evaluation_collator, args.eval_batch_size, *place, **options)
         model = self._evaluation_model()
         self.callback_handler.eval_dataloader = loader

@@ -12,32 +12,31 @@ from running import ROOT, documented_flags, help_flags, run
 SCRIPTS = ("run_clm.py", "run_mlm.py", "run_lora_clm.py")
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
-def parser(request, monkeypatch_module) -> tuple[str, argparse.ArgumentParser]:
-    """A script's name and its parser, caught where its main function makes it."""
-    monkeypatch_module.setattr(sys, "argv", [request.param])
-    monkeypatch_module.syspath_prepend(str(ROOT))
-    script = importlib.import_module(request.param.removesuffix(".py"))
-    caught: list = []
-
-    def catch(argv, *types):
-        from gaudi_lm.parsing import build_parser
-
-        caught.append((build_parser(*types), types))
-        raise SystemExit
-
-    monkeypatch_module.setattr(script, "parse", catch)
-    with pytest.raises(SystemExit):
-        script.main([])
-    built, types = caught[0]
-    built.types = types
-    return request.param, built
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module():
+def caught_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a script, with its dataclasses as ``types``, caught where its main function makes it."""
     with pytest.MonkeyPatch.context() as patch:
-        yield patch
+        patch.setattr(sys, "argv", [f"{name}.py"])
+        patch.syspath_prepend(str(ROOT))
+        script = importlib.import_module(name)
+        caught: list = []
+
+        def catch(argv, *types):
+            from gaudi_lm.parsing import build_parser
+
+            caught.append(build_parser(*types))
+            caught[0].types = types
+            raise SystemExit
+
+        patch.setattr(script, "parse", catch)
+        with pytest.raises(SystemExit):
+            script.main([])
+    return caught[0]
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def parser(request) -> tuple[str, argparse.ArgumentParser]:
+    """A script's name and its parser."""
+    return request.param, caught_parser(request.param.removesuffix(".py"))
 
 
 def test_defaults_are_those_that_users_know(parser):
