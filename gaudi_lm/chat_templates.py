@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import logging
 import re
+from itertools import product
 
 from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .conversations import FIRST_MARK, LAST_MARK, REASONING, ConversationError, mark_answers, variants
+from .conversations import FIRST_MARK, LAST_MARK, REASONING, ConversationError, mark_answers, one_line, variants
 from .runtime import UserError
 
 logger = logging.getLogger("gaudi_lm")
@@ -68,8 +69,8 @@ class ChatTemplate:
             raise UserError(
                 f"the tokenizer's chat template is not valid Jinja: line {error.lineno}, {error}"
             ) from error
-        except Exception:  # the template's own: it refuses even this, and what ends a turn is told by special tokens
-            logger.debug("the chat template renders no conversation of two turns", exc_info=True)
+        except Exception:  # of the template's own code: what ends a turn is told by special tokens
+            logger.debug("the chat template does not render a question alone", exc_info=True)
 
     def render(self, messages: list[dict], tools: list[dict] | None = None, **flags) -> tuple[str, list]:
         """The text of a conversation, and the parts that the template's own marks enclose.
@@ -99,18 +100,22 @@ class ChatTemplate:
         """Find the generation prompt, and what ends an answer before another turn and at the end."""
         marks = [chr(FIRST_MARK + number) for number in range(4)]
         turns = [{"role": ("user", "assistant")[n % 2], "content": mark} for n, mark in enumerate(marks)]
-        try:
-            text, _ = self.render(turns)
-        except TemplateSyntaxError:
-            raise
-        except Exception:  # of the template's own code, where it reads parts only
-            text = ""
-        if marks[1] not in text:
-            self.in_parts = True
-            text, _ = self.render(turns)
+        for before, self.in_parts in product(([], [{"role": "system", "content": "a"}]), (False, True)):
+            try:
+                text, _ = self.render([*before, *turns])
+            except TemplateSyntaxError:
+                raise
+            except Exception:  # of the template's own code, where it reads parts only, or wants a system message
+                continue
+            if marks[1] in text:
+                break
+        else:
+            self.in_parts = False
+            return
         between, last = text.split(marks[1])[1].split(marks[2])[0], text.split(marks[3])[1]
         asked, alone = (
-            self.render(turns[:1], add_generation_prompt=prompt)[0].split(marks[0])[1] for prompt in (True, False)
+            self.render([*before, turns[0]], add_generation_prompt=prompt)[0].split(marks[0])[1]
+            for prompt in (True, False)
         )
         shared = common_pieces(asked, alone)
         # Where it is no addition, it stands in the turn before, as in "[INST] question [/INST]".
@@ -231,12 +236,9 @@ class ChatTemplate:
         except Exception:  # of the template's own code
             return stop
         # The same place: what stands before it may differ, as the reasoning of a turn that is the last one here.
-        place = alone.rfind(text[max(0, stop - 12) : stop])
-        return (
-            stop + len(common_pieces(text[stop:limit], alone[place + min(12, stop) :]).rstrip())
-            if place >= 0
-            else stop
-        )
+        before = text[max(0, stop - 12) : stop]
+        after = alone.rpartition(before)[2] if before in alone else ""
+        return stop + len(common_pieces(text[stop:limit], after).rstrip())
 
     def _start(self, text: str, done: int, begin: int) -> int:
         """Where an answer starts whose text begins at ``begin``: behind the generation prompt, or its beginning."""
@@ -293,8 +295,3 @@ class ChatTemplate:
             done = self._end(text, place - length, len(text), last=number == len(messages) - 1)
             spans.append((number, start, done))
         return spans
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

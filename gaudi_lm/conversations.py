@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-FIRST_MARK, LAST_MARK = 0xF0000, 0xFFFFD  # of Unicode's plane 15, which is for private use: in no tokenizer's text
+FIRST_MARK, LAST_MARK = 0x100000, 0x10FFFD  # of Unicode's plane 16, which is for private use, and not in use by fonts
 REASONING = re.compile(r"</?think>\s*")
 SPOKEN = ("reasoning_content", "reasoning", "thinking", "content")  # what templates know of a message's text
 ROLES = {
@@ -20,6 +20,11 @@ ROLES = {
 
 class ConversationError(ValueError):
     """One example cannot be read or rendered; says why."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def without_nulls(value: Any) -> Any:

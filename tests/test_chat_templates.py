@@ -213,6 +213,16 @@ CASES = {
         STRICT, [user(" hello "), assistant("\n hello\n")], f"[INST] hello [/INST]« hello {EOS}»",
     ),
     "parts": (PARTS, TWO, 2 * chatml(("user", "hi<|im_end|>"), ("assistant", "«hello<|im_end|>»"))),
+    "a system message is wanted": (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHATML,
+        [{"role": "system", "content": "x"}, *ONE],
+        chatml(("system", "x<|im_end|>"), ("user", "hi<|im_end|>"), ("assistant", "«hello<|im_end|>»")),
+    ),
+    "private characters": (
+        CHATML,
+        [user("\U000f0001 a"), assistant("\U000f0001 \U0010fffd")],
+        chatml(("user", "\U000f0001 a<|im_end|>"), ("assistant", "«\U000f0001 \U0010fffd<|im_end|>»")),
+    ),
     "tools": (
         TOOLS,
         TOOL_MESSAGES,
