@@ -66,7 +66,7 @@ def test_columns(tokenizer, case):
 
 
 def test_files(instructions, tmp_path):
-    """As a user runs it: the log names the columns; what cannot be read is left out and named."""
+    """The log names the columns; what cannot be read is left out and named; each split is of its own kind."""
     talk = [{"conversations": SHAREGPT}] * 4
     alpaca = [ALPACA] * 6
     files = {
@@ -85,9 +85,11 @@ def test_files(instructions, tmp_path):
         ]
         for name in [*files, "empty.csv"]
     ]  # fmt: skip
+    runs[0] += ["--do_eval", "--validation_file", tmp_path / "mixed.jsonl"]
     null, mixed, lists, empty = run_several("run_lora_clm", runs)
     assert [end.status for end in (null, mixed, lists, empty)] == [0, 0, 2, 0], (null.log, mixed.log, empty.log)
-    assert "examples: messages (messages from 'conversations')" in null.log
+    assert "examples: messages (messages from 'conversations'); instruction (instruction from" in null.log
+    assert "validation: 8 examples" in null.log
     assert "train: 1 of 5 examples left out: row 5: there is no conversation" in null.log
     assert "<|assistant|>>>>Assert" in null.log
     assert (
