@@ -50,6 +50,7 @@ def decisive_flags(training_args) -> dict:
         for name, value in flags.items()
         if name not in WITHOUT_EFFECT and not name.startswith(WITHOUT_EFFECT_BEGIN)
     }
+    kept["optim"] = training_args.optim  # which its default leaves open
     return json.loads(json.dumps(kept, default=str))
 
 
