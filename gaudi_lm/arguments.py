@@ -127,6 +127,8 @@ class DataArguments:
             raise UserError("no data: give --dataset_name, or --train_file and/or --validation_file")
         if self.dataset_name and self.train_file:
             raise UserError("--dataset_name and --train_file exclude each other: both are what is trained on")
+        if self.csv_delimiter is not None and not (self.train_file or self.validation_file):
+            raise UserError("--csv_delimiter goes with --train_file or --validation_file")
         low = 0 if allow_no_split else 1
         if not low <= self.validation_split_percentage <= 99:
             raise UserError(f"--validation_split_percentage {self.validation_split_percentage} is outside {low}-99")

@@ -29,7 +29,8 @@ def spell(value: object) -> str:
     return json.dumps(value, default=str).strip('"')
 
 
-def _values(table: pa.Table, column: str) -> list:
+def values_of(table: pa.Table, column: str) -> list:
+    """The values of a column as Python objects, those of a JSON column decoded."""
     values = table.column(column).to_pylist()
     if isinstance(table.schema.field(column).type, pa.JsonType):
         return [None if value is None else json.loads(value) for value in values]
@@ -38,7 +39,7 @@ def _values(table: pa.Table, column: str) -> list:
 
 def texts_of(table: pa.Table, column: str) -> list[str]:
     """The texts of a column that :func:`text_column` has found."""
-    return list(map(spell, _values(table, column)))
+    return list(map(spell, values_of(table, column)))
 
 
 def batches_of_text(dataset: Dataset | IterableDataset, column: str, size: int = 1000) -> Iterator[list[str]]:
@@ -47,8 +48,15 @@ def batches_of_text(dataset: Dataset | IterableDataset, column: str, size: int =
     Raises:
         UserError: a value that is not text, with its row, or a line that cannot be read.
     """
-    row = 0
-    for batch in dataset.iter(batch_size=size):
+    row, batches = 0, iter(dataset.iter(batch_size=size))
+    while True:
+        try:
+            batch = next(batches, None)
+        except (ValueError, pa.ArrowException) as error:  # of datasets, about a file of the hub
+            why = " ".join(str(error).split())
+            raise UserError(f"the stream cannot be read on after row {row} ({why[:300]})") from error
+        if batch is None:
+            return
         texts = []
         # A stream of JSON has in a batch the keys that its rows have.
         for value in batch.get(column) or [None] * len(next(iter(batch.values()))):
@@ -68,7 +76,7 @@ def text_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
     """
     if isinstance(dataset, Dataset):
         head = dataset.with_format("arrow")[:SAMPLE]
-        sample = {column: _values(head, column) for column in dataset.column_names}
+        sample = {column: values_of(head, column) for column in dataset.column_names}
     else:
         rows = list(islice(dataset, SAMPLE))
         columns = dataset.column_names or dict.fromkeys(column for row in rows for column in row)
@@ -96,7 +104,7 @@ def _all_values(dataset: Dataset | IterableDataset, column: str) -> Iterator:
         yield from (row[column] for row in islice(dataset, SAMPLE))
         return
     for table in dataset.with_format("arrow").iter(1000):
-        yield from _values(table, column)
+        yield from values_of(table, column)
 
 
 def _is_word(value: object) -> bool:

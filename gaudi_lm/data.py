@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets import (
+    BuilderConfig,
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_dataset_builder,
+)
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from .arguments import DataArguments, ModelArguments
-from .files import check_files
+from .files import check_files, kind_of
 from .memory import forget_mapped_pages
 from .reading import FileSet, read_files, stream_files
 from .runtime import UserError
@@ -19,27 +28,43 @@ from .runtime import UserError
 logger = logging.getLogger("gaudi_lm")
 
 
-def _load_files(flag: str, pattern: str, data_args: DataArguments, cache_dir: str | None) -> Dataset | IterableDataset:
+def _load_files(flag: str, data_args: DataArguments, model_args: ModelArguments) -> Dataset | IterableDataset:
+    pattern = getattr(data_args, flag.removeprefix("--"))
     kind, paths = check_files(flag, pattern)
     if data_args.csv_delimiter is not None and kind != "csv":
         raise UserError(f"--csv_delimiter: {flag} {pattern} is not a csv or tsv file")
     files = FileSet(kind, tuple(paths), data_args.keep_linebreaks, data_args.csv_delimiter)
-    return stream_files(files) if data_args.streaming else read_files(files, cache_dir)
+    return _read(files, data_args, model_args)
 
 
-def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDict | IterableDatasetDict:
+def _read(files: FileSet, data_args: DataArguments, model_args: ModelArguments) -> Dataset | IterableDataset:
+    return stream_files(files) if data_args.streaming else read_files(files, model_args.cache_dir)
+
+
+def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDict | IterableDatasetDict | dict:
+    source = {"path": data_args.dataset_name, "name": data_args.dataset_config_name, "token": model_args.token}
     try:
-        return load_dataset(
-            data_args.dataset_name,
-            data_args.dataset_config_name,
-            cache_dir=model_args.cache_dir,
-            token=model_args.token,
-            streaming=data_args.streaming,
-        )
+        if Path(data_args.dataset_name).is_dir():
+            config = load_dataset_builder(**source, cache_dir=model_args.cache_dir).config
+            files = {split: _files_of_folder(config, split) for split in ("train", "validation")}
+            if any(files.values()):
+                return {split: _read(own, data_args, model_args) for split, own in files.items() if own}
+        return load_dataset(**source, cache_dir=model_args.cache_dir, streaming=data_args.streaming)
     # OSError includes the network's errors, a transfer that broke off among them.
-    except (DatasetNotFoundError, OSError, ValueError) as error:
+    except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError) as error:
         name = " ".join(filter(None, (data_args.dataset_name, data_args.dataset_config_name)))
-        raise UserError(f"--dataset_name {name}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"--dataset_name {name}: cannot be loaded ({cause[:300]})") from error
+
+
+def _files_of_folder(config: BuilderConfig, split: str) -> FileSet | None:
+    """The files of a split of a local data set, where they are of a kind with columns and are nothing special."""
+    paths = tuple((config.data_files or {}).get(split, ()))
+    kinds = {kind_of(path) if Path(path).is_file() else None for path in paths}
+    if len(kinds) != 1 or not kinds <= {"csv", "json", "parquet"} or getattr(config, "field", None):
+        return None
+    separator = getattr(config, "sep", ",")
+    return FileSet(kinds.pop(), paths, delimiter=None if separator == "," else separator)
 
 
 def load_raw(
@@ -60,9 +85,9 @@ def load_raw(
     """
     hub = _load_hub(data_args, model_args) if data_args.dataset_name else {}
     splits = {name: hub[name] for name in ("train", "validation") if name in hub}
-    for name, flag in (("train", "--train_file"), ("validation", "--validation_file")):
-        if pattern := getattr(data_args, f"{name}_file"):
-            splits[name] = _load_files(flag, pattern, data_args, model_args.cache_dir)
+    for name in ("train", "validation"):
+        if getattr(data_args, f"{name}_file"):
+            splits[name] = _load_files(f"--{name}_file", data_args, model_args)
     # Give back what reading and converting the files took: it grows with them.
     pa.default_memory_pool().release_unused()
     forget_mapped_pages(file["filename"] for split in splits.values() for file in getattr(split, "cache_files", ()))

@@ -19,11 +19,16 @@ def _endings(path: str) -> list[str]:
     return endings[:-1] if endings and endings[-1] in COMPRESSED else endings
 
 
+def kind_of(path: str) -> str | None:
+    """``csv``, ``json``, ``text`` or ``parquet``, by a file's name; None where it is none of them."""
+    return KINDS.get((_endings(path) or [""])[-1])
+
+
 def _kind(flag: str, path: str) -> str:
-    endings = _endings(path)
-    if not endings or endings[-1] not in KINDS:
+    kind = kind_of(path)
+    if kind is None:
         raise UserError(f"{flag} {path}: the name must end in {', '.join(KINDS)}, also with .gz or .zst after it")
-    return KINDS[endings[-1]]
+    return kind
 
 
 def open_bytes(path: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from .files import bad_line, open_bytes
 from .runtime import UserError
 
 BLOCK = 2**23  # bytes that are read at a time
+HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # of the two that write one character, or alone
 ROWS = 10_000  # of a file that is one value, at a time
 
 
@@ -68,6 +70,8 @@ def parse_lines(path: str, number: int, block: bytes) -> list[dict]:
             continue
         try:
             row = json.loads(content.decode("utf-8"))
+            if HALF_CHARACTER.search(content):
+                row = _whole_characters(row)
         except UnicodeDecodeError as error:
             raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from error
         except json.JSONDecodeError as error:
@@ -76,6 +80,17 @@ def parse_lines(path: str, number: int, block: bytes) -> list[dict]:
             raise UserError(f'{path}, line {line}: a {type(row).__name__}, not an object such as {{"text": ...}}')
         rows.append(row)
     return rows
+
+
+def _whole_characters(value: object) -> object:
+    """A value of JSON without halves of characters, which cut texts end with and which are not text."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return list(map(_whole_characters, value))
+    if isinstance(value, dict):
+        return {_whole_characters(key): _whole_characters(part) for key, part in value.items()}
+    return value
 
 
 def json_table(path: str, number: int, block: bytes) -> pa.Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Json, Value
 from transformers import PreTrainedTokenizerBase
 
+from .columns import spell, values_of
 from .conversations import is_conversation, read_messages, read_tools
 from .runtime import UserError
 
@@ -154,19 +154,10 @@ def text_of(table: pa.Table, name: str) -> pa.Array:
     So do lists and objects, which :func:`refused_values` names.
     """
     column = table.column(name)
-    if isinstance(column.type, pa.JsonType):
-        return pa.array(map(_spell, _json_values(column)), pa.large_string())
-    return pc.fill_null(pc.cast(column, pa.large_string()), "").combine_chunks()
-
-
-def _json_values(column: pa.ChunkedArray) -> list[Any]:
-    return [None if text is None else json.loads(text) for text in column.to_pylist()]
-
-
-def _spell(value: Any) -> str:
-    if isinstance(value, (list, dict)) or value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return pc.fill_null(pc.cast(column, pa.large_string()), "").combine_chunks()
+    values = ("" if isinstance(value, (list, dict)) else spell(value) for value in values_of(table, name))
+    return pa.array(values, pa.large_string())
 
 
 def refused_values(table: pa.Table, form: ExampleFormat) -> list[str | None]:
@@ -175,7 +166,7 @@ def refused_values(table: pa.Table, form: ExampleFormat) -> list[str | None]:
     for name in form.columns.values():
         column = table.column(name)
         if isinstance(column.type, pa.JsonType):
-            for row, value in enumerate(_json_values(column)):
+            for row, value in enumerate(values_of(table, name)):
                 if isinstance(value, (list, dict)):
                     problems[row] = f"column {name!r} has a {type(value).__name__}, not text"
     return problems

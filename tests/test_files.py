@@ -7,6 +7,7 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from datasets import IterableDataset
 from running import run_several
 from transformers import AutoTokenizer, LlamaTokenizerFast
 
@@ -240,6 +241,39 @@ def test_json_of_one_value(tmp_path, streaming):
             if name != "object" or indent:
                 path = tmp_path / f"{name}{indent}.json"
                 assert train_texts(tmp_path, streaming, train_file=path) == WORDS, (name, indent)
+
+
+@both_ways
+def test_a_folder_is_read_like_files(tmp_path, streaming):
+    """`--dataset_name FOLDER`: its splits need not have the same columns, nor the parts of one the same types."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "train-0.jsonl", [{"text": line, "n": 1} for line in WORDS])
+    write_jsonl(folder / "train-1.jsonl", [{"text": line, "n": "one"} for line in WORDS])
+    write_jsonl(folder / "validation.jsonl", [{"source": "manual", "text": line} for line in WORDS])
+    write_jsonl(folder / "test.jsonl", [{"other": 1}])
+    raw = read(tmp_path, streaming, True, train_file="", dataset_name=folder)
+    assert {split: [row["text"] for row in rows] for split, rows in raw.items()} == {
+        "train": 2 * WORDS,
+        "validation": WORDS,
+    }
+    assert text_column(raw["train"], None) == "text"
+
+
+def test_a_stream_that_cannot_be_read_on():
+    def rows():
+        yield {"text": "a"}
+        raise pa.ArrowInvalid("Couldn't cast\ntext: int64")
+
+    with pytest.raises(UserError, match="cannot be read on after row 1 .*Couldn't cast text: int64"):
+        list(batches_of_text(IterableDataset.from_generator(rows), "text", 1))
+
+
+@both_ways
+def test_half_characters(tmp_path, streaming):
+    """What programs leave that cut a text within an emoji; pairs are whole."""
+    (tmp_path / "a.jsonl").write_text('{"text": "cut \\ud83d"}\n{"text": "whole \\ud83d\\ude00"}\n')
+    assert train_texts(tmp_path, streaming, train_file=tmp_path / "a.jsonl") == ["cut \ufffd", "whole \U0001f600"]
 
 
 def test_many_frames_of_zstandard(tmp_path):
