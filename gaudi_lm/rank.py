@@ -62,7 +62,7 @@ BUFFER_BYTES = 1024 * 1024
 # Settings that all ranks must agree on, and the few among them that differ between cards or hosts by nature.
 AGREED_PREFIXES = ("PT_", "HCCL_", "HABANA_")
 PER_RANK = ("HABANA_VISIBLE_", "HABANA_LOGS", "HCCL_SOCKET_IFNAME")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def script_command(script: list[str]) -> list[str]:

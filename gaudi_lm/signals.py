@@ -49,8 +49,9 @@ class SaveOnSignal(TrainerCallback):
             yield
         finally:
             self._watching = False
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if not self.decided:  # else the process ends now, and nothing more is to come in between
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def _take(self, number: int, frame) -> None:
         if number == signal.SIGINT:
