@@ -200,7 +200,11 @@ def _missing(folder: Path) -> list[str]:
     if not deepspeed and not names.intersection(WEIGHTS):
         found.append("the weights are missing (model.safetensors or adapter_model.safetensors)")
     if deepspeed:
-        found += [] if "latest" in names else ["latest is missing"]
+        if (
+            "latest" not in names
+            or not (folder / (folder / "latest").read_text(errors="replace").strip("\0\n")).is_dir()
+        ):
+            found.append("latest is missing, or names no folder that is there")
         for kind in ("model_states", "optim_states"):
             if not any(deepspeed[-1].glob(f"*{kind}.pt")):
                 found.append(f"{deepspeed[-1].name}/*_{kind}.pt is missing")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from resuming import CPU, script_flags, start
+from resuming import CARD, CPU, script_flags, start, zero
 
 from gaudi_lm import checkpoints
 from gaudi_lm.errors import UserError
@@ -188,3 +188,58 @@ def test_a_manifest_lists_every_file_and_keeps_no_secret(trained):
     there = {path.name for path in (trained / "checkpoint-8").iterdir()} - {"manifest.json"}
     assert set(manifest["files"]) == there >= set(FILES) - {"manifest.json"}
     assert not [name for name in manifest["run"]["flags"] if name.endswith("token")]
+
+
+def test_no_loader_can_ask_for_more_than_data(tmp_path):
+    """DeepSpeed asks for ``weights_only=False``."""
+    torch.save({"more": Payload(tmp_path / "executed")}, tmp_path / "file.pt")
+    with checkpoints.data_only(), pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "file.pt", weights_only=False)
+    assert not (tmp_path / "executed").exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+@pytest.fixture(scope="module")
+def divided(assets, masked_assets, instructions, tmp_path_factory) -> Path:
+    """The folder of a ZeRO-2 run on two simulated cards."""
+    output = tmp_path_factory.mktemp("divided") / "out"
+    flags = script_flags("run_clm.py", assets, masked_assets, instructions)
+    start("run_clm.py", 2, output, *flags, *CARD, *zero(2))
+    return output
+
+
+OPTIMIZER, MODEL = (
+    "global_step6/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    "global_step6/mp_rank_00_model_states.pt",
+)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_deepspeed(divided, tmp_path):
+    assert checkpoints.faults(divided / "checkpoint-6") == []
+    for name in (OPTIMIZER, MODEL, "latest", "rng_state_1.pth"):
+        for how in DAMAGES:
+            for sealed in (True, False):
+                folder = tmp_path / "checkpoint-6"
+                shutil.copytree(divided / "checkpoint-6", folder)
+                damage(folder / name, how)
+                if not sealed:
+                    (folder / "manifest.json").unlink()
+                found = checkpoints.faults(folder)
+                assert found, (name, how, sealed)
+                assert name in str(found) or "missing" in str(found), (name, how, sealed)
+                shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
+@pytest.mark.parametrize("name", [OPTIMIZER, MODEL])
+def test_a_pickle_in_a_checkpoint_of_deepspeed_is_not_executed(divided, tmp_path, name, form):
+    folder = tmp_path / "checkpoint-6"
+    shutil.copytree(divided / "checkpoint-6", folder)
+    poison(folder / name, tmp_path / "executed", form)
+    for vouched in (True, False):
+        seal_again(folder) if vouched else (folder / "manifest.json").unlink()
+        with pytest.raises(UserError, match=f"{name} is refused"):
+            find_checkpoint(arguments(tmp_path, resume_from_checkpoint=str(folder)))
+    assert not (tmp_path / "executed").exists()
