@@ -200,10 +200,8 @@ def _missing(folder: Path) -> list[str]:
     if not deepspeed and not names.intersection(WEIGHTS):
         found.append("the weights are missing (model.safetensors or adapter_model.safetensors)")
     if deepspeed:
-        if (
-            "latest" not in names
-            or not (folder / (folder / "latest").read_text(errors="replace").strip("\0\n")).is_dir()
-        ):
+        latest = (folder / "latest").read_text(errors="replace").strip() if "latest" in names else None
+        if latest not in [path.name for path in deepspeed]:
             found.append("latest is missing, or names no folder that is there")
         for kind in ("model_states", "optim_states"):
             if not any(deepspeed[-1].glob(f"*{kind}.pt")):

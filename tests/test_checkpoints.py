@@ -124,7 +124,7 @@ def poison(path: Path, mark: Path, form: str) -> None:
     if form == "bare":
         path.write_bytes(pickle.dumps(Payload(mark)))
         return
-    content = torch.load(path, weights_only=False)
+    content = torch.load(path, map_location="cpu", weights_only=False)
     content = {**content, "more": Payload(mark)} if isinstance(content, dict) else Payload(mark)
     torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
 
