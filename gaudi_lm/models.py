@@ -24,6 +24,7 @@ from .attention import hand_over_flags
 from .dropout import install_dropout
 from .errors import nearest
 from .memory import keep_freed_memory
+from .model_files import check_config, check_files, first_line, tokenizer_damage
 from .runtime import UserError, parse_bool
 
 logger = logging.getLogger("gaudi_lm")
@@ -41,14 +42,6 @@ def _hub_options(model_args: ModelArguments) -> dict:
     }
 
 
-def _first_line(error: BaseException) -> str:
-    if "gated repo" in str(error):
-        return "gated: accept its terms on its page, then log in with `hf auth login` or give --token"
-    if "trust_remote_code" in str(error):
-        return "it brings code of its own: look at it there, then give --trust_remote_code to let it run"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def load_config(
     model_args: ModelArguments, model_type: str | None = None, config_overrides: str | None = None
 ) -> PretrainedConfig:
@@ -63,10 +56,13 @@ def load_config(
     name = model_args.config_name or model_args.model_name_or_path
     if name:
         flag = "--config_name" if model_args.config_name else "--model_name_or_path"
+        check_files(flag, name)
         try:
-            return AutoConfig.from_pretrained(name, **_hub_options(model_args))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{flag} {name}: no configuration ({_first_line(error)})") from error
+            config = AutoConfig.from_pretrained(name, **_hub_options(model_args))
+        except Exception as error:  # what a damaged or foreign file leads to is of any class
+            raise UserError(f"{flag} {name}: no configuration ({first_line(error)})") from error
+        check_config(flag, name, config)
+        return config
     if not model_type:
         raise UserError(
             "no model: give --model_name_or_path to fine-tune, or --config_name or --model_type to train from scratch"
@@ -134,10 +130,11 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     if not name:
         raise UserError("no tokenizer: a model from scratch needs --tokenizer_name (a folder or a hub name)")
     flag = "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path"
+    check_files(flag, name)
     try:
         return AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **_hub_options(model_args))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{flag} {name}: no tokenizer ({_first_line(error)})") from error
+    except Exception as error:  # likewise
+        raise UserError(f"{flag} {name}: no tokenizer ({tokenizer_damage(name) or first_line(error)})") from error
 
 
 def fit_vocabulary(
@@ -238,9 +235,9 @@ def load_model(
                 raise
             logger.info("attention: eager, since %s has no sdpa", config.model_type)
             model = make(**{**options, "attn_implementation": "eager"})
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # likewise; nothing has been written yet
         raise UserError(
-            f"{'--model_name_or_path ' + name if name else config.model_type}: {_first_line(error)}"
+            f"{'--model_name_or_path ' + name if name else config.model_type}: {first_line(error)}"
         ) from error
     embedding = model.get_input_embeddings().weight
     # Under ZeRO-3 a rank holds a part of the weight; ds_shape is the whole.

@@ -97,8 +97,14 @@ NEEDS: dict[str, str] = {
 
 # What only a Gaudi has, with the value that stands for its absence: --use_cpu wins over these.
 CARD_ONLY: dict[str, object] = {
-    "ddp_timeout": 1800,
+    "use_habana": False,
+    "use_lazy_mode": False,
+    "use_hpu_graphs": False,
+    "use_hpu_graphs_for_inference": False,
+    "use_hpu_graphs_for_training": False,
+    "gaudi_config_name": None,
     "deepspeed": None,
+    "ddp_timeout": 1800,
     "disable_tensor_cache_hpu_graphs": False,
     "distribution_strategy": "ddp",
     "flash_attention_causal_mask": False,
@@ -110,7 +116,6 @@ CARD_ONLY: dict[str, object] = {
     "fsdp_config": None,
     "fsdp_min_num_params": 0,
     "fsdp_transformer_layer_cls_to_wrap": None,
-    "gaudi_config_name": None,
     "max_hpu_graphs": None,
     "minimize_memory": False,
     "non_blocking_data_copy": False,
@@ -120,11 +125,6 @@ CARD_ONLY: dict[str, object] = {
     "profiling_warmup_steps": 0,
     "profiling_with_stack": False,
     "use_compiled_autograd": False,
-    "use_habana": False,
-    "use_hpu_graphs": False,
-    "use_hpu_graphs_for_inference": False,
-    "use_hpu_graphs_for_training": False,
-    "use_lazy_mode": False,
     "use_zero3_leaf_promotion": False,
 }
 

@@ -136,7 +136,7 @@ WORDS = {
     "block size 0": ["--block_size 0"],
     "block size -5": ["--block_size -5"],
     "split 0": ["--validation_split_percentage 0", "1-99"],
-    "split 100": ["--validation_split_percentage 100", "1-99"],
+    "split 100": ["--validation_split_percentage 100", "between 0 and 99"],
     "max samples 0": ["--max_train_samples 0"],
     "overrides with a model": ["--config_overrides", "--model_name_or_path"],
     "overrides unknown": ["--config_overrides", "n_layers", "n_layer"],
