@@ -76,10 +76,6 @@ class ScriptArguments:
 
     def check(self, streaming: bool) -> None:
         """Refuse what cannot work, by the flag's name."""
-        if not 0 < self.mlm_probability <= 1:
-            raise UserError(f"--mlm_probability {self.mlm_probability} is outside 0-1, or masks nothing")
-        if self.max_predictions_per_seq is not None and self.max_predictions_per_seq < 0:
-            raise UserError(f"--max_predictions_per_seq {self.max_predictions_per_seq}: it must be at least 0")
         for flag in ("pack_sequences", "pad_to_max_length"):
             if getattr(self, flag) and not self.line_by_line:
                 raise UserError(f"--{flag} needs --line_by_line: blocks of concatenated text are full without it")

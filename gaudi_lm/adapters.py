@@ -25,6 +25,7 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -116,11 +117,10 @@ def adapter_config(args: AdapterArguments) -> PeftConfig:
     Raises:
         UserError: a rank, a length, a dropout or a schedule that cannot be.
     """
-    for name in ("lora_rank", "lora_alpha", "adalora_init_r", "adalora_target_r", "adapter_layers", "adapter_len"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: it must be at least 1")
-    if not 0 <= args.lora_dropout < 1:
-        raise UserError(f"--lora_dropout {args.lora_dropout} is outside 0-1")
+    if args.peft_type == "adalora" and args.adalora_init_r < args.adalora_target_r:
+        raise UserError(
+            f"--adalora_init_r {args.adalora_init_r}: ranks only shrink, to --adalora_target_r {args.adalora_target_r}"
+        )
     if args.peft_type == "llama-adapter":
         return AdaptionPromptConfig(
             adapter_layers=args.adapter_layers, adapter_len=args.adapter_len, task_type="CAUSAL_LM"
@@ -220,7 +220,7 @@ def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftMode
             adapted = PeftModel.from_pretrained(model, name, is_trainable=trainable)
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise UserError(f"--adapter_name_or_path {name}: no adapter there ({str(error).splitlines()[0]})") from error
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--adapter_name_or_path {name}: made for another model ({reason})") from error
     unlike = set(saved) ^ set(get_peft_model_state_dict(adapted))

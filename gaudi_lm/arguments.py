@@ -132,10 +132,6 @@ class DataArguments:
         low = 0 if allow_no_split else 1
         if not low <= self.validation_split_percentage <= 99:
             raise UserError(f"--validation_split_percentage {self.validation_split_percentage} is outside {low}-99")
-        for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} {value}: it must be at least 1")
         if self.streaming and streaming_needs_max_steps <= 0:
             raise UserError("--streaming needs --max_steps: the length of a stream is not known in advance")
 

@@ -51,8 +51,13 @@ def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDi
                 return {split: _read(own, data_args, model_args) for split, own in files.items() if own}
         return load_dataset(**source, cache_dir=model_args.cache_dir, streaming=data_args.streaming)
     # OSError includes the network's errors, a transfer that broke off among them.
-    except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError) as error:
+    except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError, RuntimeError) as error:
         name = " ".join(filter(None, (data_args.dataset_name, data_args.dataset_config_name)))
+        if "scripts are no longer supported" in str(error):
+            raise UserError(
+                f"--dataset_name {name}: it is a script, which `datasets` runs no more; "
+                "write its rows into json or parquet files, and give those by --train_file"
+            ) from error
         cause = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"--dataset_name {name}: cannot be loaded ({cause[:300]})") from error
 

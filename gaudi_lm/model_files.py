@@ -67,14 +67,19 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def check_files(flag: str, name: str) -> None:
-    """Refuse a local folder with a damaged file.
+def check_model_folders(values: dict[str, object]) -> None:
+    """Refuse local folders with a damaged file, by the flags that name models, tokenizers and adapters.
+
+    Args:
+        values: by the name of the flag.
 
     Raises:
         UserError: see :func:`damage`.
     """
-    if Path(name).is_dir() and (found := damage(Path(name))):
-        raise UserError(f"{flag} {name}: {found}")
+    for flag in ("model_name_or_path", "config_name", "tokenizer_name", "adapter_name_or_path"):
+        name = values.get(flag)
+        if name and Path(name).is_dir() and (found := damage(Path(name))):
+            raise UserError(f"--{flag} {name}: {found}")
 
 
 def tokenizer_damage(name: str) -> str | None:

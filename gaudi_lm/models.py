@@ -24,7 +24,7 @@ from .attention import hand_over_flags
 from .dropout import install_dropout
 from .errors import nearest
 from .memory import keep_freed_memory
-from .model_files import check_config, check_files, first_line, tokenizer_damage
+from .model_files import check_config, first_line, tokenizer_damage
 from .runtime import UserError, parse_bool
 
 logger = logging.getLogger("gaudi_lm")
@@ -56,7 +56,6 @@ def load_config(
     name = model_args.config_name or model_args.model_name_or_path
     if name:
         flag = "--config_name" if model_args.config_name else "--model_name_or_path"
-        check_files(flag, name)
         try:
             config = AutoConfig.from_pretrained(name, **_hub_options(model_args))
         except Exception as error:  # what a damaged or foreign file leads to is of any class
@@ -130,7 +129,6 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     if not name:
         raise UserError("no tokenizer: a model from scratch needs --tokenizer_name (a folder or a hub name)")
     flag = "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path"
-    check_files(flag, name)
     try:
         return AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **_hub_options(model_args))
     except Exception as error:  # likewise

@@ -14,6 +14,7 @@ from transformers.hf_argparser import string_to_bool
 
 from .config_files import ENDINGS, expand_config_file, read_config_file
 from .errors import UserError, nearest, warn
+from .model_files import check_model_folders
 from .ranges import check_ranges
 from .refusals import check_flags, check_folders
 from .runtime import parse_bool
@@ -141,6 +142,7 @@ def parse(argv: list[str] | None, *dataclass_types: type) -> tuple:
         what = "unknown flag" if flag.startswith("-") else "no flag takes the value"
         raise UserError(f"{f'{argv[0]}: ' if of_file else ''}{what} {flag}{nearest(flag, known)}")
     check_ranges(vars(values))
+    check_model_folders(vars(values))
     check_folders(vars(values))
     check_flags(vars(values), {name: parser.get_default(name) for name in vars(values)})
     parts = tuple(

@@ -1,0 +1,168 @@
+"""Damaged and foreign models: one line that names the file, exit code 2, before anything is written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from running import run_many
+from safetensors.torch import load_file
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+def config(**changes):
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def content(name: str, data: bytes | float):
+    """Replace a file's content, or keep only a share of it."""
+
+    def change(folder: Path) -> None:
+        file = folder / name
+        whole = file.read_bytes()
+        file.write_bytes(data if isinstance(data, bytes) else whole[: int(len(whole) * data)])
+
+    return change
+
+
+def pickled(share: float = 1.0, data: bytes | None = None):
+    def change(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+        content("pytorch_model.bin", share if data is None else data)(folder)
+
+    return change
+
+
+class Hostile:
+    """What a pickle may do to who loads it."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def hostile(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Hostile()}, folder / "pytorch_model.bin")
+
+
+def shards(folder: Path) -> None:
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+DAMAGE = {
+    "weights cut": (content("model.safetensors", 0.5), ["model.safetensors", "cut or damaged"]),
+    "weights without their last byte": (content("model.safetensors", 0.99999), ["model.safetensors", "cut"]),
+    "weights empty": (content("model.safetensors", b""), ["model.safetensors", "cut or damaged"]),
+    "weights a page": (content("model.safetensors", b"<html>not found</html>"), ["model.safetensors", "damaged"]),
+    "weights a pointer": (content("model.safetensors", POINTER), ["model.safetensors", "Git-LFS", "git lfs pull"]),
+    "weights missing": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
+    "pickle cut": (pickled(0.5), ["pytorch_model.bin"]),
+    "pickle a pointer": (pickled(data=POINTER), ["pytorch_model.bin", "git lfs pull"]),
+    "pickle hostile": (hostile, ["pytorch_model.bin"]),
+    "shard missing": (shards, ["model-00001-of-00002.safetensors is missing", "model.safetensors.index.json"]),
+    "tokenizer cut": (content("tokenizer.json", 0.5), ["tokenizer.json is cut or damaged"]),
+    "tokenizer empty": (content("tokenizer.json", b""), ["tokenizer.json is cut or damaged"]),
+    "tokenizer a pointer": (content("tokenizer.json", POINTER), ["tokenizer.json", "git lfs pull"]),
+    "tokenizer a list": (content("tokenizer.json", b"[]"), ["tokenizer.json is cut or damaged"]),
+    "tokenizer settings": (content("tokenizer_config.json", b"{"), ["tokenizer_config.json is not valid JSON"]),
+    "configuration cut": (content("config.json", 0.5), ["config.json is not valid JSON"]),
+    "configuration a list": (content("config.json", b"[]"), ["config.json holds a list"]),
+    "configuration without type": (content("config.json", b"{}"), ["model_type"]),
+    "type unknown": (config(model_type="nonsense"), ["nonsense"]),
+    "type of images": (config(model_type="vit"), ["AutoModelForCausalLM"]),
+    "no layers": (config(n_layer=0), ["n_layer is 0"]),
+    "minus one layer": (config(n_layer=-1), ["n_layer is -1"]),
+    "width zero": (config(n_embd=0), ["n_embd is 0"]),
+    "width text": (config(n_embd="x"), ["n_embd is 'x'"]),
+    "width half": (config(n_embd=32.5), ["n_embd is 32.5"]),
+    "heads zero": (config(n_head=0), ["n_head is 0"]),
+    "heads three": (config(n_head=3), ["divisible"]),
+    "vocabulary endless": (config(vocab_size=10**12), ["vocab_size is 1000000000000"]),
+    "positions negative": (config(n_positions=-5), ["--model_name_or_path", "negative"]),
+    "wider than its weights": (config(n_embd=64), ["sizes in the configuration", "size mismatch"]),
+    "activation unknown": (config(activation_function="nonsense"), ["nonsense"]),
+    "dropout two": (config(resid_pdrop=2.0), ["dropout", "2.0"]),
+    "dtype unknown": (config(torch_dtype="nonsense"), ["nonsense"]),
+    "quantized by bitsandbytes": (
+        config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ["pip install bitsandbytes"],
+    ),
+    "quantized by gptq": (config(quantization_config={"quant_method": "gptq", "bits": 4}), ["pip install gptqmodel"]),
+    "quantized by awq": (config(quantization_config={"quant_method": "awq", "bits": 4}), ["pip install autoawq"]),
+    "quantized by nobody": (config(quantization_config={"quant_method": "nobody"}), ["nobody", "unknown", "gptq"]),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(assets, tmp_path_factory) -> dict[str, tuple[int, str]]:
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / "script").mkdir()
+    (folder / "script" / "script.py").write_text("import datasets\n")
+    base = ["--use_cpu", "--do_train", "--block_size", 32, "--output_dir", "out", "--max_train_samples", 8]
+    cases = {}
+    for place, (name, (change, _)) in enumerate(DAMAGE.items()):
+        shutil.copytree(assets.gpt2, folder / str(place))
+        change(folder / str(place))
+        cases[name] = [*base, "--train_file", assets.train, "--model_name_or_path", folder / str(place)]
+    cases["script"] = [*base, "--model_name_or_path", assets.gpt2, "--dataset_name", folder / "script"]
+    found = run_many("run_clm.py", cases, folder)
+    assert not (folder / "out").exists(), "a refused run wrote something"
+    assert not (folder / "executed").exists(), "a pickle was executed"
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*DAMAGE, "script"])
+def test_one_line_names_the_file(outcomes, case):
+    code, stderr = outcomes[case]
+    assert code == 2 and "Traceback" not in stderr, stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and stderr.splitlines()[-1] == lines[0]
+    for word in DAMAGE[case][1] if case in DAMAGE else ["--dataset_name", "script", "--train_file"]:
+        assert word in lines[0]
+
+
+ADAPTERS = {
+    "cut": (content("adapter_model.safetensors", 0.5), "adapter_model.safetensors is cut or damaged"),
+    "a pointer": (content("adapter_model.safetensors", POINTER), "git lfs pull"),
+    "settings": (content("adapter_config.json", b"{"), "adapter_config.json is not valid JSON"),
+    "settings a list": (content("adapter_config.json", b"[]"), "adapter_config.json holds a list"),
+    "alpha text": (
+        lambda folder: (folder / "adapter_config.json").write_text(
+            (folder / "adapter_config.json").read_text().replace('"lora_alpha": 8', '"lora_alpha": "x"')
+        ),
+        "--adapter_name_or_path",
+    ),
+}
+
+
+@pytest.mark.slow
+def test_damaged_adapters(instructions, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(instructions.llama)
+    get_peft_model(model, LoraConfig(lora_alpha=8, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "whole")
+    base = ["--use_cpu", "--do_train", "--output_dir", "out", "--train_file", instructions.train]
+    base += ["--model_name_or_path", instructions.llama, "--max_train_samples", 4, "--adapter_name_or_path"]
+    cases = {}
+    for name, (change, _) in ADAPTERS.items():
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        change(tmp_path / name)
+        cases[name] = [*base, tmp_path / name]
+    for name, (code, stderr) in run_many("run_lora_clm.py", cases, tmp_path).items():
+        assert code == 2 and "Traceback" not in stderr, stderr
+        assert ADAPTERS[name][1] in stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
