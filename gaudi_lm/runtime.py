@@ -11,10 +11,12 @@ import gc
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from .config_files import expand_config_file
 from .errors import UserError, user_errors
@@ -32,6 +34,9 @@ def run_script(main: Callable[[], object]) -> None:
     ``main`` therefore leaves the group alone.
     """
     status: object = None
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # a rank may wait for others, and Python's handlers with it
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, partial(_end_at_once, os.getpid()))  # training has handlers of its own
     try:
         with user_errors():
             main()
@@ -61,6 +66,23 @@ def run_script(main: Callable[[], object]) -> None:
         except (OSError, ValueError):  # nobody reads any more, or the disk is full: what Python says then
             status = status or 120
     os._exit(status or 0)
+
+
+def _end_at_once(process: int, number: int, frame) -> None:
+    """On a signal outside of training: no traceback, and the status that the signal means."""
+    signal.signal(number, signal.SIG_DFL)
+    if os.getpid() == process:
+        os.write(2, f"{signal.Signals(number).name}: ended outside of training, there was nothing to save\n".encode())
+        sys.exit(128 + number)
+    os.kill(os.getpid(), number)  # a process of a library's own, which has inherited this
+
+
+def _say_interrupted(kind: type[BaseException], error: BaseException, trace) -> None:
+    """For ``sys.excepthook``: Ctrl-C while libraries are imported is no error to be traced."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _has_process_group() -> bool:
@@ -157,6 +179,7 @@ def choose_card(argv: list[str]) -> None:
     card that is not there. Flags that choose no card at all are left to the argument parser, which also serves
     ``--help``.
     """
+    sys.excepthook = _say_interrupted
     with user_errors():
         flags = _card_flags(expand_config_file(argv))
         cards = simulated_cards()

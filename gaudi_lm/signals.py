@@ -36,6 +36,7 @@ class SaveOnSignal(TrainerCallback):
         self.decided = 0
         self._vote = Vote()
         self._watching = False
+        self._process = os.getpid()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -54,6 +55,8 @@ class SaveOnSignal(TrainerCallback):
                     signal.signal(number, handler)
 
     def _take(self, number: int, frame) -> None:
+        if os.getpid() != self._process:
+            return  # a process that loads data: Ctrl-C reaches it as well, and its data are still wanted
         if number == signal.SIGINT:
             # The second one is the kernel's: it does not wait until Python's turn comes.
             signal.signal(number, signal.SIG_DFL)

@@ -104,5 +104,41 @@ def test_signals_can_be_left_alone(assets, masked_assets, instructions, tmp_path
     flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *LONG, *CPU]
     output = tmp_path / "out"
     (end,) = interrupted("run_clm.py", 1, output, [*flags, "--save_on_signal", "False"], signal.SIGTERM)
-    assert end.returncode == -signal.SIGTERM
+    assert end.returncode == 128 + signal.SIGTERM and "Traceback" not in end.stderr
     assert {path.name for path in output.glob("checkpoint-*")} <= {f"checkpoint-{step}" for step in range(12, 61, 12)}
+
+
+def test_a_signal_outside_of_training(assets, masked_assets, instructions, tmp_path):
+    """While data are read, or a model is evaluated: nothing is lost, nothing is traced."""
+    flags = script_flags("run_clm.py", assets, masked_assets, instructions)
+    for number, words in (
+        (signal.SIGTERM, "SIGTERM: ended"),
+        (signal.SIGUSR1, "SIGUSR1: ended"),
+        (signal.SIGINT, "interrupted"),
+    ):
+        (end,) = run_interrupted(
+            0, "run_clm.py", *flags, *CPU, *batch(1), "--output_dir", tmp_path / "out",
+            meanwhile=lambda pids, number=number: (time.sleep(0.3), os.kill(pids[0], number)),
+        )  # fmt: skip
+        assert end.returncode == 128 + number, end.stderr
+        assert "Traceback" not in end.stderr and words in end.stderr
+
+
+def test_ctrl_c_reaches_processes_that_load_data_too(assets, masked_assets, instructions, tmp_path):
+    """They go on until the step is over and the checkpoint saved."""
+    flags = [
+        *script_flags("run_clm.py", assets, masked_assets, instructions),
+        *LONG,
+        *CPU,
+        "--dataloader_num_workers",
+        2,
+    ]
+    output = tmp_path / "out"
+    flags += [*batch(1), "--output_dir", output]
+    (end,) = run_interrupted(
+        0, "run_clm.py", *flags,
+        meanwhile=lambda pids: when_training(output, lambda: os.killpg(pids[0], signal.SIGINT)),
+    )  # fmt: skip
+    assert end.returncode == 130 and "Traceback" not in end.stderr, end.stderr
+    assert end.stderr.count("SIGINT: finishing the step") == 1
+    assert "training ends after step" in end.stderr
