@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 PADDING = "padding"
@@ -25,6 +26,7 @@ class Architecture:
         packs: a block-diagonal mask and position ids keep the texts of a row apart.
         packs_patched: so they do in optimum-habana's model, where there is one.
         adds_patched_mask: that model adds a mask to the scores as it comes; others want one of ones and zeros.
+        patched_sdpa: that model has PyTorch's own fused attention, ``sdpa``; others compute eagerly when asked for it.
     """
 
     causal_head: bool = False
@@ -34,6 +36,7 @@ class Architecture:
     packs: bool = False
     packs_patched: bool = False
     adds_patched_mask: bool = False
+    patched_sdpa: bool = False
 
     def position_of_first_token(self, config: PretrainedConfig) -> int:
         """Where positions start, for this configuration, which needs a padding id if they start after it."""
@@ -56,8 +59,8 @@ def _causal(packs: bool = True, patched: bool = False, **fields) -> Architecture
     return Architecture(causal_head=True, packs=packs, packs_patched=patched, **fields)
 
 
-def _masked(head: str, first: int | str = 0, packs: bool = True, patched: bool = False) -> Architecture:
-    return Architecture(masked_head=head, first_position=first, packs=packs, packs_patched=patched)
+def _masked(head: str, first: int | str = 0, packs: bool = True, patched: bool = False, **fields) -> Architecture:
+    return Architecture(masked_head=head, first_position=first, packs=packs, packs_patched=patched, **fields)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -65,7 +68,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "codegen": _causal(),
     "cohere": _causal(logit_transform=_scaled),
     "cohere2": _causal(logit_transform=_scaled),
-    "falcon": _causal(patched=True),
+    "falcon": _causal(patched=True, patched_sdpa=True),
     "gemma": _causal(patched=True, adds_patched_mask=True),
     "gemma2": _causal(patched=True, logit_transform=_capped),
     "gemma3_text": _causal(patched=True, logit_transform=_capped),
@@ -91,8 +94,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": _causal(),
     "stablelm": _causal(patched=True),
     "starcoder2": _causal(),
-    "albert": _masked("predictions", packs=False),
-    "bert": _masked("cls", patched=True),
+    "albert": _masked("predictions", packs=False, patched_sdpa=True),
+    "bert": _masked("cls", patched=True, patched_sdpa=True),
     "camembert": _masked("lm_head", PADDING),
     "deberta": _masked("cls", packs=False),
     "deberta-v2": _masked("cls", packs=False),
@@ -124,3 +127,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 def packable(patched: bool) -> list[str]:
     """The architectures that keep packed texts apart, in transformers or as optimum-habana patches them."""
     return sorted(name for name, row in ARCHITECTURES.items() if (row.packs_patched if patched else row.packs))
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether optimum-habana replaced the forward pass of the model's backbone."""
+    return type(model.base_model).forward.__module__.startswith("optimum.habana")

@@ -16,6 +16,8 @@ from .errors import UserError
 from .gaudi_configs import resolve_gaudi_config
 from .refusals import CARD_ONLY
 
+CARD_BACKEND = "hpu_backend"  # of torch.compile
+
 
 @dataclass
 class ModelArguments:
@@ -189,6 +191,7 @@ class TrainingArguments(GaudiTrainingArguments):
             raise UserError("no card chosen: give --use_habana (a Gaudi, or a simulated one) or --use_cpu")
         else:
             self._match_lazy_mode()
+        self.chosen = {name for name in ("optim", "attn_implementation") if getattr(self, name) is not None}
         if self.optim is None:
             self.optim = "adamw_torch_fused" if self.use_cpu else "adamw_torch"
         if self.attn_implementation is None:
@@ -231,6 +234,12 @@ class TrainingArguments(GaudiTrainingArguments):
         if self.attn_implementation == "gaudi_fused_sdpa":
             self.set_aside.append("--attn_implementation gaudi_fused_sdpa")
             self.attn_implementation = None
+        if self.torch_compile_backend == CARD_BACKEND:
+            self.set_aside.append(f"--torch_compile_backend {CARD_BACKEND}")
+            self.torch_compile_backend = None
+        if self.torch_compile or self.torch_compile_mode or self.torch_compile_backend:
+            # GaudiTrainingArguments would take that of the card.
+            self.torch_compile_backend = self.torch_compile_backend or "inductor"
         self.half_precision_backend = "cpu_amp"
 
     def _match_lazy_mode(self) -> None:

@@ -8,9 +8,10 @@ import sys
 
 from optimum.habana.distributed import apply_zero3_leaf_promotion
 from optimum.habana.transformers.trainer import _get_input_update_settings
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from .architectures import architecture_of
 from .arguments import ModelArguments, TrainingArguments
 from .runtime import UserError
 
@@ -61,6 +62,27 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
         if name not in passed:
             flag = "--attn_implementation gaudi_fused_sdpa" if name == "use_flash_attention" else f"--{name}"
             raise UserError(f"{flag}: optimum-habana's {model.config.model_type} does not take it in training")
+
+
+def check_attention(config: PretrainedConfig, training_args: TrainingArguments, found: str, patched: bool = False):
+    """Refuse a chosen ``--attn_implementation sdpa`` that would be computed eagerly.
+
+    Args:
+        found: the attention that transformers gave the model.
+        patched: the model is optimum-habana's, which takes the setting and mostly computes as ever.
+
+    Raises:
+        UserError: the model has no such attention.
+    """
+    if training_args.attn_implementation != "sdpa" or "attn_implementation" not in training_args.chosen:
+        return
+    if found != "sdpa" or (patched and not architecture_of(config).patched_sdpa):
+        whose = "optimum-habana's " if patched else ""
+        fused = " or gaudi_fused_sdpa" if patched else ""
+        raise UserError(
+            f"--attn_implementation sdpa: {whose}{config.model_type} does not have it; leave the flag out, or choose "
+            f"eager{fused}"
+        )
 
 
 def complete_generation_config() -> None:

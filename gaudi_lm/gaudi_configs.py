@@ -69,6 +69,11 @@ def gaudi_config(training_args: GaudiTrainingArguments) -> GaudiConfig:
     """The Gaudi configuration of ``--gaudi_config_name``; without one, the fused optimizer and clipping on a card."""
     if training_args.gaudi_config_name:
         logger.info("Gaudi configuration: %s", training_args.gaudi_config_name)
-        return GaudiConfig.from_pretrained(training_args.gaudi_config_name)
-    on_card = training_args.use_habana
-    return GaudiConfig(use_fused_adam=on_card, use_fused_clip_norm=on_card)
+        config = GaudiConfig.from_pretrained(training_args.gaudi_config_name)
+    else:
+        on_card = training_args.use_habana
+        config = GaudiConfig(use_fused_adam=on_card, use_fused_clip_norm=on_card)
+    if config.use_fused_adam and "optim" in training_args.chosen:
+        logger.info("--optim %s wins over the fused AdamW of the Gaudi configuration", training_args.optim)
+        config.use_fused_adam = False
+    return config

@@ -18,9 +18,9 @@ from transformers import (
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from .activations import fuse_activations
-from .architectures import PADDING, architecture_of
+from .architectures import PADDING, architecture_of, is_patched
 from .arguments import ModelArguments, TrainingArguments
-from .attention import hand_over_flags
+from .attention import check_attention, hand_over_flags
 from .dropout import install_dropout
 from .errors import nearest
 from .memory import keep_freed_memory
@@ -231,12 +231,14 @@ def load_model(
             # The default of the CPU is tried first; some architectures have eager attention only.
             if "scaled_dot_product_attention" not in str(error) or training_args.attn_implementation != "sdpa":
                 raise
+            check_attention(config, training_args, "eager")
             logger.info("attention: eager, since %s has no sdpa", config.model_type)
             model = make(**{**options, "attn_implementation": "eager"})
     except Exception as error:  # likewise; nothing has been written yet
         raise UserError(
             f"{'--model_name_or_path ' + name if name else config.model_type}: {first_line(error)}"
         ) from error
+    check_attention(config, training_args, model.config._attn_implementation, is_patched(model))
     embedding = model.get_input_embeddings().weight
     # Under ZeRO-3 a rank holds a part of the weight; ds_shape is the whole.
     rows = getattr(embedding, "ds_shape", embedding.shape)[0]

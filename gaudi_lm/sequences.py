@@ -27,7 +27,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 
-from .architectures import architecture_of, packable
+from .architectures import architecture_of, is_patched, packable
 from .predictions import IGNORE_INDEX
 from .runtime import UserError
 
@@ -176,11 +176,6 @@ def check_packable(model: nn.Module) -> None:
         raise UserError(
             "--flash_attention_causal_mask lets packed texts see each other: leave out one of the two flags"
         )
-
-
-def is_patched(model: nn.Module) -> bool:
-    """Whether optimum-habana replaced the forward pass of the model's backbone."""
-    return type(model.base_model).forward.__module__.startswith("optimum.habana")
 
 
 @dataclass
