@@ -28,11 +28,11 @@ from gaudi_lm.adapters import (
     add_adapter,
     load_adapter,
     patch_adapters,
-    save_merged,
 )
 from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments
 from gaudi_lm.data import load_raw
 from gaudi_lm.instructions import collate_examples, show_targets, tokenise_examples
+from gaudi_lm.merging import check_mergeable, save_merged
 from gaudi_lm.models import length_limit, load_config, load_model, load_tokenizer
 from gaudi_lm.parsing import parse
 from gaudi_lm.prompts import check_tokenizer, find_format
@@ -59,15 +59,16 @@ class LoraModelArguments(ModelArguments):
         default=False, metadata={"help": "Also write the whole model, the adapter merged in, to OUTPUT_DIR/merged."}
     )
 
-    def check(self, peft_type: str) -> None:
+    def check(self, peft_type: str, do_train: bool) -> None:
         """Refuse what cannot work, by the flag's name."""
         if self.model_name_or_path is None:
             raise UserError("no model: an adapter is tuned on top of one, give --model_name_or_path")
         zero3 = is_deepspeed_zero3_enabled()
-        if self.merge_adapter and (zero3 or peft_type == "llama-adapter"):
-            raise UserError(f"--merge_adapter: {'DeepSpeed ZeRO-3' if zero3 else peft_type} does not allow it")
-        if self.load_meta_device and zero3:
-            raise UserError("--load_meta_device: DeepSpeed ZeRO-3 places the weights itself")
+        if self.merge_adapter:
+            check_mergeable(self.adapter_name_or_path, peft_type, do_train)
+        if zero3 and (self.merge_adapter or self.load_meta_device):
+            flag = "--merge_adapter" if self.merge_adapter else "--load_meta_device"
+            raise UserError(f"{flag}: DeepSpeed ZeRO-3 places the weights itself, and does not allow it")
 
 
 @dataclass
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         argv, LoraModelArguments, LoraDataArguments, AdapterArguments, TrainingArguments
     )
     data_args.check(training_args.max_steps)
-    model_args.check(adapter_args.peft_type)
+    model_args.check(adapter_args.peft_type, training_args.do_train)
     adapter = adapter_config(adapter_args)
 
     # Set-up
@@ -222,8 +223,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # Save
     if training_args.do_train:
         save(trainer, data_args.save_last_ckpt)
-        if model_args.merge_adapter:
-            save_merged(trainer)
+    if model_args.merge_adapter:
+        save_merged(trainer)
 
     # Evaluate
     if training_args.do_eval:

@@ -6,8 +6,11 @@ import logging
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback
+
+from .errors import UserError
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -28,6 +31,18 @@ class SavedConfig(PeftConfig):
             least = values.get("tinit", 0) + values.get("tfinal", 0) + 1
             values["total_step"] = max(values.get("total_step") or 0, least)
         return values
+
+
+def saved_config(name: str) -> PeftConfig:
+    """The configuration of a saved adapter of any kind: a folder or a hub name.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return SavedConfig.from_pretrained(name)
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise UserError(f"--adapter_name_or_path {name}: no adapter there ({str(error).splitlines()[0]})") from error
 
 
 def load_adalora(

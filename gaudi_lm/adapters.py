@@ -6,7 +6,6 @@ import logging
 import re
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -23,16 +22,13 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .adalora import SavedConfig, load_adalora
-from .memory import host_copies
+from .adalora import load_adalora, saved_config
 from .runtime import UserError
-from .trainer import LMTrainer
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -211,9 +207,9 @@ def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftMode
     Raises:
         UserError: there is no adapter, or it was made for another model.
     """
+    config = saved_config(name)
     try:
         saved = load_peft_weights(name, device="cpu")
-        config = SavedConfig.from_pretrained(name)
         if config.peft_type == PeftType.ADALORA:
             adapted = load_adalora(model, config, saved, trainable)
         else:
@@ -243,42 +239,3 @@ def _announced(model: PeftModel) -> PeftModel:
     kind = model.active_peft_config.peft_type.lower().replace("adaption_prompt", "llama-adapter")
     logger.info("adapter: %s; %d of %d parameters are trained (%.4g%%)", kind, trained, total, 100 * trained / total)
     return model
-
-
-def save_merged(trainer: LMTrainer) -> None:
-    """Save the model with the adapter merged in, and its tokenizer, to ``OUTPUT_DIR/merged``.
-
-    The trainer's model keeps its adapter, and exactly its weights: subtracting what was added would round them.
-    """
-    with trainer.files_at_top() as place:
-        if trainer.is_world_process_zero():
-            _write_merged(trainer, place / "merged")
-    logger.info("the merged model is in %s", Path(trainer.args.output_dir, "merged").resolve())
-
-
-def _write_merged(trainer: LMTrainer, folder: Path) -> None:
-    adapted = trainer.accelerator.unwrap_model(trainer.model)
-    model = adapted.get_base_model()
-    before = {
-        name: weight.detach().to("cpu", copy=True)
-        for name, weight in model.named_parameters()
-        if ".base_layer." in name
-    }
-    adapted.merge_adapter()
-    model.save_pretrained(folder, state_dict=_without_adapter(model))
-    adapted.unmerge_adapter()
-    with torch.no_grad():
-        for name, weight in before.items():
-            model.get_parameter(name).copy_(weight)
-    trainer.processing_class.save_pretrained(folder)
-
-
-def _without_adapter(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights by the names that they have without an adapter, in host memory; tied ones stay tied."""
-    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    weights = {
-        name.replace(".base_layer.", ".", 1): weight
-        for name, weight in model.state_dict(keep_vars=True).items()
-        if ".base_layer." in name or not name.startswith(adapted)
-    }
-    return host_copies(weights)

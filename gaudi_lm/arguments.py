@@ -238,7 +238,8 @@ class TrainingArguments(GaudiTrainingArguments):
             self.set_aside.append(f"--torch_compile_backend {CARD_BACKEND}")
             self.torch_compile_backend = None
         if self.torch_compile or self.torch_compile_mode or self.torch_compile_backend:
-            # GaudiTrainingArguments would take that of the card.
+            # GaudiTrainingArguments would take the backend of the card, and ask for its mode.
+            self.torch_compile = True
             self.torch_compile_backend = self.torch_compile_backend or "inductor"
         self.half_precision_backend = "cpu_amp"
 

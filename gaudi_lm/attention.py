@@ -65,7 +65,7 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
 
 
 def check_attention(config: PretrainedConfig, training_args: TrainingArguments, found: str, patched: bool = False):
-    """Refuse a chosen ``--attn_implementation sdpa`` that would be computed eagerly.
+    """Say where ``sdpa``, the default on the CPU, is computed eagerly; refuse it where it was chosen.
 
     Args:
         found: the attention that transformers gave the model.
@@ -74,15 +74,17 @@ def check_attention(config: PretrainedConfig, training_args: TrainingArguments, 
     Raises:
         UserError: the model has no such attention.
     """
-    if training_args.attn_implementation != "sdpa" or "attn_implementation" not in training_args.chosen:
+    has_it = found == "sdpa" and (not patched or architecture_of(config).patched_sdpa)
+    if training_args.attn_implementation != "sdpa" or has_it:
         return
-    if found != "sdpa" or (patched and not architecture_of(config).patched_sdpa):
-        whose = "optimum-habana's " if patched else ""
-        fused = " or gaudi_fused_sdpa" if patched else ""
-        raise UserError(
-            f"--attn_implementation sdpa: {whose}{config.model_type} does not have it; leave the flag out, or choose "
-            f"eager{fused}"
-        )
+    if "attn_implementation" not in training_args.chosen:
+        logger.info("attention: eager, since %s has no sdpa", config.model_type)
+        return
+    whose, fused = ("optimum-habana's ", " or gaudi_fused_sdpa") if patched else ("", "")
+    raise UserError(
+        f"--attn_implementation sdpa: {whose}{config.model_type} does not have it; leave the flag out, or choose "
+        f"eager{fused}"
+    )
 
 
 def complete_generation_config() -> None:

@@ -15,6 +15,9 @@ LEAST_WARMUP_STEPS = 3
 """Warm-up where none is asked for: the first steps differ, because gradients and optimizer state do not exist yet."""
 
 NAMED_RECOMPILATIONS = 3
+DEVICE_FIGURES = (
+    "graph_compilations", "graph_compilations_after_warmup", "host_syncs_per_step", "peak_device_memory_gb",
+)  # fmt: skip
 
 
 class DeviceMetrics(TrainerCallback):

@@ -232,13 +232,15 @@ def load_model(
             if "scaled_dot_product_attention" not in str(error) or training_args.attn_implementation != "sdpa":
                 raise
             check_attention(config, training_args, "eager")
-            logger.info("attention: eager, since %s has no sdpa", config.model_type)
             model = make(**{**options, "attn_implementation": "eager"})
+        else:
+            check_attention(config, training_args, model.config._attn_implementation, is_patched(model))
+    except UserError:
+        raise
     except Exception as error:  # likewise; nothing has been written yet
         raise UserError(
             f"{'--model_name_or_path ' + name if name else config.model_type}: {first_line(error)}"
         ) from error
-    check_attention(config, training_args, model.config._attn_implementation, is_patched(model))
     embedding = model.get_input_embeddings().weight
     # Under ZeRO-3 a rank holds a part of the weight; ds_shape is the whole.
     rows = getattr(embedding, "ds_shape", embedding.shape)[0]

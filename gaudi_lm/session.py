@@ -15,8 +15,10 @@ from optimum.habana.utils import set_seed
 from torch.utils.checkpoint import DefaultDeviceType
 from transformers.utils.logging import get_log_levels_dict
 
+from .agreement import gather
 from .arguments import TrainingArguments
 from .checkpoints import STATE
+from .device_metrics import DEVICE_FIGURES
 from .metrics import save_loss_curve
 from .model_card import write_model_card
 from .resume import find_checkpoint as find_checkpoint  # for the scripts
@@ -67,12 +69,20 @@ def _warn_slow_bf16() -> None:
         )
 
 
+def highest_of_ranks(metrics: dict[str, float]) -> dict[str, float]:
+    """Of figures that each rank has for itself, times and those of its card, the highest; the others are of all."""
+    own = {name for name in metrics if name.endswith(("_runtime", "(GB)")) or name in DEVICE_FIGURES}
+    ranks = gather({name: metrics[name] for name in own})
+    return {name: max(rank.get(name, 0.0) for rank in ranks) for name in own}
+
+
 def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
     """Log figures, one line each, and write them to ``<split>_results.json`` and ``all_results.json``.
 
-    On a card, its own figures are among them: graphs compiled, waits of the host, memory.
+    On a card, its own figures are among them: graphs compiled, waits of the host, memory. All ranks must call it.
     """
     metrics.update(trainer.device_metrics.figures())
+    metrics.update(highest_of_ranks(metrics))
     for name, value in sorted(metrics.items()):
         logger.info("%s = %s", name, "nan" if math.isnan(value) else f"{value:.6g}")
     for line in trainer.device_metrics.report_lines()[1:]:

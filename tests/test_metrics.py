@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import ROOT
 
+from gaudi_lm import session
 from gaudi_lm.batches import PADDING_ROW, count_tokens, silence_padding_rows
 from gaudi_lm.metrics import Throughput, TokenMetrics, save_loss_curve
 from gaudi_lm.sums import TokenSums, gather_numbers
@@ -164,3 +165,10 @@ def test_requirements_leave_habanas_builds_alone(tmp_path):
     assert "Requirement already satisfied: optimum-habana==" in result.stdout
     assert f"({habana['torch']})" in result.stdout, "the check saw another torch than Habana's"
     assert "Would install" not in result.stdout
+
+
+def test_figures_that_each_rank_has_for_itself_are_the_highest(monkeypatch):
+    other = {"train_runtime": 1.0, "peak_device_memory_gb": 9.5, "max_memory_allocated (GB)": 2.0}
+    monkeypatch.setattr(session, "gather", lambda own: [own, other])
+    own = {"train_runtime": 2.0, "train_loss": 3.0, "peak_device_memory_gb": 4.0, "max_memory_allocated (GB)": 1.0}
+    assert session.highest_of_ranks(own) == {**other, "train_runtime": 2.0}
