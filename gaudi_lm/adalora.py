@@ -11,6 +11,7 @@ from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_
 from transformers import PreTrainedModel, TrainerCallback
 
 from .errors import UserError
+from .model_files import first_line
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -41,8 +42,8 @@ def saved_config(name: str) -> PeftConfig:
     """
     try:
         return SavedConfig.from_pretrained(name)
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise UserError(f"--adapter_name_or_path {name}: no adapter there ({str(error).splitlines()[0]})") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, HfHubHTTPError, HFValidationError) as error:
+        raise UserError(f"--adapter_name_or_path {name}: no adapter there ({first_line(error)})") from error
 
 
 def load_adalora(
