@@ -59,7 +59,7 @@ def batches_of_text(dataset: Dataset | IterableDataset, column: str, size: int =
             return
         texts = []
         # A stream of JSON has in a batch the keys that its rows have.
-        for value in batch.get(column) or [None] * len(next(iter(batch.values()))):
+        for value in batch.get(column) or [None] * len(next(iter(batch.values()), ())):
             row += 1
             try:
                 texts.append(spell(value))

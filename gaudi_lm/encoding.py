@@ -17,7 +17,7 @@ WORD_BEGINS = re.compile(r"(?<=\S) (?=\S)")
 def encode(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenise a list of texts, at most :data:`CHARACTERS` at a time, as a tokenizer takes 20 bytes for one of them.
+    """Tokenise a list of texts, about :data:`CHARACTERS` at a time: a tokenizer takes 50 bytes and more for each.
 
     A longer text is cut between words, and its pieces are tokenised one by one: the tokens are those of the whole, for
     every tokenizer that merges nothing over the beginning of a word.

@@ -104,18 +104,22 @@ def _text_tables(path: str, keep_linebreaks: bool) -> Iterator[pa.Table]:
 def _csv_tables(path: str, delimiter: str) -> Iterator[pa.Table]:
     """All columns are text as it is written; an empty field is a missing value, the words NA and null are words."""
     options = {"sep": delimiter, "dtype": str, "keep_default_na": False, "na_values": [""], "index_col": False}
+    try:
+        with open_bytes(path) as file:
+            frames = pandas.read_csv(file, encoding="utf-8-sig", chunksize=ROWS, **options)
+            while (frame := _next_frame(frames)) is not None:
+                yield pa.table({str(name): pa.array(frame[name], pa.string(), from_pandas=True) for name in frame})
+    except UnicodeDecodeError as error:
+        raise UserError(bad_line(path) or f"{path}: not UTF-8 text ({error.reason})") from error
+    except (ValueError, pandas.errors.ParserWarning) as error:
+        raise UserError(f"{path}: cannot be read as csv ({' '.join(str(error).split())})") from error
+
+
+def _next_frame(frames: Iterator[pandas.DataFrame]) -> pandas.DataFrame | None:
     with warnings.catch_warnings():
         # A row with more fields than there are columns would lose them.
         warnings.simplefilter("error", pandas.errors.ParserWarning)
-        try:
-            with open_bytes(path) as file:
-                for frame in pandas.read_csv(file, encoding="utf-8-sig", chunksize=ROWS, **options):
-                    columns = {str(name): pa.array(frame[name], pa.string(), from_pandas=True) for name in frame}
-                    yield pa.table(columns)
-        except UnicodeDecodeError as error:
-            raise UserError(bad_line(path) or f"{path}: not UTF-8 text ({error.reason})") from error
-        except (ValueError, pandas.errors.ParserWarning) as error:
-            raise UserError(f"{path}: cannot be read as csv ({' '.join(str(error).split())})") from error
+        return next(frames, None)
 
 
 def _parquet_tables(path: str) -> Iterator[pa.Table]:
