@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import socket
@@ -47,8 +48,10 @@ def resolve_gaudi_config(name: str) -> str:
     if path.is_dir():
         if not (path / "gaudi_config.json").is_file():
             raise UserError(f"--gaudi_config_name {name}: the folder holds no gaudi_config.json")
+        _check(name, path / "gaudi_config.json")
         return name
     if path.is_file():
+        _check(name, path)
         folder = Path(tempfile.mkdtemp(prefix="gaudi_config_"))
         shutil.copyfile(path, folder / "gaudi_config.json")
         return str(folder)
@@ -65,8 +68,20 @@ def resolve_gaudi_config(name: str) -> str:
         raise UserError(f"--gaudi_config_name {name}: neither a folder, a file, nor on the hub ({error})") from error
 
 
+def _check(name: str, file: Path) -> None:
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"--gaudi_config_name {name}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--gaudi_config_name {name}: it holds a {type(content).__name__}, not a mapping")
+
+
 def gaudi_config(training_args: GaudiTrainingArguments) -> GaudiConfig:
-    """The Gaudi configuration of ``--gaudi_config_name``; without one, the fused optimizer and clipping on a card."""
+    """The Gaudi configuration of ``--gaudi_config_name``; without one, the fused optimizer and clipping on a card.
+
+    The fused optimizer is AdamW: another one that is asked for by ``--optim`` wins over it.
+    """
     if training_args.gaudi_config_name:
         logger.info("Gaudi configuration: %s", training_args.gaudi_config_name)
         config = GaudiConfig.from_pretrained(training_args.gaudi_config_name)

@@ -488,3 +488,17 @@ def test_flags_that_change_nothing_say_so(capsys):
         check_flags({name: True}, {name: False})
         expected = "" if name == "local_rank" else f"warning: --{name} changes nothing: {reason}\n"
         assert capsys.readouterr().err == expected
+
+
+def test_every_number_has_a_range():
+    from test_flags import caught_parser
+
+    from gaudi_lm.parsing import whole_number
+    from gaudi_lm.ranges import RANGES
+
+    for script in ("run_clm", "run_mlm", "run_lora_clm"):
+        for action in caught_parser(script)._actions:
+            if action.type in (float, whole_number) and f"--{action.dest}" not in OLD_NAMES:
+                assert action.dest in RANGES or action.dest in REFUSED, f"--{action.dest} has no range"
+                if action.default is not None and action.dest in RANGES:
+                    assert RANGES[action.dest].holds(action.default)

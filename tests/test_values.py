@@ -183,3 +183,14 @@ def test_which_of_two_models_is_better(metric, greater):
 
     _check_best_model(Flags)
     assert Flags.greater_is_better is greater
+
+
+@pytest.mark.parametrize(("content", "words"), [("{", "not valid JSON"), ("[]", "a list, not a mapping")])
+def test_a_gaudi_configuration_that_is_none(content, words, tmp_path):
+    from gaudi_lm.gaudi_configs import resolve_gaudi_config
+
+    file = tmp_path / "gaudi_config.json"
+    file.write_text(content)
+    for name in (file, tmp_path):
+        with pytest.raises(UserError, match=f"^--gaudi_config_name .*{words}"):
+            resolve_gaudi_config(str(name))
