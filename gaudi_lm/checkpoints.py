@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import zipfile
@@ -65,10 +66,10 @@ def incomplete(folder: Path) -> Path:
 
 def remove_incomplete(folder: Path) -> list[str]:
     """Remove what an interrupted run was writing; the names of what is gone."""
-    names = []
-    for path in sorted(folder.glob(f"{INCOMPLETE}*")):
-        shutil.rmtree(path)
-        names.append(path.name)
+    own = re.compile(rf"{INCOMPLETE}(replaced-)?({PREFIX_CHECKPOINT_DIR}-\d+|files)")
+    names = sorted(path.name for path in folder.glob(f"{INCOMPLETE}*") if own.fullmatch(path.name))
+    for name in names:
+        shutil.rmtree(folder / name)
     return names
 
 

@@ -103,15 +103,18 @@ def _taken(checkpoint: Path) -> str:
     return str(checkpoint)
 
 
-def clear_the_way(folder: Path, step: int) -> None:
-    """Set aside checkpoints in ``folder`` that are newer than the one at ``step``: they would be taken for this run's.
+def clear_the_way(folder: Path, step: int, remove: bool) -> None:
+    """Set aside checkpoints in ``folder`` that are newer than the one at ``step``, 0 where training begins anew.
 
-    Without a step, when training begins anew, they are removed.
+    They would be taken for this run's: kept in place of its own, and gone on from after an interruption.
+
+    Args:
+        remove: do so, where training begins anew, instead of giving them another name.
     """
     for path in checkpoints.checkpoints_in(folder):
-        if step == 0:
-            logger.warning("%s is of an earlier run; removed", path)
+        if step == 0 and remove:
             shutil.rmtree(path)
+            logger.warning("%s is of an earlier run; removed, for --overwrite_output_dir", path)
         elif checkpoints.checkpoint_step(path) > step:
             aside = path.with_name(f"unused-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)

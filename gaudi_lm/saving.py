@@ -87,9 +87,9 @@ class ResumableTrainer(GaudiTrainer):
         self.epochs = self.steps_per_epoch = 1
         self.resumption = Resumption()
         self.loading = contextlib.ExitStack()
-        self.add_callback(SavingSteps(self))
         self.signals = SaveOnSignal(self.args.process_index == 0)
         self.add_callback(self.signals)
+        self.add_callback(SavingSteps(self))  # has the last word about the end of an epoch
 
     @functools.cached_property
     def data_digest(self) -> str | None:
@@ -97,9 +97,14 @@ class ResumableTrainer(GaudiTrainer):
         return data_digest(self.train_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        self.resumption = Resumption.of(self, resume_from_checkpoint or None)
+        output = Path(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = next(map(str, checkpoints.checkpoints_in(output)), True)
+        self.resumption = Resumption.of(
+            self, None if resume_from_checkpoint in (True, False) else resume_from_checkpoint
+        )
         if self.args.should_save:
-            clear_the_way(Path(self.args.output_dir), self.resumption.step)
+            clear_the_way(output, self.resumption.step, remove=self.args.overwrite_output_dir)
         with self.signals.watching() if self.args.save_on_signal else contextlib.nullcontext():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 

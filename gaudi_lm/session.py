@@ -111,6 +111,7 @@ def save(trainer: LMTrainer, save_model: bool = True) -> None:
             trainer.save_model(str(place), _internal_call=True)
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(place / STATE))
+    trainer.signals.end_after_training(Path(trainer.args.output_dir))
     if save_model and trainer.args.push_to_hub:
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 

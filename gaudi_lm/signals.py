@@ -92,3 +92,10 @@ class SaveOnSignal(TrainerCallback):
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             logger.info("%s: training ends after step %d; the checkpoint is %s", name, state.global_step, folder)
             raise SystemExit(128 + self.decided)
+
+    def end_after_training(self, folder: Path) -> None:
+        """Once everything that was trained is in ``folder``: end for a signal that came too late for a last step."""
+        self._vote.cast(self.received)
+        if number := self._vote.settle():
+            logger.info("%s: training was over; the model is in %s", signal.Signals(number).name, folder)
+            raise SystemExit(128 + number)

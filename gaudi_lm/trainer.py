@@ -150,7 +150,7 @@ class LMTrainer(ResumableTrainer):
             metrics = self._evaluate(trial, ignore_keys_for_eval)
             is_best = self._determine_best_metric(metrics=metrics, trial=trial)
             if self.args.save_strategy == SaveStrategy.BEST:
-                self.control.should_save = is_best
+                self.control.should_save = self.control.should_save or is_best
         if self.control.should_save:
             self.training_loss.keep(*self._ranks)
             self._save_checkpoint(model, trial)

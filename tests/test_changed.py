@@ -160,6 +160,15 @@ def test_overwriting_removes_what_was_there(base, whole, tmp_path):
     assert [path.name for path in (tmp_path / "out").glob("*checkpoint-*")] == ["checkpoint-4"]
 
 
+def test_newer_checkpoints_than_the_named_one_are_set_aside(base, whole, tmp_path):
+    """With --save_total_limit they would be kept, and those of this run removed."""
+    shutil.copytree(whole, tmp_path / "out")
+    named = ["--resume_from_checkpoint", tmp_path / "out" / "checkpoint-3", "--save_total_limit", 1, "--max_steps", 6]
+    start("run_clm.py", 1, tmp_path / "out", *base, *named)
+    found = {path.name for path in (tmp_path / "out").glob("*checkpoint-*")}
+    assert found == {"checkpoint-6", "unused-checkpoint-6", "unused-checkpoint-8"}
+
+
 def test_deepspeed_needs_the_same_ranks_and_stage(base, assets, masked_assets, instructions, tmp_path):
     flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *CARD, "--max_steps", 3]
     start("run_clm.py", 2, tmp_path / "out", *flags, *zero(2))

@@ -66,8 +66,9 @@ def arguments(folder: Path, **changes) -> SimpleNamespace:
 
 
 def test_the_last_complete_checkpoint_is_taken(output, caplog):
+    (output / "incomplete-notes").mkdir()  # not of this suite
     assert find_checkpoint(arguments(output)) == str(output / "checkpoint-6")
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-3", "checkpoint-6", "incomplete-notes"]
     assert "incomplete-checkpoint-8" in caplog.text
     assert checkpoints.faults(output / "checkpoint-6") == []
 
@@ -168,6 +169,20 @@ def test_a_folder_is_begun_in_that_holds_no_more_than_what_an_interrupted_run_le
     (output / "model.safetensors").touch()
     with pytest.raises(UserError, match="not empty and holds no checkpoint"):
         find_checkpoint(arguments(output))
+
+
+def test_results_that_were_being_moved_are_moved(output):
+    """Killed between two renames, the folder holds all of the results or gets them at the next start."""
+    place = output / "incomplete-files"
+    (place / "merged").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "merged/config.json"):
+        (place / name).write_text(name)
+    os.rename(place, output / "complete-files")
+    os.replace(output / "complete-files" / "config.json", output / "config.json")
+    assert find_checkpoint(arguments(output)) == str(output / "checkpoint-6")
+    for name in ("config.json", "model.safetensors", "merged/config.json"):
+        assert (output / name).read_text() == name
+    assert not (output / "complete-files").exists()
 
 
 def test_what_the_flag_asks_for(output):

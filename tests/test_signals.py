@@ -11,6 +11,8 @@ from resuming import CARD, CPU, batch, essence, script_flags, start, zero
 from running import results, run_interrupted
 from simulated.cards import card_environment
 
+from gaudi_lm.signals import SaveOnSignal
+
 pytestmark = [pytest.mark.slow]
 STEPS, WAIT_FOR = 60, 12
 LONG = ["--max_steps", STEPS, "--save_steps", WAIT_FOR, "--eval_strategy", "no", "--save_total_limit", 2]
@@ -142,3 +144,14 @@ def test_ctrl_c_reaches_processes_that_load_data_too(assets, masked_assets, inst
     assert end.returncode == 130 and "Traceback" not in end.stderr, end.stderr
     assert end.stderr.count("SIGINT: finishing the step") == 1
     assert "training ends after step" in end.stderr
+
+
+def test_a_signal_that_comes_after_the_last_step(caplog, tmp_path):
+    """The results are written first, then the run ends."""
+    signals = SaveOnSignal(main_rank=False)
+    with signals.watching():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    with caplog.at_level("INFO", "gaudi_lm"), pytest.raises(SystemExit) as end:
+        signals.end_after_training(tmp_path)
+    assert end.value.code == 138 and f"the model is in {tmp_path}" in caplog.text
+    SaveOnSignal(main_rank=False).end_after_training(tmp_path)
