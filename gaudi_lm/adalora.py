@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_config
 
 from .errors import UserError
 from .model_files import first_line
@@ -32,6 +33,19 @@ class SavedConfig(PeftConfig):
             least = values.get("tinit", 0) + values.get("tfinal", 0) + 1
             values["total_step"] = max(values.get("total_step") or 0, least)
         return values
+
+
+def refuse_deepspeed() -> None:
+    """DeepSpeed takes its step within the backward pass, and writes its own copy of the weights over what is masked.
+
+    Raises:
+        UserError: this run is one of DeepSpeed.
+    """
+    if deepspeed_config() is not None:
+        raise UserError(
+            "--peft_type adalora: DeepSpeed hides the gradients that ranks are chosen by; leave --deepspeed out, or "
+            "train another kind of adapter"
+        )
 
 
 def saved_config(name: str) -> PeftConfig:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .adalora import load_adalora, saved_config
+from .adalora import load_adalora, refuse_deepspeed, saved_config
 from .runtime import UserError
 
 logger = logging.getLogger("gaudi_lm")
@@ -113,7 +113,9 @@ def adapter_config(args: AdapterArguments) -> PeftConfig:
     Raises:
         UserError: a rank, a length, a dropout or a schedule that cannot be.
     """
-    if args.peft_type == "adalora" and args.adalora_init_r < args.adalora_target_r:
+    if args.peft_type == "adalora":
+        refuse_deepspeed()
+    if args.peft_type == "adalora" and args.adalora_init_r <= args.adalora_target_r:
         raise UserError(
             f"--adalora_init_r {args.adalora_init_r}: ranks only shrink, to --adalora_target_r {args.adalora_target_r}"
         )
@@ -211,6 +213,8 @@ def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftMode
     try:
         saved = load_peft_weights(name, device="cpu")
         if config.peft_type == PeftType.ADALORA:
+            if trainable:
+                refuse_deepspeed()
             adapted = load_adalora(model, config, saved, trainable)
         else:
             adapted = PeftModel.from_pretrained(model, name, is_trainable=trainable)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from running import losses, run, run_many
+from running import ROOT, losses, run, run_many
 from safetensors.torch import load_file
 from test_lora import ADAPTERS, common
 
@@ -131,3 +131,13 @@ def test_what_cannot_be_merged_is_said_before_training(instructions, tmp_path):
     for name, (status, log) in run_many("run_lora_clm.py", runs, tmp_path).items():
         assert status == 2 and cases[name][1] in log, (name, log)
         assert "error: --" in log and "Traceback" not in log and not (tmp_path / name).exists()
+
+
+def test_adalora_under_deepspeed_is_refused(instructions, tmp_path):
+    """Under ZeRO-2 the gradients are gone when ranks are chosen, and masks are overwritten by DeepSpeed's own copy."""
+    flags = [*paths(instructions, tmp_path / "out"), "--do_train", "--max_steps", 1, "--use_habana", "--use_lazy_mode"]
+    card = {"GAUDI_SIMULATOR": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    flags += ["--deepspeed", ROOT / "configs" / "deepspeed" / "zero_2.json", "--peft_type", "adalora"]
+    done = run("run_lora_clm.py", *flags, env={**card, "MASTER_PORT": "29791"}, code=2)
+    assert "error: --peft_type adalora: DeepSpeed hides the gradients" in done.stderr
+    assert not (tmp_path / "out").exists()
