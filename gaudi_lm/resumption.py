@@ -204,7 +204,8 @@ class Resumption:
     def note_flags(self, optimizer) -> None:
         """What the flags of this start give an optimizer, before a checkpoint overwrites it."""
         names = ("lr", "weight_decay", "betas", "eps")
-        self._noted = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+        groups = getattr(optimizer, "param_groups", [])  # none yet where DeepSpeed's configuration has the optimizer
+        self._noted = [{name: group[name] for name in names if name in group} for group in groups]
 
     def apply_flags(self, optimizer, scheduler) -> None:
         """Let the flags of this start win over the values in the checkpoint, and say where they differ."""

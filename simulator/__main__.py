@@ -37,7 +37,7 @@ Simulated, as on a card
                    optimizer_adamw of torch.ops.hpu: by plain PyTorch.
   FP8              Habana's Transformer Engine (--fp8): inputs and weights of linear layers are really rounded to E4M3
                    (to 240, as on a Gaudi 2), gradients to E5M2, by delayed scales that are powers of two; so are the
-                   operands of attention with --flash_attention_fp8. Products are summed in float32 and rounded once.
+                   operands of its FusedAttention. Products are summed in float32 and rounded once.
                    The first run of a layer uses its own largest values; scales are in no checkpoint.
 
 Not simulated

@@ -1,0 +1,75 @@
+"""Two simulated cards give the losses of one in float32: each form of parallelism, in each mode, full and LoRA."""
+
+import json
+from pathlib import Path
+
+import pytest
+from cards import card_environment
+from running import ROOT, losses, run, run_ranks
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two cards")]
+
+STEPS = 10
+MODES = {"lazy": "1", "eager": "0", "compile": "0"}
+FORMS = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP")
+TASKS = ("full", "lora")
+FSDP = {
+    "transformer_layer_cls_to_wrap": ["GaudiLlamaDecoderLayer"],
+    "use_orig_params": True,
+    "sync_module_states": True,
+    "state_dict_type": "FULL_STATE_DICT",
+}
+
+
+def command(task: str, assets, instructions, output: Path, rows: int) -> list:
+    """A script and its flags: 10 steps on rows of 64 tokens, `rows` of them on each card."""
+    script, data, rate, flags = {
+        "full": ("run_clm.py", assets.train, 3e-3, ["--block_size", 64]),
+        "lora": (
+            "run_lora_clm.py",
+            instructions.train,
+            3e-2,
+            ["--max_seq_length", 64, "--dataset_concatenation", "--lora_dropout", 0, "--lora_target_modules"]
+            + ["q_proj", "down_proj"],
+        ),
+    }[task]
+    return [
+        *(ROOT / script, "--model_name_or_path", instructions.llama, "--train_file", data, *flags, "--do_train"),
+        *("--per_device_train_batch_size", rows, "--max_steps", STEPS, "--logging_steps", 1),
+        *("--learning_rate", rate, "--lr_scheduler_type", "constant", "--save_strategy", "no"),
+        *("--save_last_ckpt", "False", "--use_habana", "--output_dir", output),
+    ]
+
+
+def settings(form: str, folder: Path) -> list:
+    """Flags of a form of parallelism."""
+    if form == "DDP":
+        return []
+    if form == "FSDP":
+        (folder / "fsdp.json").write_text(json.dumps(FSDP))
+        return ["--fsdp", "full_shard auto_wrap", "--fsdp_config", folder / "fsdp.json"]
+    zero = {"stage": int(form[-1]), "stage3_param_persistence_threshold": 0}
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    (folder / "zero.json").write_text(json.dumps({**dict.fromkeys(auto, "auto"), "zero_optimization": zero}))
+    return ["--deepspeed", folder / "zero.json"]
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def one_card(request, assets, instructions, tmp_path_factory) -> tuple[str, list[float]]:
+    """A task, and its losses on one card with the rows of two."""
+    output = tmp_path_factory.mktemp("one_card") / "out"
+    run(*command(request.param, assets, instructions, output, 4), env=card_environment(2))
+    found = losses(output)
+    assert len(found) == STEPS and found[-1] < found[0] - 0.05
+    return request.param, found
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("form", FORMS)
+def test_two_cards_give_the_losses_of_one(one_card, form, mode, assets, instructions, tmp_path):
+    task, wanted = one_card
+    flags = command(task, assets, instructions, tmp_path / "out", 2) + settings(form, tmp_path)
+    if mode == "compile":
+        flags += ["--torch_compile", "--torch_compile_backend", "hpu_backend"]
+    run_ranks(2, *flags, env=card_environment(2, PT_HPU_LAZY_MODE=MODES[mode]))
+    assert losses(tmp_path / "out") == pytest.approx(wanted, abs=1e-4)
