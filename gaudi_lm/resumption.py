@@ -170,6 +170,13 @@ class Resumption:
         if self.checkpoint is None:
             return
         trainer.state.num_train_epochs = trainer.epochs
+        if trainer.state.best_model_checkpoint is not None:
+            best = Path(trainer.args.output_dir, Path(trainer.state.best_model_checkpoint).name)
+            if best.is_dir():  # the folder may have another name by now
+                trainer.state.best_model_checkpoint = str(best)
+            elif not Path(trainer.state.best_model_checkpoint).is_dir():
+                logger.warning("%s, the best checkpoint, is gone", trainer.state.best_model_checkpoint)
+                trainer.state.best_model_checkpoint = trainer.state.best_metric = None
         states = [f"rng_state_{rank}.pth" for rank in range(trainer.args.world_size)]
         states = states if trainer.args.world_size > 1 else ["rng_state.pth"]
         if not all((Path(self.checkpoint) / name).is_file() for name in states):

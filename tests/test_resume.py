@@ -1,6 +1,8 @@
 """A run that goes on from a checkpoint ends with the bits of one that was not interrupted, log included."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 from resuming import CARD, CPU, essence, script_flags, start, zero
@@ -41,3 +43,19 @@ def test_a_new_model_begins_alike_with_and_without_zero_3(assets, masked_assets,
         start("run_clm.py", 2, tmp_path / str(stage), *flags, *zero(stage))
         first[stage] = losses(tmp_path / str(stage))[0]
     assert first[3] == pytest.approx(first[2], rel=1e-3)
+
+
+def test_the_best_checkpoint_is_known_after_a_resume(assets, masked_assets, instructions, tmp_path):
+    flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *CPU, "--eval_steps", 3]
+    flags += ["--load_best_model_at_end", "--save_total_limit", 1, "--learning_rate", 1]  # the first is the best
+    start("run_clm.py", 1, tmp_path / "whole", *flags)
+    state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    assert best.parent == tmp_path / "whole" and best.name == f"checkpoint-{state['best_global_step']}"
+    whole = essence(tmp_path / "whole")
+    assert whole[0]["model.safetensors"] == (best / "model.safetensors").read_bytes()
+    # The folder has moved meanwhile.
+    shutil.copytree(best, tmp_path / "again" / best.name)
+    shutil.rmtree(tmp_path / "whole")
+    start("run_clm.py", 1, tmp_path / "again", *flags)
+    assert essence(tmp_path / "again") == whole
