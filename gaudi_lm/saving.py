@@ -26,7 +26,7 @@ from .agreement import from_main, gather
 from .errors import UserError
 from .resume import clear_the_way
 from .resumption import Resumption, data_digest
-from .signals import SaveOnSignal
+from .signals import SaveOnSignal, outlive_signals
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -88,6 +88,9 @@ class ResumableTrainer(GaudiTrainer):
         self.resumption = Resumption()
         self.loading = contextlib.ExitStack()
         self.signals = SaveOnSignal(self.args.process_index == 0)
+        self.worker_init = (
+            functools.partial(outlive_signals, self.signals.stopping) if self.args.save_on_signal else None
+        )
         self.add_callback(self.signals)
         self.add_callback(SavingSteps(self))  # has the last word about the end of an epoch
 

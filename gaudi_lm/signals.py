@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -23,6 +24,20 @@ logger = logging.getLogger("gaudi_lm")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+def outlive_signals(stopping, worker: int) -> None:
+    """For a process that loads data: a signal to all processes, as Slurm sends it, leaves it at work for a last step.
+
+    Args:
+        stopping: a shared number, not 0 where the main process has got a signal too and ends this one by SIGKILL.
+        worker: its number among those processes.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Only this process may be meant, by the main one at its end: that shows a moment later.
+    signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, 0.5))
+    signal.signal(signal.SIGALRM, lambda *_: None if stopping.value else os._exit(0))
+
+
 class SaveOnSignal(TrainerCallback):
     """Ends training with a checkpoint where a rank has got a signal; use :meth:`watching` around training.
 
@@ -37,6 +52,7 @@ class SaveOnSignal(TrainerCallback):
         self._vote = Vote()
         self._watching = False
         self._process = os.getpid()
+        self.stopping = multiprocessing.RawValue("b", 0)  # seen by the processes that load data
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -63,6 +79,7 @@ class SaveOnSignal(TrainerCallback):
         if self.received:
             return
         self.received = number
+        self.stopping.value = 1
         if self.main_rank:
             again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
             line = f"{signal.Signals(number).name}: finishing the step and saving a checkpoint{again}\n"
@@ -91,7 +108,14 @@ class SaveOnSignal(TrainerCallback):
             name = signal.Signals(self.decided).name
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             logger.info("%s: training ends after step %d; the checkpoint is %s", name, state.global_step, folder)
+            self._end_children()
             raise SystemExit(128 + self.decided)
+
+    def _end_children(self) -> None:
+        """End the processes that load data: they have been told to survive signals."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would take their end for a failure
+        for child in multiprocessing.active_children():
+            child.kill()
 
     def end_after_training(self, folder: Path) -> None:
         """Once everything that was trained is in ``folder``: end for a signal that came too late for a last step."""

@@ -69,7 +69,7 @@ class LMTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
-        options = {**loader_options(args), "collate_fn": self.data_collator}
+        options = {**loader_options(args), "collate_fn": self.data_collator, "worker_init_fn": self.worker_init}
         options["persistent_workers"] = args.dataloader_persistent_workers
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             # A second worker would read the same stream again.
@@ -193,7 +193,8 @@ class LMTrainer(ResumableTrainer):
         """Token-weighted loss, perplexity and accuracy, and the speed of the evaluation, over all ranks."""
         args = self.args
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        place, options = (args.process_index, args.world_size), loader_options(args)
+        place = (args.process_index, args.world_size)
+        options = {**loader_options(args), "worker_init_fn": self.worker_init}
         loader = evaluation_loader(dataset, self.evaluation_collator, args.eval_batch_size, *place, **options)
         model = self._evaluation_model()
         self.callback_handler.eval_dataloader = loader

@@ -126,24 +126,24 @@ def test_a_signal_outside_of_training(assets, masked_assets, instructions, tmp_p
         assert "Traceback" not in end.stderr and words in end.stderr
 
 
-def test_ctrl_c_reaches_processes_that_load_data_too(assets, masked_assets, instructions, tmp_path):
-    """They go on until the step is over and the checkpoint saved."""
-    flags = [
-        *script_flags("run_clm.py", assets, masked_assets, instructions),
-        *LONG,
-        *CPU,
-        "--dataloader_num_workers",
-        2,
-    ]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_processes_that_load_data_outlive_a_signal_to_all(number, assets, masked_assets, instructions, tmp_path):
+    """Ctrl-C and Slurm reach them too; they go on until the step is over and the checkpoint saved."""
+    flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *LONG, *CPU, *batch(1)]
     output = tmp_path / "out"
-    flags += [*batch(1), "--output_dir", output]
-    (end,) = run_interrupted(
-        0, "run_clm.py", *flags,
-        meanwhile=lambda pids: when_training(output, lambda: os.killpg(pids[0], signal.SIGINT)),
-    )  # fmt: skip
-    assert end.returncode == 130 and "Traceback" not in end.stderr, end.stderr
-    assert end.stderr.count("SIGINT: finishing the step") == 1
+    flags += ["--dataloader_num_workers", 2, "--output_dir", output]
+    group = []
+
+    def signal_all(pids: list[int]) -> None:
+        group.extend(pids)
+        when_training(output, lambda: os.killpg(pids[0], number))
+
+    (end,) = run_interrupted(0, "run_clm.py", *flags, meanwhile=signal_all)
+    assert end.returncode == 128 + number and "Traceback" not in end.stderr, end.stderr
+    assert end.stderr.count(": finishing the step") == 1
     assert "training ends after step" in end.stderr
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group[0], 0)
 
 
 def test_a_signal_that_comes_after_the_last_step(caplog, tmp_path):
