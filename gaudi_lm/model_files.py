@@ -120,7 +120,7 @@ def check_config(flag: str, name: str, config: PretrainedConfig) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
             own = config.attribute_map.get(size, size)
-            raise UserError(f"{flag} {name}: {own} is {value!r} in its configuration; it must be a number from 1 on")
+            raise UserError(f"{flag} {name}: {own} is {value!r}; it must be a whole number from 1 on")
     quantization = getattr(config, "quantization_config", None)
     if not quantization:
         return

@@ -71,6 +71,7 @@ def load_config(
     config = CONFIG_MAPPING[model_type]()
     if config_overrides:
         override_config(config, config_overrides)
+        check_config("--config_overrides", config_overrides, config)
         logger.info("configuration: %s with %s", model_type, config_overrides)
     return config
 

@@ -185,6 +185,27 @@ def test_which_of_two_models_is_better(metric, greater):
     assert Flags.greater_is_better is greater
 
 
+def test_folders_without_permission(monkeypatch, tmp_path):
+    """Tests may run as root, who may write everywhere."""
+    from gaudi_lm.refusals import check_folders
+
+    check_folders({"output_dir": str(tmp_path / "new" / "folder"), "cache_dir": None})
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match=f"^--output_dir {tmp_path}/new: {tmp_path} is not writable$"):
+        check_folders({"output_dir": str(tmp_path / "new")})
+
+
+@pytest.mark.parametrize("overrides", ["n_layer=-1", "n_embd=0", "vocab_size=0"])
+def test_sizes_that_no_model_has(overrides):
+    from gaudi_lm.arguments import ModelArguments
+    from gaudi_lm.models import load_config
+
+    with pytest.raises(
+        UserError, match=f"^--config_overrides {overrides}: .* is {overrides.split('=')[1]}; it must be"
+    ):
+        load_config(ModelArguments(), "gpt2", overrides)
+
+
 @pytest.mark.parametrize(("content", "words"), [("{", "not valid JSON"), ("[]", "a list, not a mapping")])
 def test_a_gaudi_configuration_that_is_none(content, words, tmp_path):
     from gaudi_lm.gaudi_configs import resolve_gaudi_config
