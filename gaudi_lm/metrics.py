@@ -10,9 +10,8 @@ from pathlib import Path
 
 import datasets
 import evaluate
-import torch
 
-from .sums import gather_numbers
+from .agreement import gather
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -95,16 +94,15 @@ class Throughput:
             self.seconds += time.perf_counter() - self._started
             self._started = None
 
-    def figures(self, prefix: str, gather: Callable | None, device: torch.device) -> dict[str, float]:
+    def figures(self, prefix: str) -> dict[str, float]:
         """Samples, steps and tokens a second of all ranks together, and their share of padding.
 
         Args:
             prefix: of the names, such as ``train``.
-            gather, device: see `gaudi_lm.sums.gather_numbers`.
         """
         self.pause()
-        own = [self.samples, self.tokens, self.positions, self.seconds, self.steps]
-        ranks = list(zip(*gather_numbers(own, gather, device), strict=True))
+        own = (self.samples, self.tokens, self.positions, self.seconds, self.steps)
+        ranks = list(zip(*gather(own), strict=True))
         samples, tokens, positions = map(sum, ranks[:3])
         seconds, steps = max(ranks[3]), ranks[4][0]
         if not steps or not seconds:

@@ -4,45 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .agreement import gather
 from .losses import TokenLossOutput
 
 logger = logging.getLogger("gaudi_lm")
 
 WINDOW = 32  # batches of an evaluation between two transfers of the sums to the host
-
-
-def gather_numbers(
-    values: list[float], gather: Callable[[Tensor], Tensor] | None, device: torch.device
-) -> list[list[float]]:
-    """The numbers of every rank, exactly as each has them: float64, or whole numbers up to 2**53.
-
-    Cards have no float64, and float32 counts to 2**24 only: a number travels as a float32 and the two rests.
-
-    Args:
-        values: at least one, finite or not, as many on every rank.
-        gather: from a float32 tensor of shape ``[n]`` on ``device`` to those of the ranks in a row,
-            ``[world_size * n]``; None for a single rank.
-
-    Returns:
-        A list for each rank, in their order.
-    """
-    parts = []
-    for value in values:
-        for _ in range(3):
-            part = torch.tensor(value, dtype=torch.float32).item()
-            parts.append(part)
-            value = value - part if math.isfinite(part) else 0.0
-    if gather is None:
-        return [list(values)]
-    ranks = gather(torch.tensor(parts, dtype=torch.float32, device=device)).cpu().double()
-    return ranks.reshape(-1, len(values), 3).sum(2).tolist()
 
 
 class TokenSums:
@@ -72,12 +45,11 @@ class TokenSums:
             self.count += count
             self._losses = self._counts = None
 
-    def over_ranks(self, gather: Callable[[Tensor], Tensor] | None, device: torch.device) -> dict[str, list]:
-        """``loss_sum``, ``correct`` and ``count``, one entry a rank; the arguments are those of `gather_numbers`."""
+    def over_ranks(self) -> dict[str, list]:
+        """``loss_sum``, ``correct`` and ``count``, one entry a rank; all ranks must call it."""
         self.flush()
-        ranks = gather_numbers([self.loss_sum, self.correct, self.count], gather, device)
-        loss_sum, correct, count = map(list, zip(*ranks, strict=True))
-        return {"loss_sum": loss_sum, "correct": list(map(int, correct)), "count": list(map(int, count))}
+        ranks = gather((self.loss_sum, self.correct, self.count))
+        return dict(zip(("loss_sum", "correct", "count"), map(list, zip(*ranks, strict=True)), strict=True))
 
 
 class TrainingLoss(TrainerCallback, ExportableState):
@@ -125,12 +97,12 @@ class TrainingLoss(TrainerCallback, ExportableState):
             values = torch.where(values.isfinite(), values, before / (1 + self._steps))
         self._window = values if self._window is None else self._window + values
 
-    def _over_ranks(self, gather, device: torch.device) -> list[list[float]]:
-        return [] if self._window is None else gather_numbers(self._window.tolist(), gather, device)
+    def _over_ranks(self) -> list[list[float]]:
+        return [] if self._window is None else gather(self._window.tolist())
 
-    def take(self, gather: Callable[[Tensor], Tensor] | None, device: torch.device) -> dict[str, float]:
+    def take(self) -> dict[str, float]:
         """The means over ranks and over the steps since the last call, by name; they join the run's total."""
-        ranks, steps = self._over_ranks(gather, device), self._steps
+        ranks, steps = self._over_ranks(), self._steps
         sums = [math.fsum(column) / len(ranks) for column in zip(*ranks, strict=True)]
         self._window, self._steps = None, 0
         if not sums or not steps:
@@ -139,14 +111,14 @@ class TrainingLoss(TrainerCallback, ExportableState):
         self.total_steps += steps
         return {name: value / steps for name, value in zip(self._names, sums, strict=True)}
 
-    def result(self, gather: Callable[[Tensor], Tensor] | None, device: torch.device) -> dict[str, float]:
+    def result(self) -> dict[str, float]:
         """At the end of a run: `train_loss`, the mean over all its steps; nothing where there were none."""
-        self.take(gather, device)
+        self.take()
         return {"train_loss": self.total / self.total_steps} if self.total_steps else {}
 
-    def keep(self, gather: Callable[[Tensor], Tensor] | None, device: torch.device) -> None:
+    def keep(self) -> None:
         """Before a checkpoint: note the window of every rank."""
-        self._ranks = self._over_ranks(gather, device)
+        self._ranks = self._over_ranks()
 
     def state(self) -> dict:
         names = ("_names", "_steps", "_ranks", "total", "total_steps")

@@ -110,10 +110,6 @@ class LMTrainer(ResumableTrainer):
     def training_loss(self) -> TrainingLoss:
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TrainingLoss))
 
-    @property
-    def _ranks(self) -> tuple[Callable | None, torch.device]:  # the last arguments of gather_numbers
-        return (self.accelerator.gather if self.args.world_size > 1 else None), self.args.device
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # A mean over the batch, so that what wrappers add to it (AdaLoRA) gets the batch's share of the step too.
         outputs = model(**inputs)
@@ -135,7 +131,7 @@ class LMTrainer(ResumableTrainer):
     ):
         if self.control.should_log and self.training_loss.steps:
             tr_loss.zero_()
-            logs = self.training_loss.take(*self._ranks)
+            logs = self.training_loss.take()
             if self.is_deepspeed_enabled:
                 grad_norm = model.get_global_grad_norm()
             if grad_norm is not None:
@@ -152,7 +148,7 @@ class LMTrainer(ResumableTrainer):
             if self.args.save_strategy == SaveStrategy.BEST:
                 self.control.should_save = self.control.should_save or is_best
         if self.control.should_save:
-            self.training_loss.keep(*self._ranks)
+            self.training_loss.keep()
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
@@ -161,7 +157,7 @@ class LMTrainer(ResumableTrainer):
             # Upstream divides all samples by the time after warm-up, and counts resumed steps as done.
             for name in ("loss", "samples_per_second", "steps_per_second", "tokens_per_second"):
                 logs.pop(f"train_{name}", None)
-            logs.update(self.throughput.figures("train", *self._ranks) | self.training_loss.result(*self._ranks))
+            logs.update(self.throughput.figures("train") | self.training_loss.result())
         if self.args.device.type == "hpu":
             super().log(logs, start_time, end_time)
         else:
@@ -215,13 +211,13 @@ class LMTrainer(ResumableTrainer):
                 self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
                 throughput.end_step(*window)
                 throughput.begin_step()
-        parts = sums.over_ranks(*self._ranks)
+        parts = sums.over_ranks()
         result = TokenMetrics(keep_in_memory=True, experiment_id=f"rank{args.process_index}").compute(**parts)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
         metrics[f"{metric_key_prefix}_samples"] = loader.dataset.rows_seen
         metrics[f"{metric_key_prefix}_tokens"] = sum(parts["count"])
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
-        metrics.update(throughput.figures(metric_key_prefix, *self._ranks))
+        metrics.update(throughput.figures(metric_key_prefix))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
