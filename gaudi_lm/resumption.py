@@ -50,7 +50,6 @@ def decisive_flags(training_args) -> dict:
         for name, value in flags.items()
         if name not in WITHOUT_EFFECT and not name.startswith(WITHOUT_EFFECT_BEGIN)
     }
-    kept["optim"] = training_args.optim  # which its default leaves open
     return json.loads(json.dumps(kept, default=str))
 
 
@@ -97,6 +96,7 @@ class Resumption:
     def __init__(self, checkpoint: str | None = None):
         self.checkpoint, self.step, self.run = checkpoint, 0, {}
         self.changed: dict[str, tuple] = {}
+        self.optimizer = ""
         self._noted: list[dict] = []
         if checkpoint is not None:
             state = json.loads((Path(checkpoint) / checkpoints.STATE).read_text())
@@ -112,6 +112,7 @@ class Resumption:
             "ranks": args.world_size,
             "zero_stage": zero_stage(args),
             "model": model_digest(trainer.model),
+            "optimizer": trainer.resumption.optimizer,
             "data": trainer.data_digest,
             "rows": len(dataset) if isinstance(dataset, datasets.Dataset) else None,
             "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -155,9 +156,6 @@ class Resumption:
                 f"{self.checkpoint}: the weights that are trained have other names or shapes now"
                 f"{self._listed()}; go on with the same model, or choose another --output_dir"
             )
-        if "optim" in self.changed:
-            before, now = self.changed["optim"]
-            raise UserError(f"--optim {now}: {self.checkpoint} holds the state of {before}; go on with that one")
         if self.changed:
             logger.warning("changed since %s:%s", self.checkpoint, self._listed())
 
@@ -181,6 +179,8 @@ class Resumption:
         states = states if trainer.args.world_size > 1 else ["rng_state.pth"]
         if not all((Path(self.checkpoint) / name).is_file() for name in states):
             logger.warning("%s holds no random state for this number of ranks: it is drawn anew", self.checkpoint)
+        elif trainer.args.use_habana and self.changed.get("use_habana"):
+            logger.warning("%s holds no random state of a card: it is drawn anew", self.checkpoint)
         if self.run:
             self._say_order(trainer, Resumption.facts(trainer))
 
@@ -209,7 +209,19 @@ class Resumption:
             logger.warning("each step still takes the same %d rows in the same order", now["rows_per_step"])
 
     def note_flags(self, optimizer) -> None:
-        """What the flags of this start give an optimizer, before a checkpoint overwrites it."""
+        """What the flags of this start give an optimizer, before a checkpoint overwrites it.
+
+        Raises:
+            UserError: the checkpoint holds the state of another one.
+        """
+        self.optimizer = type(optimizer).__name__
+        before = self.run.get("optimizer", self.optimizer)
+        if before != self.optimizer:
+            raise UserError(
+                f"{self.checkpoint} holds the state of the optimizer {before}, this run has {self.optimizer} "
+                "(--optim, the kind of card and the Gaudi configuration choose it): go on as before, or begin anew "
+                "from its weights by --model_name_or_path and another --output_dir"
+            )
         names = ("lr", "weight_decay", "betas", "eps")
         groups = getattr(optimizer, "param_groups", [])  # none yet where DeepSpeed's configuration has the optimizer
         self._noted = [{name: group[name] for name in names if name in group} for group in groups]

@@ -135,6 +135,10 @@ class ResumableTrainer(GaudiTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         self.resumption.apply_flags(self.optimizer, self.lr_scheduler)
 
+    def _load_rng_state(self, checkpoint):
+        with contextlib.suppress(KeyError):  # from the CPU to a card, which the log has said
+            super()._load_rng_state(checkpoint)
+
     def _save_checkpoint(self, model, trial):
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

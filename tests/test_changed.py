@@ -8,6 +8,7 @@ import pytest
 import torch
 from resuming import CARD, CPU, batch, essence, script_flags, start, zero
 from running import ROOT, log_history, run, run_several
+from simulated.cards import card_environment
 
 pytestmark = [pytest.mark.slow]
 
@@ -53,7 +54,7 @@ CHANGES = {
     "weight decay": (["--weight_decay", 0.1], 0, ["weight_decay 0.1 (was 0.0)"]),
     "schedule": (["--lr_scheduler_type", "constant"], 0, ["--lr_scheduler_type constant (was linear)"]),
     "steps": (["--max_steps", 12], 0, ["--max_steps 12 (was 8)"]),
-    "optimizer": (["--optim", "adafactor"], 2, ["--optim adafactor", "adamw_torch_fused", "checkpoint-3"]),
+    "optimizer": (["--optim", "adafactor"], 2, ["--optim", "AdamW", "Adafactor", "checkpoint-3"]),
     "model": (
         ["--config_overrides", "n_embd=16,n_layer=2,n_head=2,n_positions=64"], 2,
         ["other names or shapes", "checkpoint-3"],
@@ -132,6 +133,24 @@ def test_another_number_of_ranks(base, whole, tmp_path):
         "no random state for this number of ranks",
     ):
         assert words in said
+
+
+def test_from_the_cpu_to_a_card_and_back(base, tmp_path):
+    start("run_clm.py", 2, tmp_path / "cpu", *base, "--max_steps", 4)
+    shutil.copytree(tmp_path / "cpu" / "checkpoint-3", tmp_path / "card" / "checkpoint-3")
+    (tmp_path / "gaudi.json").write_text('{"use_fused_adam": false, "use_fused_clip_norm": false}')
+    on_card = [*base[: -len(CPU)], *CARD, "--max_steps", 6]
+    said = start("run_clm.py", 2, tmp_path / "card", *on_card, "--gaudi_config_name", tmp_path / "gaudi.json")[0]
+    assert "--use_habana True (was False)" in said and "holds no random state of a card" in said
+    # By default a card has an optimizer of its own, whose state is another one.
+    shutil.copytree(tmp_path / "cpu" / "checkpoint-3", tmp_path / "fused" / "checkpoint-3")
+    flags = [*on_card, *batch(1), "--output_dir", tmp_path / "fused"]
+    done = run("run_clm.py", *flags, env=card_environment(), code=2)
+    assert "the state of the optimizer AdamW, this run has FusedAdamW" in done.stderr.splitlines()[-1]
+    shutil.copytree(tmp_path / "card" / "checkpoint-6", tmp_path / "back" / "checkpoint-6")
+    said = start("run_clm.py", 2, tmp_path / "back", *base)[0]
+    assert "--use_habana False (was True)" in said
+    assert [row["step"] for row in log_history(tmp_path / "back") if "loss" in row] == [2, 4, 6, 8]
 
 
 def test_a_run_that_has_ended_is_not_trained_on(base, whole, tmp_path):
