@@ -105,33 +105,28 @@ DAMAGE = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(assets, tmp_path_factory) -> dict[str, tuple[int, str]]:
-    folder = tmp_path_factory.mktemp("damaged")
-    (folder / "script").mkdir()
-    (folder / "script" / "script.py").write_text("import datasets\n")
-    base = ["--use_cpu", "--do_train", "--block_size", 32, "--output_dir", "out", "--max_train_samples", 8]
-    cases = {}
-    for place, (name, (change, _)) in enumerate(DAMAGE.items()):
-        shutil.copytree(assets.gpt2, folder / str(place))
-        change(folder / str(place))
-        cases[name] = [*base, "--train_file", assets.train, "--model_name_or_path", folder / str(place)]
-    cases["script"] = [*base, "--model_name_or_path", assets.gpt2, "--dataset_name", folder / "script"]
-    found = run_many("run_clm.py", cases, folder)
-    assert not (folder / "out").exists(), "a refused run wrote something"
-    assert not (folder / "executed").exists(), "a pickle was executed"
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*DAMAGE, "script"])
-def test_one_line_names_the_file(outcomes, case):
-    code, stderr = outcomes[case]
+def test_one_line_names_the_file(case, assets, tmp_path):
+    flags = ["--use_cpu", "--do_train", "--block_size", 32, "--output_dir", "out", "--max_train_samples", 8]
+    shutil.copytree(assets.gpt2, tmp_path / "model")
+    if case == "script":
+        (tmp_path / "script").mkdir()
+        (tmp_path / "script" / "script.py").write_text("import datasets\n")
+        data, words = ["--dataset_name", tmp_path / "script"], ["--dataset_name", "script", "--train_file"]
+    else:
+        change, words = DAMAGE[case]
+        change(tmp_path / "model")
+        data = ["--train_file", assets.train]
+    cases = {case: [*flags, *data, "--model_name_or_path", tmp_path / "model"]}
+    ((code, stderr),) = run_many("run_clm.py", cases, tmp_path).values()
     assert code == 2 and "Traceback" not in stderr, stderr
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and stderr.splitlines()[-1] == lines[0]
-    for word in DAMAGE[case][1] if case in DAMAGE else ["--dataset_name", "script", "--train_file"]:
+    for word in words:
         assert word in lines[0]
+    assert not (tmp_path / "out").exists(), "a refused run wrote something"
+    assert not (tmp_path / "executed").exists(), "a pickle was executed"
 
 
 ADAPTERS = {

@@ -119,28 +119,20 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
-def refusals(assets, tmp_path_factory) -> dict[str, tuple[int, str]]:
-    folder = tmp_path_factory.mktemp("values")
-    (folder / "file").write_text("something")
-    (folder / "broken").symlink_to(folder / "nowhere")
-    base = ["--use_cpu", "--do_train", "--do_eval", "--model_name_or_path", assets.gpt2, "--train_file", assets.train]
-    found = run_many(
-        "run_clm.py", {flags: [*base, "--output_dir", "out", *flags.split()] for flags in REFUSED}, folder
-    )
-    assert sorted(path.name for path in folder.iterdir()) == ["broken", "file"], "a refused run wrote something"
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", REFUSED)
-def test_one_line_before_anything_is_written(refusals, flags):
-    code, stderr = refusals[flags]
+def test_one_line_before_anything_is_written(flags, assets, tmp_path):
+    (tmp_path / "file").write_text("something")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    base = ["--use_cpu", "--do_train", "--do_eval", "--model_name_or_path", assets.gpt2, "--train_file", assets.train]
+    cases = {flags: [*base, "--output_dir", "out", *flags.split()]}
+    ((code, stderr),) = run_many("run_clm.py", cases, tmp_path).values()
     assert code == 2 and "Traceback" not in stderr, stderr
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, stderr
     for word in REFUSED[flags]:
         assert word in lines[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "file"], "a refused run wrote something"
 
 
 def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, tmp_path):
