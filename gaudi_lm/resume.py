@@ -17,7 +17,8 @@ REPORTS = {"all_results.json", "train_results.json", "eval_results.json", checkp
 """What a run may write at the top of its folder before its model is there."""
 
 
-LOGS = ("*.log", "*.out", "*.err", "events.out.tfevents.*")  # of launchers, shells and TensorBoard
+# Of launchers, shells, mpirun and TensorBoard.
+LOGS = ("*.log", "*.out", "*.err", "rank.*/stdout", "rank.*/stderr", "events.out.tfevents.*")
 
 
 def is_log(path: Path) -> bool:

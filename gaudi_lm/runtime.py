@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from .config_files import expand_config_file
 from .errors import UserError, user_errors
@@ -114,6 +115,53 @@ def simulated_cards() -> int:
     return int(text)
 
 
+def count_cards(environ: dict[str, str], root: str = "/") -> int:
+    """Cards on this host: simulated ones, else those under /dev/accel or /sys/class/accel that may be used."""
+    if simulated := simulated_cards():
+        return simulated
+    for folder in ("dev/accel", "sys/class/accel"):
+        if found := len(list(Path(root, folder).glob("accel[0-9]*"))):  # not accel_controlD*
+            allowed = [word for word in environ.get("HABANA_VISIBLE_MODULES", "").split(",") if word]
+            return min(found, len(allowed) or found)
+    return 0
+
+
+def check_cards(cards: int, ranks: int, on_cpu: bool, on_card: bool) -> None:
+    """Refuse more ranks than cards on a host, unless they run on the CPU.
+
+    Raises:
+        UserError: too few cards, or none where the flags ask for one.
+    """
+    if ranks > cards and not on_cpu and (cards or on_card):
+        raise UserError(
+            f"{ranks} ranks on this host but {cards} cards: lower --world_size, rehearse on simulated cards with "
+            f"GAUDI_SIMULATOR={ranks} in the environment, or append --use_cpu to the script's flags"
+        )
+
+
+def wanted_card(arguments: list[str]) -> tuple[bool, bool]:
+    """Whether a script's flags, on its command line or in its configuration file, ask for the CPU, and for a Gaudi."""
+    try:
+        flags = _card_flags(expand_config_file(arguments))
+    except (UserError, OSError, ValueError, ImportError):  # of another script perhaps, or for the script to report
+        return False, False
+    return bool(flags.use_cpu), bool(flags.use_habana)
+
+
+def set_mpi_places() -> None:
+    """Under mpirun alone, give its ranks the variables that torchrun and DeepSpeed set.
+
+    Where the ranks of several hosts meet, ``MASTER_ADDR``, is for the user to say.
+    """
+    if "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" not in os.environ:
+        return
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{name.replace('WORLD_', '')}"]
+    if os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"]:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+
+
 def real_frameworks() -> bool:
     """Whether a ``habana_frameworks`` that is not the simulator's stand-in can be imported."""
     import simulator
@@ -181,6 +229,7 @@ def choose_card(argv: list[str]) -> None:
     """
     sys.excepthook = _say_interrupted
     with user_errors():
+        set_mpi_places()
         flags = _card_flags(expand_config_file(argv))
         cards = simulated_cards()
         real = real_frameworks()

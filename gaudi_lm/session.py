@@ -21,6 +21,7 @@ from .checkpoints import STATE
 from .device_metrics import DEVICE_FIGURES
 from .metrics import save_loss_curve
 from .model_card import write_model_card
+from .rank_settings import check_settings
 from .resume import find_checkpoint as find_checkpoint  # for the scripts
 from .runtime import set_up_logging
 from .trainer import LMTrainer
@@ -29,7 +30,8 @@ logger = logging.getLogger("gaudi_lm")
 
 
 def set_up(training_args: TrainingArguments) -> logging.Logger:
-    """Logging, the words that the chosen card deserves, and the seed."""
+    """Ranks that agree, logging, the words that the chosen card deserves, and the seed."""
+    check_settings()
     main = training_args.process_index == 0
     name = training_args.log_level if main else training_args.log_level_replica
     set_up_logging(main, get_log_levels_dict().get(name))

@@ -16,9 +16,17 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 RANKS = Path(__file__).parent / "ranks"
-ENGINES = {"torch": [], "mpi": ["--use_mpi"], "deepspeed": ["--use_deepspeed"]}
+BACKENDS = {"torch": [], "mpi": ["--use_mpi"], "deepspeed": ["--use_deepspeed"]}
 MARK = "MY_LAUNCH_MARK"
 SMALL = "n_embd=32,n_layer=2,n_head=2,n_positions=64,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0"
+# Option names of the backends and the launcher.
+OPTIONS = [
+    "--bind-to", "--mca", "--map-by", "--rank-by", "--runtime-options", "--prtemca", "--pmixmca", "--gomca", "--omca",
+    "-n", "-np", "-x", "--host", "--hostfile", "--output", "--display", "--allow-run-as-root", "--oversubscribe",
+    "--nproc_per_node", "--nnodes=3", "--master_port", "--log-dir", "--no_python", "--tee", "-m", "--np",
+    "--world_info", "--node_rank", "--bind_cores_to_rank", "--enable_each_rank_log", "--module", "--save_pid", "-q",
+    "--world_size", "--use_mpi", "--use_deepspeed", "--dry_run", "--env", "--log_dir", "--grace", "--help", "-h",
+]  # fmt: skip
 HOSTILE = [
     "a b",
     "",
@@ -145,9 +153,16 @@ def last_line(done: subprocess.CompletedProcess) -> str:
 
 def dumped(text: str) -> dict:
     """What a dump.py has printed: its arguments as bytes, its environment, ..."""
-    what = json.loads(text.strip().rpartition("\n")[2])
+    what = json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
     what["arguments"] = [bytes.fromhex(word) for word in what["arguments"]]
     return what
+
+
+def log_of(folder: Path, rank: int) -> str:
+    """What the backend has kept of a rank's output: files of torchrun, DeepSpeed or mpirun."""
+    patterns = (f"*/attempt_0/{rank}/std*.log", f"*_rank{rank}.log", f"*/rank.{rank}/*")
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern), reverse=True)]
+    return "".join(path.read_text(errors="surrogateescape") for path in found)
 
 
 def clm_flags(assets, output, batch: int, *more: str) -> list[str]:

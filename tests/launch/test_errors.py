@@ -75,11 +75,13 @@ def test_refused_binary_hostfile(tmp_path):
     refused(run("--hostfile", str(path), "--use_mpi", DUMP), "not a text file")
 
 
-@pytest.mark.parametrize("engine", ["--use_mpi", "--use_deepspeed"])
-def test_world_size_and_hostfile_must_agree(engine, tmp_path):
+@pytest.mark.parametrize("backend", ["--use_mpi", "--use_deepspeed"])
+def test_world_size_and_hostfile_must_agree(backend, tmp_path):
     path = tmp_path / "hosts"
     path.write_text("localhost slots=1\n192.0.2.1 slots=3\n")
-    refused(run("--hostfile", str(path), "--world_size", "8", engine, DUMP), f"--world_size 8, but {path} has 4 slots")
+    refused(
+        run("--hostfile", str(path), "--world_size", "8", backend, DUMP), f"--world_size 8, but {path} has 4 slots"
+    )
 
 
 def test_one_host_under_two_names(tmp_path):
@@ -93,7 +95,7 @@ def test_more_ranks_than_cards():
     refused(run("--world_size", "3", DUMP, GAUDI_SIMULATOR="many"), "GAUDI_SIMULATOR is 'many'")
 
 
-def test_engine_not_installed(tmp_path):
+def test_backend_not_installed(tmp_path):
     # A second environment without mpirun and DeepSpeed: this Python's library alone.
     python = tmp_path / "bin/python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True)

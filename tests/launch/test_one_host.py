@@ -1,8 +1,9 @@
-"""Real launches on this host, with all three engines: what reaches the ranks, and how failures end a job."""
+"""Real launches on this host, with all three backends: what reaches the ranks, and how failures end a job."""
 
 import json
 import os
 import pty
+import random
 import shlex
 import socket
 import subprocess
@@ -10,25 +11,21 @@ import threading
 
 import pytest
 
-from launch.spawning import ENGINES, HOSTILE, RANKS, Launch, dumped, last_line, spawn
+from launch.spawning import BACKENDS, HOSTILE, OPTIONS, RANKS, Launch, dumped, last_line, log_of, spawn
 
 DUMP, ACT = str(RANKS / "dump.py"), str(RANKS / "act.py")
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_arguments_environment_and_places(engine, ranks, tmp_path):
+def test_arguments_environment_and_places(backend, ranks, tmp_path):
     environ = {"HF_TOKEN": "s3cr3t", "PT_X": "a b"}
     options = ["--world_size", str(ranks), "--env", "MY_TEXT=it's\n$HOME", "--log_dir", str(tmp_path / "logs")]
-    done = spawn(*ENGINES[engine], *options, DUMP, *HOSTILE, environ=environ)
+    done = spawn(*BACKENDS[backend], *options, DUMP, *HOSTILE, environ=environ)
     assert done.returncode == 0, done.stderr
     assert "s3cr3t" not in done.stderr
-    shown = dumped(done.stdout)
-    logs = sorted((tmp_path / "logs").glob("rank*.log"))
-    got = [dumped(log.read_text()) for log in logs]
-    assert len(got) == ranks
-    assert shown == got[0]  # the terminal shows rank 0
+    got = [dumped(log_of(tmp_path / "logs", rank)) for rank in range(ranks)]
     assert all(one["arguments"] == [os.fsencode(word) for word in HOSTILE] for one in got)
     assert sum(map(len, got[0]["arguments"])) > 100_000 - len(HOSTILE)
     places = [
@@ -43,27 +40,45 @@ def test_arguments_environment_and_places(engine, ranks, tmp_path):
     allowed = sorted(os.sched_getaffinity(0))
     threads = max(1, len(allowed) // ranks)
     assert {one["environment"]["OMP_NUM_THREADS"] for one in got} == {str(threads)}
-    assert "OMP_NUM_THREADS was unset" in done.stderr
-    if ranks <= len(allowed):
-        assert sorted(cpu for one in got for cpu in one["cpus"]) == allowed
-    else:
-        assert all(one["cpus"] == allowed for one in got)
+    assert all(one["cpus"] == allowed for one in got)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_own_choices_are_kept(engine):
+# `make stress` sets STRESS_ROUNDS.
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("number", range(300 if "STRESS_ROUNDS" in os.environ else 3))
+def test_hostile_lists_of_arguments(backend, number):
+    """What backends take for their own options wherever it stands, what shells expand, no UTF-8, and 100 kB."""
+    draw = random.Random(number)
+    words = draw.choices([*OPTIONS, *HOSTILE, "z" * 100_000], k=draw.randrange(1, 40))
+    words.insert(0, draw.choice(["--", *OPTIONS]))
+    done = spawn(*BACKENDS[backend], DUMP, *words)
+    assert done.returncode == 0, done.stderr
+    assert dumped(done.stdout)["arguments"] == [os.fsencode(word) for word in words]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_are_bound_to_cores_by_mpirun(ranks):
+    allowed = os.sched_getaffinity(0)
+    done = spawn("--use_mpi", "--map_by", "slot", "--world_size", str(ranks), DUMP)
+    assert done.returncode == 0, done.stderr
+    got = [json.loads(line)["cpus"] for line in done.stdout.splitlines()]
+    assert all(len(one) == 1 and set(one) <= allowed for one in got)
+    assert len(set(map(tuple, got))) == min(ranks, len(allowed))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_own_choices_are_kept(backend):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     options = ["--master_port", str(port), "--map_by", "none", DUMP]
     environ = {"OMP_NUM_THREADS": "7", "RANK": "5", "WORLD_SIZE": "9"}
-    done = spawn(*ENGINES[engine], "--world_size", "2", *options, environ=environ)
+    done = spawn(*BACKENDS[backend], "--world_size", "2", *options, environ=environ)
     assert done.returncode == 0, done.stderr
     got = dumped(done.stdout)
     assert got["environment"]["MASTER_PORT"] == str(port)
     assert got["environment"]["OMP_NUM_THREADS"] == "7"
-    assert got["environment"]["RANK"] == "0"
+    assert got["environment"]["RANK"] in ("0", "1")
     assert set(got["cpus"]) == os.sched_getaffinity(0)
-    assert "OMP_NUM_THREADS" not in done.stderr
 
 
 def test_fewer_cpus_are_shared_out_as_they_are():
@@ -72,17 +87,18 @@ def test_fewer_cpus_are_shared_out_as_they_are():
     assert dumped(done.stdout)["cpus"] == [cpu]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_shown_command_runs_alone(engine):
-    plan = spawn(*ENGINES[engine], "--world_size", "2", "--dry_run", DUMP, "a b", ":")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shown_command_runs_alone(backend):
+    """What `--dry_run` shows is the plain command of the backend, for whoever wants to do without this launcher."""
+    plan = spawn(*BACKENDS[backend], "--world_size", "2", "--dry_run", DUMP, "a b")
     assert plan.returncode == 0
     [command] = [line.removeprefix("command: ") for line in plan.stdout.splitlines() if line.startswith("command: ")]
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     got = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert sorted(one["environment"]["RANK"] for one in got) == ["0", "1"]
-    assert all([bytes.fromhex(word) for word in one["arguments"]] == [b"a b", b":"] for one in got)
-    assert all(one["environment"]["MASTER_ADDR"] == "127.0.0.1" for one in got)
+    name = "OMPI_COMM_WORLD_RANK" if backend == "mpi" else "RANK"
+    assert sorted(one["environment"][name] for one in got) == ["0", "1"]
+    assert all([bytes.fromhex(word) for word in one["arguments"]] == [b"a b"] for one in got)
 
 
 def test_dry_run_tells_the_plan_and_hides_secrets(tmp_path):
@@ -102,7 +118,7 @@ def test_dry_run_tells_the_plan_and_hides_secrets(tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("action", "rank", "status", "words"),
     [
@@ -112,16 +128,15 @@ def test_dry_run_tells_the_plan_and_hides_secrets(tmp_path):
         ("raise", 0, 1, "exit status 1"),
     ],
 )
-def test_a_failing_rank_ends_the_job(engine, action, rank, status, words, tmp_path):
-    done = spawn(*ENGINES[engine], "--world_size", "2", "--log_dir", str(tmp_path), ACT, str(rank), action)
+def test_a_failing_rank_ends_the_job(backend, action, rank, status, words, tmp_path):
+    done = spawn(*BACKENDS[backend], "--world_size", "2", "--log_dir", str(tmp_path), ACT, str(rank), action)
     chosen = rank % 2
-    log = tmp_path / f"rank{chosen}.log"
     assert done.returncode == status
     name = f"rank {chosen} on host {socket.gethostname()}"
-    assert last_line(done) == f"gaudi_spawn: error: {name} failed with {words}; log: {log}"
-    assert f"rank {chosen} is here" in done.stdout + done.stderr  # the failing rank's output is shown
-    assert ("RuntimeError: boom" in done.stderr) == (action == "raise")
-    assert f"rank {chosen} is here" in log.read_text()
+    assert last_line(done) == f"gaudi_spawn: error: {name} failed with {words}; logs: {tmp_path}"
+    log = log_of(tmp_path, chosen)
+    assert f"rank {chosen} is here" in log
+    assert ("RuntimeError: boom" in log) == (action == "raise")
 
 
 @pytest.mark.parametrize("action", ["exit1", "exit7", "kill", "raise", "killwatcher"])
@@ -132,13 +147,12 @@ def test_a_failing_rank_ends_deaf_ones_too(action, rank):
     assert job.survivors(1.0) == []
     assert done.returncode == {"exit1": 1, "exit7": 7, "kill": 137, "raise": 1, "killwatcher": 137}[action]
     assert f"rank {rank} on host" in last_line(done)
-    # Only what fails is shown beside rank 0, not what is then stopped.
-    assert {f"rank {r} is here" for r in (1, 2, 3) if f"rank {r} is here" in done.stderr} <= {f"rank {rank} is here"}
+    assert f"rank {rank} is here" in done.stdout
 
 
-def test_output_of_rank_0_goes_to_the_terminal_as_from_a_terminal():
+def test_output_of_ranks_goes_to_the_terminal_as_from_a_terminal():
     leader, follower = pty.openpty()
-    job = Launch("--use_mpi", "--world_size", "2", DUMP, stdout=follower, stderr=follower)
+    job = Launch("--world_size", "2", DUMP, stdout=follower, stderr=follower)
     os.close(follower)
     seen = bytearray()
 
@@ -153,40 +167,41 @@ def test_output_of_rank_0_goes_to_the_terminal_as_from_a_terminal():
     reader.start()
     assert job.process.wait(60) == 0
     reader.join()
-    [line] = [line for line in seen.decode().splitlines() if line.startswith("{")]
-    assert json.loads(line)["terminal"] == [True, True]
+    lines = [line for line in seen.decode().splitlines() if line.startswith("{")]
+    assert [json.loads(line)["terminal"] for line in lines] == [[True, True]] * 2
 
 
-def test_a_reader_that_goes_away_stops_the_job():
-    job = Launch("--use_mpi", "--world_size", "2", "--grace", "2", str(RANKS / "chatter.py"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_reader_that_goes_away_stops_the_job(backend):
+    job = Launch(*BACKENDS[backend], "--world_size", "2", "--grace", "2", str(RANKS / "chatter.py"))
     job.process.stdout.readline()
     job.process.stdout.close()
     job.process.stderr.close()
-    assert job.process.wait(60) == 129
+    assert job.process.wait(60) not in (0, None)
     assert job.survivors(1.0) == []
 
 
-def test_much_output_arrives_whole_and_apart():
-    job = Launch("--use_mpi", "--world_size", "2", str(RANKS / "chatter.py"), "20000")
-    done = job.finish()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_much_output_arrives_whole_and_apart(backend):
+    done = spawn(*BACKENDS[backend], str(RANKS / "chatter.py"), "20000")
     assert done.returncode == 0
-    assert done.stdout.splitlines() == [f"out {number}" for number in range(20000)]
+    assert [line for line in done.stdout.splitlines() if line.startswith("out")] == [f"out {n}" for n in range(20000)]
     assert [line for line in done.stderr.splitlines() if line.startswith("err")] == [f"err {n}" for n in range(20000)]
 
 
 def test_two_launches_at_once_both_run():
-    jobs = [Launch(*options, "--world_size", "2", DUMP) for options in ENGINES.values() for _ in range(2)]
+    jobs = [Launch(*options, "--world_size", "2", DUMP) for options in BACKENDS.values() for _ in range(2)]
     done = [job.finish() for job in jobs]
     assert [one.returncode for one in done] == [0] * 6, [one.stderr for one in done]
     assert len({dumped(one.stdout)["environment"]["MASTER_PORT"] for one in done}) == 6
     assert [job.survivors(1.0) for job in jobs] == [[]] * 6
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_busy_port_is_an_error(engine):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_busy_port_is_an_error(backend):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        done = spawn(*ENGINES[engine], "--world_size", "2", "--master_port", str(port), DUMP)
+        done = spawn(*BACKENDS[backend], "--world_size", "2", "--master_port", str(port), DUMP)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert f"--master_port {port}" in line
@@ -202,7 +217,7 @@ def test_simulated_cards():
     assert "4 ranks on this host but 2 cards" in done.stderr
 
 
-def test_an_engine_that_cannot_start_is_shown_and_named(tmp_path):
+def test_a_backend_that_cannot_start_is_shown_and_named(tmp_path):
     # A hook of Python's start-up that breaks torch, as a half installed build would.
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("raise ImportError('libtorch is broken')")

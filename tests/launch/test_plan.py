@@ -1,4 +1,4 @@
-"""The launcher's pure functions: hostfiles, commands, environments, placement. No engine is started."""
+"""The launcher's pure functions: hostfiles, commands, environments, placement. No backend is started."""
 
 import json
 import os
@@ -11,26 +11,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaudi_lm import hostfile, launch, placement
-from gaudi_lm.hostfile import Host
-from gaudi_lm.processes import frame, take_frames
-from gaudi_lm.rank import script_command
-from gaudi_lm.runtime import UserError
-from launch.spawning import HOSTILE
+from gaudi_lm import runtime
+from gaudi_lm.errors import UserError
+from gaudi_lm.launcher import hostfile, launch, plan, processes, supervise
+from gaudi_lm.launcher.hostfile import Host
+from gaudi_lm.rank_settings import digests, disagreement
+from launch.spawning import HOSTILE, OPTIONS
 
 # What an argument can hold: any bytes but NUL, as Python shows them.
 ARGUMENT = st.one_of(
     st.binary(max_size=20).map(lambda data: os.fsdecode(data.replace(b"\0", b""))),
     st.text(alphabet=":-=$'\"\\ \n;`*", max_size=6),
-    st.sampled_from(HOSTILE),
+    st.sampled_from([*HOSTILE, *OPTIONS]),
 )
 ARGUMENTS = st.lists(ARGUMENT, max_size=8)
 
 
-def make_plan(engine: str, *arguments: str, hosts: tuple[Host, ...] = (Host("here", 2),), **more) -> launch.Plan:
-    more.setdefault("local", tuple(index == 0 for index in range(len(hosts))))
-    version = {"engine_version": (5, 0), "engine_program": "/opt/bin/mpirun"} if engine == "mpi" else {}
-    return launch.Plan(engine, hosts, ("run.py", *arguments), "10.0.0.1", 29511, folder="/job", **{**version, **more})
+PROGRAM = ["the", "rank"]
+
+
+def make_plan(backend: str, *arguments: str, hosts: tuple[Host, ...] = (Host("here", 2),), **more) -> plan.Plan:
+    more = {"local": tuple(index == 0 for index in range(len(hosts))), "mpirun": "/opt/bin/mpirun", **more}
+    return plan.Plan(backend, hosts, ("run.py", *arguments), "10.0.0.1", 29511, **more)
+
+
+def command(backend: str, index: int = 0, **more) -> list[str]:
+    return make_plan(backend, **more).command(index, "/job", PROGRAM)
 
 
 # Hostfiles
@@ -119,122 +125,99 @@ def test_hostfile_round_trip(table, data):
 
 
 def test_places_of_ranks():
-    plan = make_plan("mpi", hosts=(Host("a", 2), Host("b", 3)))
-    assert plan.places == [(0, 0, 5, 2), (1, 1, 5, 2), (2, 0, 5, 3), (3, 1, 5, 3), (4, 2, 5, 3)]
-    assert [plan.host_of[rank].name for rank in range(5)] == ["a", "a", "b", "b", "b"]
-    assert list(plan.ranks_of(plan.hosts[1])) == [2, 3, 4]
+    here, others = make_plan("mpi", hosts=(Host("a", 2), Host("b", 3))).orders("/job", PROGRAM)
+    places = [(order["job"]["first_rank"], order["job"]["slots"]) for order in (here, *others.values())]
+    assert places == [(0, 2), (2, 3)]
+    assert {order["job"]["world_size"] for order in (here, *others.values())} == {5}
 
 
 # Commands
 
 
 def test_torch_command():
-    [(host, command)] = launch.engine_commands(make_plan("torch", "--x", "1"))
-    assert host is None
-    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    assert {"--nproc_per_node=2", "--master_addr=10.0.0.1", "--master_port=29511"} <= set(command)
-    assert command[-4:] == [launch.RANK_PROGRAM, "run.py", "--x", "1"]
+    words = command("torch")
+    assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert {"--nproc_per_node=2", "--master_addr=10.0.0.1", "--master_port=29511", "--log_dir=/job"} <= set(words)
+    assert words[-2:] == PROGRAM
+    assert {"--log_dir=/logs", "--tee=3"} <= set(command("torch", log_dir="/logs"))
 
 
 @pytest.mark.parametrize(
-    ("version", "words"),
-    [((4, 1), ["--map-by", "slot", "--oversubscribe"]), ((5, 0), ["--map-by", "slot:oversubscribe"])],
+    ("version", "words"), [(4, ["--map-by", "slot", "--oversubscribe"]), (5, ["--map-by", "slot:oversubscribe"])]
 )
 def test_mpi_command_on_one_host(version, words):
-    [(host, command)] = launch.engine_commands(make_plan("mpi", engine_version=version))
-    assert host is None
-    assert command[:6] == ["env", "MASTER_ADDR=10.0.0.1", "MASTER_PORT=29511", "/opt/bin/mpirun", "-n", "2"]
-    assert shlex.join(words) in shlex.join(command)
-    assert "--host" not in command
-    assert ("--allow-run-as-root" in command) == (os.geteuid() == 0)
+    whole = command("mpi", version=version)
+    assert whole[:3] == ["/opt/bin/mpirun", "-n", "2"]
+    assert whole[-2:] == PROGRAM
+    assert shlex.join(words) in shlex.join(whole)
+    assert "--hostfile" not in whole
+    assert ("--allow-run-as-root" in whole) == (os.geteuid() == 0)
 
 
-def test_mpi_command_on_several_hosts_forwards_by_name():
-    plan = make_plan("mpi", hosts=(Host("a", 2), Host("b", 3, "me")))
-    [(host, command)] = launch.engine_commands(plan, {"PT_X": "value", "MY_TOKEN": "secret"})
-    assert host is None
-    assert command[command.index("--host") + 1] == "a:2,me@b:3"
-    named = {command[i + 1] for i, word in enumerate(command) if word == "-x"}
-    assert named == {"PT_X", "MY_TOKEN", "MASTER_ADDR", "MASTER_PORT", "GAUDI_SPAWN_JOB"}
-    assert not {"value", "secret"} & set(" ".join(command).split())
+@pytest.mark.parametrize(
+    ("version", "map_by", "words"),
+    [
+        (5, "socket", "--bind-to package:overload-allowed --map-by package:oversubscribe"),
+        (5, "slot", "--bind-to core:overload-allowed --map-by slot:oversubscribe"),
+        (5, "none", "--bind-to none"),
+        (4, "socket", "--bind-to socket:overload-allowed --map-by socket --oversubscribe"),
+    ],
+)
+def test_mpirun_binds(version, map_by, words):
+    assert words in shlex.join(command("mpi", version=version, map_by=map_by))
+
+
+def test_mpi_on_several_hosts_has_no_variables_on_its_command():
+    job = make_plan("mpi", hosts=(Host("a", 2), Host("b", 3, "me")), environ={"PT_X": "value", "MY_TOKEN": "secret"})
+    here, others = job.orders("/job", PROGRAM)
+    [words] = here["commands"]
+    assert words[words.index("--hostfile") + 1] == "/job/hostfile"
+    assert not {"value", "secret"} & set(" ".join(words).split())
+    for order in (here, others["b"]):
+        assert {"PT_X": "value", "MY_TOKEN": "secret", "MASTER_ADDR": "10.0.0.1"}.items() <= order["job"][
+            "environ"
+        ].items()
+    assert others["b"]["login"] == "me@b"
 
 
 def test_deepspeed_runs_once_on_each_host():
-    plan = make_plan("deepspeed", hosts=(Host("a", 1), Host("b", 2, "me")))
-    commands = launch.engine_commands(plan)
-    assert [host.login if host else None for host, _ in commands] == [None, "me@b"]
-    assert [[word for word in command if word.startswith("--node_rank")] for _, command in commands] == [
-        ["--node_rank=0"],
-        ["--node_rank=1"],
-    ]
+    here, others = make_plan("deepspeed", hosts=(Host("a", 1), Host("b", 2, "me"))).orders("/job", PROGRAM)
+    own, connection = here["commands"]
+    [other] = others["b"]["commands"]
+    assert "--node_rank=0" in own and "--node_rank=1" in other
+    assert connection == processes.python("supervise.connect", "/job", "b")
+    assert "--bind_cores_to_rank" in command("deepspeed", map_by="socket")
+    assert "--enable_each_rank_log=/logs" in command("deepspeed", log_dir="/logs")
 
 
-def arguments_of(words: list[str]) -> list[str]:
-    """The script's arguments, as the rank program hands them on."""
-    rank_program = words.index(launch.RANK_PROGRAM)
-    return script_command(words[rank_program + 1 :])[3:]
+@settings(max_examples=300, deadline=None)
+@given(ARGUMENTS, st.sampled_from([[], ["--use_mpi"], ["--world_size", "2"], ["--env=A=--", "--grace", "1"]]))
+def test_arguments_of_the_script_are_not_looked_at(arguments, options):
+    parsed = launch.parse(launch.make_parser(), [*options, "run.py", *arguments])
+    assert (parsed.script, parsed.arguments) == ("run.py", arguments)
 
 
 @settings(max_examples=300, deadline=None)
 @given(ARGUMENTS)
-def test_arguments_through_torchs_parser(arguments):
-    from torch.distributed.run import get_args_parser
-
-    [(_, command)] = launch.engine_commands(make_plan("torch", *arguments))
-    options = get_args_parser().parse_args(command[3:])
-    assert options.training_script == sys.executable
-    assert arguments_of(options.training_script_args) == arguments
-
-
-@settings(max_examples=300, deadline=None)
-@given(ARGUMENTS)
-def test_arguments_through_deepspeeds_parser(arguments):
-    from unittest import mock
-
-    from deepspeed.launcher.launch import parse_args
-
-    [(_, command)] = launch.engine_commands(make_plan("deepspeed", *arguments))
-    with mock.patch.object(sys, "argv", command[2:]):
-        options = parse_args()
-    assert options.training_script == sys.executable
-    assert arguments_of(options.training_script_args) == arguments
-
-
-@given(ARGUMENTS)
-def test_arguments_to_mpirun_hold_no_lone_colon(arguments):
-    [(_, command)] = launch.engine_commands(make_plan("mpi", *arguments))
-    assert ":" not in command
-    assert arguments_of(command) == arguments
-
-
-@settings(max_examples=30, deadline=None)
-@given(ARGUMENTS)
-def test_shown_command_can_be_pasted(arguments):
-    text = launch.shown(["printf", "%s\\0", "x", *arguments])
-    printed = subprocess.run(["sh", "-c", os.fsencode(text)], capture_output=True, check=True).stdout
-    assert printed == b"".join(os.fsencode(word) + b"\0" for word in ["x", *arguments])
+def test_arguments_are_on_no_command_line(arguments):
+    for backend in plan.BACKENDS:
+        here, others = make_plan(backend, *arguments).orders("/job", PROGRAM)
+        assert here["commands"] == make_plan(backend).orders("/job", PROGRAM)[0]["commands"]
+        assert json.loads(json.dumps(here))["job"]["script"] == ["run.py", *arguments]
 
 
 @settings(max_examples=30, deadline=None)
 @given(ARGUMENTS)
 def test_commands_over_ssh_survive_the_other_shell(arguments):
-    *_, login, text = launch.over_ssh(Host("b", 1, "me"), ["printf", "%s\\0", "x", *arguments])
+    *_, login, text = supervise.over_ssh("me@b", ["printf", "%s\\0", "x", *arguments])
     assert login == "me@b"
     printed = subprocess.run(["sh", "-c", os.fsencode(text)], capture_output=True, check=True).stdout
     assert printed == b"".join(os.fsencode(word) + b"\0" for word in ["x", *arguments])
 
 
-def test_shown_command_hides_secrets():
-    shown = launch.shown(["run.py", "--hub_token", "hf_abc", "--api_key=k1", "--token", "--lr", "1", "--tokens", "5"])
-    assert shown == "run.py --hub_token '***' '--api_key=***' --token --lr 1 --tokens 5"
-    assert launch.secret_values(["--hub_token", "hf_abcdef", "--use_auth_token", "True", "True"]) == {"hf_abcdef"}
-
-
-def test_remote_start_keeps_arguments_and_environment(tmp_path):
-    probe = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['MY_X'], os.getcwd()]))"
-    order = {"command": [sys.executable, "-c", probe, *HOSTILE], "env": {"MY_X": "a\nb"}, "folder": str(tmp_path)}
-    done = subprocess.run(launch.REMOTE_START, input=json.dumps(order).encode(), capture_output=True, check=True)
-    assert json.loads(done.stdout) == [HOSTILE, "a\nb", str(tmp_path)]
+def test_shown_commands_hide_secrets():
+    words = ["--hub_token", "hf_abc", "--api_key=k1", "--token", "--lr", "1", "--tokens", "5"]
+    assert plan.hide(words) == ["--hub_token", "***", "--api_key=***", "--token", "--lr", "1", "--tokens", "5"]
 
 
 # Environment
@@ -262,7 +245,7 @@ ENVIRON = {
 
 
 def test_forwarded_variables():
-    got = launch.forwarded_variables(ENVIRON, {})
+    got = plan.rank_environment(ENVIRON, {}, on_cpu=True)
     assert set(ENVIRON) - set(got) == {
         "HF_TOKEN",
         "HF_API_KEY",
@@ -276,9 +259,9 @@ def test_forwarded_variables():
 
 
 def test_named_variables_are_forwarded_secret_or_not():
-    named = launch.named_variables(["HF_TOKEN", "MY_OWN=x=y", "EMPTY="], ENVIRON)
+    named = plan.named_variables(["HF_TOKEN", "MY_OWN=x=y", "EMPTY="], ENVIRON)
     assert named == {"HF_TOKEN": "s", "MY_OWN": "x=y", "EMPTY": ""}
-    assert launch.forwarded_variables(ENVIRON, named).items() >= named.items()
+    assert plan.rank_environment(ENVIRON, named, on_cpu=True).items() >= named.items()
 
 
 @pytest.mark.parametrize(
@@ -293,30 +276,30 @@ def test_named_variables_are_forwarded_secret_or_not():
 )
 def test_bad_env_options(option, words):
     with pytest.raises(UserError, match=words):
-        launch.named_variables([option], ENVIRON)
+        plan.named_variables([option], ENVIRON)
 
 
-def test_engine_environment_drops_an_outer_jobs_places():
-    outer = {
-        "RANK": "3",
-        "WORLD_SIZE": "9",
-        "OMPI_COMM_WORLD_RANK": "3",
-        "PMIX_RANK": "3",
-        "TORCHELASTIC_RUN_ID": "x",
-        "HOME": "/h",
-    }
-    got = launch.engine_environment(make_plan("torch"), outer, {"MY_X": "1"})
-    assert not got.keys() & (outer.keys() - {"HOME"})
-    assert (got["MASTER_ADDR"], got["MASTER_PORT"], got["MY_X"]) == ("10.0.0.1", "29511", "1")
+def test_an_outer_jobs_places_are_dropped():
+    outer = {"RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "TORCHELASTIC_RUN_ID", "GAUDI_SPAWN_JOB"}
+    assert all(plan.matches(name, launch.STALE) for name in outer)
+    assert not any(plan.matches(name, launch.STALE) for name in ENVIRON)
 
 
 def test_simulated_cards_put_the_stand_in_last():
-    plan = make_plan("torch")
-    got = launch.rank_environment(plan, {"GAUDI_SIMULATOR": "2", "PYTHONPATH": "/mine"}, [])
+    got = plan.rank_environment({"GAUDI_SIMULATOR": "2", "PYTHONPATH": "/mine"}, {}, on_cpu=False)
     first, last = got["PYTHONPATH"].split(":")
     assert first == "/mine"
     assert os.path.isdir(os.path.join(last, "habana_frameworks"))
-    assert launch.rank_environment(plan, {"GAUDI_SIMULATOR": "2"}, ["--use_cpu"]).get("PYTHONPATH") is None
+    assert "PYTHONPATH" not in plan.rank_environment({"GAUDI_SIMULATOR": "2"}, {}, on_cpu=True)
+
+
+def test_settings_of_ranks():
+    own = {"PT_X": "1", "HABANA_LOGS": "/a", "HCCL_SOCKET_IFNAME": "eth0", "HOME": "/", "HCCL_Y": "2"}
+    assert digests(own).keys() == {"PT_X", "HCCL_Y"}
+    ranks = [("a", digests(own)), ("a", digests({**own, "HABANA_LOGS": "/b"}))]
+    assert disagreement(ranks) is None
+    for other in ({**own, "PT_X": "2"}, {"HCCL_Y": "2"}):
+        assert disagreement([*ranks, ("b", digests(other))]).startswith("PT_X: rank 2 on host b has another value")
 
 
 # Cards, CPUs, ports
@@ -324,19 +307,19 @@ def test_simulated_cards_put_the_stand_in_last():
 
 def test_count_cards(tmp_path, monkeypatch):
     monkeypatch.delenv("GAUDI_SIMULATOR", raising=False)
-    assert placement.count_cards({}, str(tmp_path)) == 0
+    assert runtime.count_cards({}, str(tmp_path)) == 0
     (tmp_path / "sys/class/accel").mkdir(parents=True)
     for index in range(4):
         (tmp_path / f"sys/class/accel/accel{index}").touch()
         (tmp_path / f"sys/class/accel/accel_controlD{index}").touch()
-    assert placement.count_cards({}, str(tmp_path)) == 4
+    assert runtime.count_cards({}, str(tmp_path)) == 4
     (tmp_path / "dev/accel").mkdir(parents=True)
     for index in range(8):
         (tmp_path / f"dev/accel/accel{index}").touch()
-    assert placement.count_cards({}, str(tmp_path)) == 8
-    assert placement.count_cards({"HABANA_VISIBLE_MODULES": "0,1,2"}, str(tmp_path)) == 3
+    assert runtime.count_cards({}, str(tmp_path)) == 8
+    assert runtime.count_cards({"HABANA_VISIBLE_MODULES": "0,1,2"}, str(tmp_path)) == 3
     monkeypatch.setenv("GAUDI_SIMULATOR", "2")
-    assert placement.count_cards({}, str(tmp_path)) == 2
+    assert runtime.count_cards({}, str(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
@@ -349,93 +332,58 @@ def test_count_cards(tmp_path, monkeypatch):
         (0, 4, ["--lr", "1"], True),
         (0, 1, ["--use_habana"], False),
         (0, 64, ["--use_cpu"], True),
+        (2, 4, ["--use_habana", "--use_cpu=True"], True),
+        (2, 4, ["--use_habana", "--use_cpu", "true"], True),
+        (2, 4, ["--use_habana", "--use_cpu=False"], False),
+        (2, 4, ["cpu.yaml", "--use_habana"], True),
+        (2, 4, ["cpu.json"], True),
+        (2, 4, ["card.json"], False),
+        (0, 2, ["card.json"], False),
+        (0, 2, ["no_such.json", "--use_habana=perhaps"], True),
     ],
 )
-def test_cards_and_ranks(cards, ranks, arguments, good):
+def test_cards_and_ranks(cards, ranks, arguments, good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cpu.yaml").write_text("use_cpu: true\n")
+    (tmp_path / "cpu.json").write_text('{"use_cpu": true, "use_habana": true}')
+    (tmp_path / "card.json").write_text('{"use_habana": true}')
+    on_cpu, on_card = runtime.wanted_card(arguments)
     if good:
-        placement.check_cards(cards, ranks, arguments)
+        runtime.check_cards(cards, ranks, on_cpu, on_card)
     else:
         with pytest.raises(UserError, match=f"{ranks} ranks on this host but {cards} cards"):
-            placement.check_cards(cards, ranks, arguments)
-
-
-@given(st.integers(1, 300), st.integers(1, 40))
-def test_cpus_are_shared_out(count, ranks):
-    cpus = list(range(count))
-    parts = [placement.share(cpus, ranks, rank) for rank in range(ranks)]
-    if ranks > count:
-        assert all(part == cpus for part in parts)
-    else:
-        assert [cpu for part in parts for cpu in part] == cpus
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_cpus_by_socket_keep_whole_cores_together(tmp_path):
-    # Two sockets of two cores of two threads, numbered as Xeons number them: siblings are 4 apart.
-    for cpu in range(8):
-        folder = tmp_path / f"cpu{cpu}/topology"
-        folder.mkdir(parents=True)
-        (folder / "physical_package_id").write_text(f"{cpu % 2}\n")
-        (folder / "core_id").write_text(f"{cpu % 4 // 2}\n")
-    assert placement.ordered_cpus(set(range(8)), "socket", str(tmp_path)) == [0, 4, 2, 6, 1, 5, 3, 7]
-    assert placement.ordered_cpus({5, 1, 3}, "slot", str(tmp_path)) == [1, 3, 5]
-
-
-@pytest.mark.parametrize(
-    ("files", "membership", "quota"),
-    [
-        ({}, "0::/\n", None),
-        ({"cpu.max": "max 100000"}, "0::/\n", None),
-        ({"cpu.max": "150000 100000"}, "0::/\n", 1.5),
-        ({"cpu.max": "max 100000", "a/cpu.max": "400000 100000", "a/b/cpu.max": "800000 100000"}, "0::/a/b\n", 4.0),
-        ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, "3:cpu,cpuacct:/\n", 2.0),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "3:cpu,cpuacct:/\n", None),
-    ],
-)
-def test_cpu_quota_of_cgroups(tmp_path, files, membership, quota):
-    for name, text in files.items():
-        (tmp_path / "cg" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "cg" / name).write_text(text + "\n")
-    (tmp_path / "membership").write_text(membership)
-    assert placement.cpu_quota(str(tmp_path / "cg"), str(tmp_path / "membership")) == quota
+            runtime.check_cards(cards, ranks, on_cpu, on_card)
 
 
 @pytest.mark.parametrize(
     ("cpus", "ranks", "quota", "threads"),
-    [(160, 8, None, 20), (160, 8, 32.0, 4), (2, 4, None, 1), (8, 2, 0.5, 1), (3, 2, None, 1)],
+    [(160, 8, "max", 20), (160, 8, "3200000", 4), (2, 4, "max", 1), (8, 2, "50000", 1), (3, 2, "max", 1)],
 )
-def test_threads_per_rank(cpus, ranks, quota, threads):
-    assert placement.threads_per_rank(cpus, ranks, quota) == threads
+def test_threads_per_rank(cpus, ranks, quota, threads, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+    assert processes.threads_per_rank(ranks, str(tmp_path / "cpu.max")) == threads
 
 
 def test_a_busy_port_is_refused_and_a_claimed_one_not_taken_twice():
     with socket.create_server(("127.0.0.1", 0)) as server:
         busy = server.getsockname()[1]
         with pytest.raises(UserError, match=f"--master_port {busy}"):
-            placement.choose_port(busy, "127.0.0.1", here=True)
-    port, claim = placement.choose_port(busy, "127.0.0.1", here=True)
+            plan.claim_port(busy)
+    claim = plan.claim_port(busy)
+    assert claim.getsockname()[1] == busy
+    with socket.create_server(("", busy)):  # rank 0
+        pass
     claim.close()
-    assert port == busy
-    chosen = [placement.choose_port(None, "127.0.0.1", here=True) for _ in range(200)]
-    assert len({port for port, _ in chosen}) == 200
-    for _, claim in chosen:
+    claims = [plan.claim_port(None) for _ in range(200)]
+    assert len({claim.getsockname()[1] for claim in claims}) == 200
+    for claim in claims:
         claim.close()
 
 
 def test_which_hosts_are_this_one():
-    assert placement.is_local("localhost")
-    assert placement.is_local(socket.gethostname())
-    assert placement.is_local("127.0.0.1")
-    assert not placement.is_local("192.0.2.7")
-    assert not placement.is_local("no-such-host.invalid")
-
-
-@given(st.lists(st.tuples(st.sampled_from([b"1", b"X"]), st.binary(max_size=40))), st.integers(1, 30))
-def test_frames_in_any_pieces(frames, size):
-    stream = b"".join(frame(kind, payload) for kind, payload in frames)
-    buffer, got = bytearray(), []
-    for start in range(0, len(stream), size):
-        buffer += stream[start : start + size]
-        got += take_frames(buffer)
-    assert got == frames
-    assert not buffer
+    assert plan.own_address("localhost")
+    assert plan.own_address(socket.gethostname())
+    assert plan.own_address("127.0.0.1")
+    assert not plan.own_address("192.0.2.7")
+    assert not plan.own_address("no-such-host.invalid")

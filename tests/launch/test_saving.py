@@ -7,18 +7,18 @@ import subprocess
 import pytest
 from running import environment
 
-from launch.spawning import ENGINES, ROOT, Launch, clm_flags
+from launch.spawning import BACKENDS, ROOT, Launch, clm_flags
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
 
 
 @pytest.mark.parametrize(
-    ("engine", "number"), [("torch", signal.SIGUSR1), ("mpi", signal.SIGINT), ("deepspeed", signal.SIGTERM)]
+    ("backend", "number"), [("torch", signal.SIGUSR1), ("mpi", signal.SIGINT), ("deepspeed", signal.SIGTERM)]
 )
-def test_the_launcher_ends_with_the_status_of_its_ranks(engine, number, assets, tmp_path):
+def test_the_launcher_ends_with_the_status_of_its_ranks(backend, number, assets, tmp_path):
     output = tmp_path / "out"
     script = [str(ROOT / "run_clm.py"), *clm_flags(assets, output, 4, "--use_cpu", "--max_steps", "100000")]
-    launch = Launch(*ENGINES[engine], "--world_size", "2", *script, environ=environment(), stderr=subprocess.STDOUT)
+    launch = Launch(*BACKENDS[backend], "--world_size", "2", *script, environ=environment(), stderr=subprocess.STDOUT)
     launch.wait_for(b"step 3/")
     launch.process.send_signal(number)
     done = launch.finish(120)

@@ -8,10 +8,10 @@ import pytest
 from running import environment, losses
 
 from launch.hosts import two_hosts
-from launch.spawning import HOSTILE, RANKS, ROOT, Launch, clm_flags, dumped, last_line, spawn
+from launch.spawning import HOSTILE, OPTIONS, RANKS, ROOT, Launch, clm_flags, dumped, last_line, log_of, spawn
 
 DUMP, ACT = str(RANKS / "dump.py"), str(RANKS / "act.py")
-ENGINES = {"mpi": "--use_mpi", "deepspeed": "--use_deepspeed"}
+BACKENDS = {"mpi": "--use_mpi", "deepspeed": "--use_deepspeed"}
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
 
 
@@ -28,8 +28,8 @@ def hostfile(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_arguments_and_environment_arrive(engine, hosts, hostfile, tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_and_environment_arrive(backend, hosts, hostfile, tmp_path):
     environ = {
         "PT_X": "it's\n$HOME; `id`",
         "HCCL_X": "1",
@@ -52,7 +52,7 @@ def test_arguments_and_environment_arrive(engine, hosts, hostfile, tmp_path):
         "MY_TEXT= a=b ",
     ]
     options += ["--env", "MY_TEXT= a=b "]
-    job = Launch(ENGINES[engine], *options, DUMP, *HOSTILE, environ=environ, inside=hosts[0].inside())
+    job = Launch(BACKENDS[backend], *options, DUMP, *OPTIONS, *HOSTILE, environ=environ, inside=hosts[0].inside())
     commands = []
     while job.process.poll() is None:
         commands += [line for line in job._survivors() if "s3cr3t" in line or "n4m3d" in line]
@@ -60,10 +60,9 @@ def test_arguments_and_environment_arrive(engine, hosts, hostfile, tmp_path):
     assert done.returncode == 0, done.stderr
     assert not commands, "a secret on a command line"
     assert "s3cr3t" not in done.stderr and "n4m3d" not in done.stderr
-    assert "s3cr3t" not in (tmp_path / "logs/engine.log").read_text()
-    got = [dumped((tmp_path / f"logs/rank{rank}.log").read_text()) for rank in range(4)]
+    got = [dumped(log_of(tmp_path / "logs", rank)) for rank in range(4)]
     assert [one["host"] for one in got] == ["hosta", "hosta", "hostb", "hostb"]
-    assert all(one["arguments"] == [os.fsencode(word) for word in HOSTILE] for one in got)
+    assert all(one["arguments"] == [os.fsencode(word) for word in [*OPTIONS, *HOSTILE]] for one in got)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     places = [tuple(int(one["environment"][name]) for name in names) for one in got]
     assert places == [(0, 0, 4, 2), (1, 1, 4, 2), (2, 0, 4, 2), (3, 1, 4, 2)]
@@ -76,42 +75,41 @@ def test_arguments_and_environment_arrive(engine, hosts, hostfile, tmp_path):
         assert not {"HF_TOKEN", "MY_LEFT_OUT"} & one["environment"].keys()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_addresses_of_version_6_and_unequal_hosts(engine, hosts, tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_addresses_of_version_6_and_unequal_hosts(backend, hosts, tmp_path):
     path = tmp_path / "hosts"
     path.write_text(f"[{hosts[1].address6}] slots=1\n{hosts[0].address6} slots=2\n")
     options = ["--hostfile", str(path), "--world_size", "3", "--log_dir", str(tmp_path)]
-    done = spawn(ENGINES[engine], *options, DUMP, inside=hosts[0].inside())
+    done = spawn(BACKENDS[backend], *options, DUMP, inside=hosts[0].inside())
     assert done.returncode == 0, done.stderr
-    got = [dumped((tmp_path / f"rank{rank}.log").read_text()) for rank in range(3)]
+    got = [dumped(log_of(tmp_path, rank)) for rank in range(3)]
     assert [one["host"] for one in got] == ["hostb", "hosta", "hosta"]
     assert [one["environment"]["LOCAL_RANK"] for one in got] == ["0", "0", "1"]
     assert {one["environment"]["MASTER_ADDR"] for one in got} == {hosts[1].address6}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_failing_rank_on_the_other_host(engine, hosts, hostfile):
-    done = spawn(ENGINES[engine], "--hostfile", hostfile, ACT, "-1", "exit7", inside=hosts[0].inside())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_failing_rank_on_the_other_host(backend, hosts, hostfile):
+    done = spawn(BACKENDS[backend], "--hostfile", hostfile, ACT, "-1", "exit7", inside=hosts[0].inside())
     assert done.returncode == 7
     assert last_line(done).startswith("gaudi_spawn: error: rank 3 on host hostb failed with exit status 7")
-    assert "rank 3 is here" in done.stderr
+    assert "rank 3 is here" in done.stdout
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
-def test_signals_reach_the_other_host(engine, name, hosts, hostfile, tmp_path):
+def test_signals_reach_the_other_host(backend, name, hosts, hostfile, tmp_path):
     options = ["--hostfile", hostfile, "--grace", "2", "--log_dir", str(tmp_path)]
-    job = Launch(ENGINES[engine], *options, ACT, "0", "wait", inside=["env", *hosts[0].inside()])
-    log = tmp_path / "rank3.log"
+    job = Launch(BACKENDS[backend], *options, ACT, "0", "wait", inside=["env", *hosts[0].inside()])
     deadline = time.monotonic() + 60
-    while not (log.exists() and "is here" in log.read_text()):
+    while "is here" not in log_of(tmp_path, 3):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     job.process.send_signal(signal.Signals[name])
     done = job.finish()
     assert job.survivors(7.0) == []
     assert done.returncode == (143 if name == "SIGTERM" else -9)
-    assert ("rank 3 got SIGTERM" in log.read_text()) == (name == "SIGTERM")
+    assert ("rank 3 got SIGTERM" in log_of(tmp_path, 3)) == (name == "SIGTERM")
 
 
 @pytest.mark.parametrize("event", ["cable", "sshd"])
@@ -119,7 +117,7 @@ def test_a_lost_host_ends_its_jobs_with_its_name(event, tmp_path):
     with two_hosts(tmp_path / "etc") as hosts:
         (tmp_path / "hosts").write_text("hosta slots=2\nhostb slots=2\n")
         options = ["--hostfile", str(tmp_path / "hosts"), "--grace", "2"]
-        jobs = [Launch(name, *options, ACT, "0", "wait", inside=hosts[0].inside()) for name in ENGINES.values()]
+        jobs = [Launch(name, *options, ACT, "0", "wait", inside=hosts[0].inside()) for name in BACKENDS.values()]
         for job in jobs:
             job.wait_for(b"rank 0 is here")
         if event == "cable":
@@ -134,10 +132,10 @@ def test_a_lost_host_ends_its_jobs_with_its_name(event, tmp_path):
             assert job.survivors(60.0) == []
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_an_unreachable_host_is_named_at_once(engine, hosts, tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_unreachable_host_is_named_at_once(backend, hosts, tmp_path):
     (tmp_path / "hosts").write_text("hosta slots=2\nhostb slots=2\nhostc slots=2\n")
-    done = spawn(ENGINES[engine], "--hostfile", str(tmp_path / "hosts"), DUMP, inside=hosts[0].inside())
+    done = spawn(BACKENDS[backend], "--hostfile", str(tmp_path / "hosts"), DUMP, inside=hosts[0].inside())
     assert done.returncode == 1
     assert last_line(done).startswith("gaudi_spawn: error: host hostc: ")
     assert "command: " not in done.stderr
@@ -153,22 +151,24 @@ def test_a_missing_folder_on_the_other_host_is_named(hosts, hostfile, tmp_path):
     assert last_line(done) == f"gaudi_spawn: error: host hostb: {here / 'my.py'}: no such file"
 
 
-def test_a_setting_that_differs_is_an_error(tmp_path):
+def test_a_setting_that_differs_is_an_error(assets, tmp_path):
     with two_hosts(tmp_path / "etc", sshd_lines="SetEnv PT_HPU_OTHER=1\n") as hosts:
         (tmp_path / "hosts").write_text("hosta slots=1\nhostb slots=1\n")
         options = ["--hostfile", str(tmp_path / "hosts"), "--use_deepspeed"]
-        done = spawn(*options, DUMP, inside=hosts[0].inside())
-        assert done.returncode == 1
-        assert "PT_HPU_OTHER: rank 1 on host hostb has another value than rank 0" in last_line(done)
-        assert done.stdout == ""
-        done = spawn(*options, "--env", "PT_HPU_OTHER=2", DUMP, inside=hosts[0].inside())
+        script = [str(ROOT / "run_clm.py"), *clm_flags(assets, tmp_path / "out", 4, "--use_cpu", "--max_steps", "1")]
+        done = spawn(*options, *script, inside=hosts[0].inside(), environ=environment())
+        assert done.returncode == 2, done.stderr
+        error = "error: PT_HPU_OTHER: rank 1 on host hostb has another value than rank 0"
+        assert sum(line.startswith(error) for line in done.stderr.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+        done = spawn(*options, "--env", "PT_HPU_OTHER=2", *script, inside=hosts[0].inside(), environ=environment())
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_training_across_both(engine, hosts, hostfile, assets, one_rank, tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_across_both(backend, hosts, hostfile, assets, one_rank, tmp_path):
     script = [str(ROOT / "run_clm.py"), *clm_flags(assets, tmp_path / "out", 2, "--use_habana")]
-    options = ["--hostfile", hostfile, "--world_size", "4", ENGINES[engine], "--log_dir", str(tmp_path / "logs")]
+    options = ["--hostfile", hostfile, "--world_size", "4", BACKENDS[backend], "--log_dir", str(tmp_path / "logs")]
     done = spawn(*options, *script, environ=environment(GAUDI_SIMULATOR="2"), inside=hosts[0].inside())
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "out") == pytest.approx(one_rank, abs=1e-5)

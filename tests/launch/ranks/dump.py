@@ -6,6 +6,7 @@ import sys
 
 NAMES = [
     "RANK",
+    "OMPI_COMM_WORLD_RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
     "LOCAL_WORLD_SIZE",

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gaudi_lm.runtime import UserError
+from gaudi_lm.errors import UserError
 
 HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
@@ -31,50 +31,37 @@ def parse_hostfile(text: str, path: str) -> tuple[Host, ...]:
     Raises:
         UserError: the first wrong line, by number.
     """
-    hosts: dict[str, int] = {}
-    found = []
+    lines_of, found = {}, []
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
-
-        def wrong(what: str, number: int = number) -> UserError:
-            return UserError(f"--hostfile {path}, line {number}: {what}")
-
         words = line.split("#", 1)[0].split()
         if not words:
             continue
+        where = f"--hostfile {path}, line {number}"
         if len(words) != 2 or not words[1].startswith("slots="):
-            raise wrong(f"expected 'HOST slots=N', got {line.strip()!r}")
+            raise UserError(f"{where}: expected 'HOST slots=N', got {line.strip()!r}")
         count = words[1].removeprefix("slots=")
         if not re.fullmatch(r"[0-9]{1,6}", count) or int(count) < 1:
-            raise wrong(f"slots={count}: expected a whole number of cards, at least 1")
+            raise UserError(f"{where}: slots={count}: expected a whole number of cards, at least 1")
         user, at, name = words[0].rpartition("@")
         if at and not HOST_NAME.fullmatch(user):
-            raise wrong(f"{words[0]!r}: {user!r} is not a user name")
+            raise UserError(f"{where}: {words[0]!r}: {user!r} is not a user name")
         name = name[1:-1] if name.startswith("[") and name.endswith("]") else name
-        if not _is_address(name) and (not HOST_NAME.fullmatch(name) or re.fullmatch(r"[0-9.]+", name)):
-            raise wrong(f"{words[0]!r} is neither a host name nor an IP address")
-        if name in hosts:
-            raise wrong(f"host {name!r} is already on line {hosts[name]}")
-        hosts[name] = number
+        if not HOST_NAME.fullmatch(name) or re.fullmatch(r"[0-9.]+", name):
+            try:
+                ipaddress.ip_address(name)
+            except ValueError:
+                raise UserError(f"{where}: {words[0]!r} is neither a host name nor an IP address") from None
+        if name in lines_of:
+            raise UserError(f"{where}: host {name!r} is already on line {lines_of[name]}")
+        lines_of[name] = number
         found.append(Host(name, int(count), user))
     if not found:
         raise UserError(f"--hostfile {path}: names no host; expected lines of 'HOST slots=N'")
     return tuple(found)
 
 
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
 def read_hostfile(path: str) -> tuple[Host, ...]:
-    """:func:`parse_hostfile` on a file.
-
-    Raises:
-        UserError: it cannot be read, is no text, or has a wrong line.
-    """
+    """:func:`parse_hostfile` on a file; also a :class:`UserError` where it cannot be read or is no text."""
     try:
         return parse_hostfile(Path(path).read_bytes().decode(), path)
     except UnicodeDecodeError as error:

@@ -1,0 +1,104 @@
+"""Processes and what they say to each other. Standard library only, as ranks and other hosts run this."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+PARENT_ENDED = signal.SIGUSR2
+START = str(Path(__file__).with_name("start.py"))
+
+
+def python(function: str, *arguments: str) -> list[str]:
+    """A command for a function of this package, such as ``rank.main``."""
+    return [sys.executable, "-I", START, function, *arguments]
+
+
+def adopt_orphans() -> None:
+    """Let processes below this one that lose their parent become its children."""
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Get signal ``number`` when the parent of this process ends."""
+    ctypes.CDLL(None).prctl(1, number, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def on_signals(serve: Callable[[int], object]) -> None:
+    """Call ``serve`` with the number of each signal that comes.
+
+    SIGHUP stays ignored where nohup has set it so. SIGINT does not, though shells start background jobs so.
+    """
+    for number in (*STOP_SIGNALS, PARENT_ENDED):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: serve(number))
+
+
+def reap() -> dict[int, int]:
+    """Exit statuses by process id of children that have ended, 128+n for signal n."""
+    ended = {}
+    with contextlib.suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            code = os.waitstatus_to_exitcode(found[1])
+            ended[found[0]] = code if code >= 0 else 128 - code
+    return ended
+
+
+def named(status: int) -> str:
+    """``exit status 137 (SIGKILL)``."""
+    names = {128 + number: f" ({number.name})" for number in signal.Signals}
+    return f"exit status {status}{names.get(status, '')}"
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of all live processes below ``pid``, found in /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        # A process may end between the listing and the reading.
+        with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
+            state, parent = file.read().rpartition(b")")[2].split()[:2]
+            if state not in (b"Z", b"X"):
+                children.setdefault(int(parent), []).append(int(entry))
+    found = [pid]
+    for above in found:
+        found += children.get(above, [])
+    return found[1:]
+
+
+def kill_descendants(seconds: float = 5.0) -> None:
+    """SIGKILL everything below this process, until nothing is left or ``seconds`` have passed."""
+    deadline = time.monotonic() + seconds
+    while (left := descendants(os.getpid())) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def report(folder: str, name: str, **what: object) -> None:
+    """Tell the supervisor that this process is there, or how it ends: ``status``, ``what``, ``stopped``."""
+    with contextlib.suppress(FileNotFoundError):  # the job is over
+        Path(folder, f".{name}").write_text(json.dumps({"pid": os.getpid(), "time": time.monotonic(), **what}))
+        os.rename(f"{folder}/.{name}", f"{folder}/{name}.report")
+
+
+def reports(folder: str) -> dict[str, dict]:
+    """All :func:`report`, the last one of each name."""
+    return {path.stem: json.loads(path.read_text()) for path in Path(folder).glob("*.report")}
+
+
+def threads_per_rank(ranks: int, limit: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """``OMP_NUM_THREADS`` for each of ``ranks`` on this host: its share of the CPUs, or of a container's CPU time."""
+    cpus = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        quota, period = map(int, Path(limit).read_text().split())
+        cpus = min(cpus, quota // period)
+    return max(1, cpus // max(1, ranks))

@@ -1,0 +1,217 @@
+"""The supervisor of a job on one host: it starts the backend, passes signals to the ranks, and leaves nothing behind.
+
+On the launcher's host it is a child of the launcher. On another host it is started over ssh (:func:`connect`): its
+order is the first line of standard input, further lines are signal numbers, and when they end or fail to come, so does
+the job. Ranks and connections report to it by files in a folder that only its owner can enter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from gaudi_lm.launcher import processes
+from gaudi_lm.launcher.processes import PARENT_ENDED
+from gaudi_lm.launcher.rank import JOB_VARIABLE
+
+PAUSE = 0.05  # s between two looks at what has happened
+FAILURE_GRACE = 5.0  # s between the first failure and the end of the other ranks
+HEARTBEAT, SILENCE = 5.0, 30.0  # s between signs of the launcher to other hosts, and until they give it up
+MARK = b"\0gaudi_spawn:"  # begins a report among what another host prints on stderr
+# The connection of a host that is gone is given up after 20 s.
+SSH = ["ssh", "-oBatchMode=yes", "-oConnectTimeout=15", "-oServerAliveInterval=5", "-oServerAliveCountMax=4"]
+
+
+def say(text: str) -> None:
+    """A line of the launcher's own on stderr, unless a terminal stands still or is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [2], [], 2.0)[1]:
+            os.write(2, f"gaudi_spawn: {text}\n".encode(errors="surrogateescape"))
+
+
+class Host:
+    """A job on this host.
+
+    Args:
+        order: ``folder`` of the job, ``job`` for the ranks, ``commands`` to start, ``environ`` and ``cwd`` for them,
+            ``backend`` by name, ``grace`` in seconds.
+        remote: whether the launcher is on another host.
+    """
+
+    def __init__(self, order: dict, remote: bool = False) -> None:
+        self.order, self.remote, self.folder = order, remote, order["folder"]
+        self.signals: list[int] = []  # that have come and were not served yet
+        self.unread, self.heard = b"", time.monotonic()
+        self.failure: tuple[str, int] | None = None
+        self.outside: tuple[str, int] | None = None
+        self.signalled = self.number = 0  # the signal to the launcher, and the one to the ranks
+        self.told: dict[str, int] = {}
+        self.deadline = float("inf")
+        processes.on_signals(self.signals.append)
+
+    def run(self) -> int:
+        """Run the job to its end; the exit status."""
+        processes.adopt_orphans()
+        try:
+            threads = processes.threads_per_rank(self.order["job"]["slots"])
+            self.order["job"]["environ"].setdefault("OMP_NUM_THREADS", str(threads))
+            with open(f"{self.folder}/job", "x") as file:
+                json.dump(self.order["job"], file)
+            environ = {**os.environ, **self.order["environ"], JOB_VARIABLE: self.folder}
+            # A session of its own: a terminal's Ctrl-C goes to the launcher alone.
+            how = {"start_new_session": True, "preexec_fn": processes.die_with_parent, "cwd": self.order["cwd"]}
+            backends: dict[int, int | None] = {}
+            for command in self.order["commands"]:
+                process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, **how)
+                backends[process.pid] = None
+                process.returncode = 0  # `reap` waits for it
+            while self._goes_on(backends):
+                time.sleep(PAUSE)
+        finally:
+            processes.kill_descendants()
+            found = processes.reports(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        return self._conclude(next(filter(None, backends.values()), 0), len(found))
+
+    def _goes_on(self, backends: dict[int, int | None]) -> bool:
+        """Serve what has happened; False when the job is over."""
+        self._read_orders()
+        while self.signals:
+            number = self.signals.pop(0)
+            if number == PARENT_ENDED:
+                return False
+            again = self.signalled == number == signal.SIGINT
+            if not self.number:
+                self.signalled = number
+                if not self.remote:
+                    say(f"{signal.Signals(number).name}: passed on to all ranks; {self.order['grace']:g} s to end")
+            self._stop(number, 0.0 if again else self.order["grace"])
+        ended = processes.reap()
+        backends.update({pid: status for pid, status in ended.items() if pid in backends})
+        members = processes.reports(self.folder)  # all that they had to say before that
+        for name, member in members.items():
+            if "status" not in member and not os.path.exists(f"/proc/{member['pid']}"):
+                member |= {"status": 137, "what": f"{name} was killed, {processes.named(137)}", "stopped": self.number}
+        failed = sorted((m["time"], m["stopped"], m["what"], m["status"]) for m in members.values() if m.get("status"))
+        for _, stopped, *failure in failed:
+            if not stopped:
+                self._fail(*failure)
+            elif not self.number:
+                # Perhaps by the backend because of another host, whose report is then on its way.
+                self.outside = tuple(failure)
+                self._stop(signal.SIGTERM, min(self.order["grace"], FAILURE_GRACE))
+        left = [name for name, member in members.items() if "status" not in member]
+        for name in left:
+            if self.told.get(name, 0) != self.number:
+                self.told[name] = self.number
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(members[name]["pid"], self.number)
+        if self.number:
+            return bool(left) and time.monotonic() < self.deadline
+        return None in backends.values()
+
+    def _read_orders(self) -> None:
+        if not self.remote:
+            return
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(0, 65536)
+            self.heard = time.monotonic() if data else -SILENCE
+            *lines, self.unread = (self.unread + data).split(b"\n")
+            self.signals += [int(line) for line in lines if line]
+        if time.monotonic() > self.heard + SILENCE:
+            self.signals.append(PARENT_ENDED)
+
+    def _stop(self, number: int, grace: float) -> None:
+        """Have all ranks and other hosts get a signal, and set a limit to their end."""
+        self.number, self.deadline = number, min(self.deadline, time.monotonic() + grace)
+
+    def _fail(self, what: str, status: int) -> None:
+        """Note the first failure, tell the launcher, and stop the rest of the job."""
+        if self.failure is None and not self.signalled:
+            self.failure = what, status
+            if self.remote:
+                os.write(2, MARK + json.dumps(self.failure).encode() + b"\n")
+            self._stop(signal.SIGTERM, min(self.order["grace"], FAILURE_GRACE))
+
+    def _conclude(self, status: int, members: int) -> int:
+        """Say how the job ended, if not well; the exit status."""
+        if self.outside or status or members < self.order["job"]["slots"]:
+            early = f"{self.order['backend']} ended before the ranks had, with exit status {status}"
+            self._fail(*(self.outside or (early, status or 1)))
+        what, status = self.failure or ("", 0)
+        if self.signalled:
+            killed = ", killed at the end of the grace" if time.monotonic() >= self.deadline else ""
+            what, status = f"stopped by {signal.Signals(self.signalled).name}{killed}", 128 + self.signalled
+        if what and not self.remote:
+            say(what if self.signalled else f"error: {what}")
+        return status
+
+
+def other_host() -> int:
+    """The supervisor on another host than the launcher's."""
+    with open(0, "rb", buffering=0, closefd=False) as orders:
+        order = json.loads(orders.readline())
+    os.set_blocking(0, False)
+    launchers, order["folder"] = order["folder"], tempfile.mkdtemp(prefix="gaudi_spawn-")
+    # mpirun hands the place of its files on to other hosts, where nobody would remove them.
+    order["commands"] = [[word.replace(launchers, order["folder"]) for word in words] for words in order["commands"]]
+    return Host(order, remote=True).run()
+
+
+def over_ssh(login: str, command: list[str]) -> list[str]:
+    """``command`` for another host; quoted, because sshd hands it to a shell."""
+    return [*SSH, login, "exec " + shlex.join(command)]
+
+
+def connect(folder: str, host: str, *command: str) -> int:
+    """Log in to another host, and serve as long as its supervisor runs; its exit status.
+
+    mpirun starts this in place of ssh, with the command for that host. ``FOLDER/hosts`` has the orders.
+    """
+    signals: list[int] = []
+    processes.on_signals(signals.append)
+    processes.die_with_parent(PARENT_ENDED)
+    order = json.loads(Path(folder, "hosts").read_text())[host.rpartition("@")[2]]
+    if command:
+        order["commands"] = [["sh", "-c", " ".join(command)]]
+    name, pending = f"host {order['job']['host']}", b""
+    processes.report(folder, name)
+    command = over_ssh(order["login"], processes.python("supervise.other_host"))
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
+    ssh = subprocess.Popen(command, start_new_session=True, **pipes)
+    os.set_blocking(ssh.stderr.fileno(), False)
+    words, due, told = json.dumps(order).encode() + b"\n", 0.0, False
+    while (data := ssh.stderr.read(65536)) != b"":
+        told |= bool(signals)
+        words += b"".join(b"%d\n" % signals.pop(0) for _ in list(signals))
+        if b"%d\n" % PARENT_ENDED in words:
+            ssh.stdin.close()
+        elif not ssh.stdin.closed and (words or time.monotonic() > due):
+            with contextlib.suppress(BrokenPipeError):
+                ssh.stdin.write(words or b"\n")
+            due = time.monotonic() + HEARTBEAT
+        words, pending = b"", pending + (data or b"")
+        if (begin := pending.find(MARK)) >= 0 and b"\n" in pending[begin:]:
+            message, _, rest = pending[begin + len(MARK) :].partition(b"\n")
+            what, status = json.loads(message)
+            processes.report(folder, f"{name} itself", status=status, what=what, stopped=False)
+            pending, told = pending[:begin] + rest, True
+        ready = len(pending) if begin < 0 and b"\0" not in pending[-len(MARK) :] else pending.rfind(b"\0")
+        os.write(2, pending[:ready])
+        pending = pending[ready:]
+        if data is None:
+            time.sleep(PAUSE)
+    os.write(2, pending)
+    status = ssh.wait()
+    lost = {"status": 1, "what": f"{name} is lost: ssh has ended with exit status {status}", "stopped": False}
+    processes.report(folder, name, **(lost if status and not told else {"status": 0}))
+    return status
