@@ -7,7 +7,7 @@ import os
 
 from gaudi_lm.runtime import choose_card
 
-from .measure import print_table
+from .tables import write_tables
 
 # Name: module.
 BENCHMARKS = {
@@ -37,10 +37,10 @@ def main() -> None:
         "names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(BENCHMARKS)}; default: all"
     )
     parser.add_argument("--rounds", type=int, help="pairs to measure, where a benchmark has pairs; by default 1 to 9")
-    parser.add_argument("--table", action="store_true", help="print the table of the results that are there, and end")
+    parser.add_argument("--table", action="store_true", help="write the results into README and docs, and end")
     options = parser.parse_args()
     if options.table:
-        print_table(list(BENCHMARKS))
+        write_tables(list(BENCHMARKS))
         return
     names = options.names or [name for name in BENCHMARKS if name not in ANSWERED_BY]
     unknown = [name for name in names if name not in BENCHMARKS]

@@ -169,16 +169,3 @@ def write_report(name: str, ratio: float, target: str, met: bool, figures: dict,
     print(f"| machine | {', '.join(f'{key} {value}' for key, value in result['machine'].items())} |\n")
     if note:
         print(note + "\n")
-
-
-def print_table(names: list[str]) -> None:
-    """Print the committed results of these benchmarks as one Markdown table."""
-    print("| benchmark | ratio | target | met | measured on |\n|---|---|---|---|---|")
-    for name in names:
-        file = RESULTS / f"{name}.json"
-        if file.exists():
-            result = json.loads(file.read_text())
-            host = result["machine"]
-            place = f"{host['cores']} cores {host['processor']}, {host['vector_unit']}, load {host['load_at_start']}"
-            met = "yes" if result["met"] else "no"
-            print(f"| `{name}` | {result['ratio']:.3g} | {result['target']} | {met} | {place}, {host['date']} |")

@@ -1,9 +1,9 @@
-"""Every command of README.md, as it stands there, on simulated cards and offline.
+"""Every command of README.md and docs/, as it stands there, on simulated cards and offline.
 
-The original commands are in tests/data/specification.json. README may differ from them only in where the launcher is
-and in real paths for placeholders; what is run here is read out of README. The names in the commands are served by a
-hub on loopback (tests/hub). The commands write to /tmp and to the folder they are run in: each gets a /tmp of its own
-in a mount namespace; where those are forbidden, they write to the real one, one after the other.
+The original commands are in tests/data/specification.json. The pages may differ from them only in where the launcher
+is and in real paths for placeholders; what is run here is read out of the pages. The names in the commands are served
+by a hub on loopback (tests/hub). The commands write to /tmp and to the folder they are run in: each gets a /tmp of its
+own in a mount namespace; where those are forbidden, they write to the real one, one after the other.
 """
 
 import json
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from documentation import code_blocks, read_pages
 from hub.fixtures import stand_in_hub
 from hub.server import Hub
 from hub.stand_ins import POSITIONS
@@ -29,23 +30,22 @@ from launch.hosts import SimulatedHost, two_hosts
 from transformers import AutoTokenizer
 
 REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text()
 SPECIFICATION = json.loads((Path(__file__).parent / "data" / "specification.json").read_text())
 COMMANDS = {Path(entry["config"]).stem: "\n".join(entry["command"]) for entry in SPECIFICATION["commands"]}
-BLOCKS = re.findall(r"^```bash\n(.*?)\n```$", README, re.MULTILINE | re.DOTALL)
+BLOCKS = code_blocks("bash")
 PLACEHOLDER = re.compile(r"path_(?:to|for)_\w+")
 # The only command that is shortened: one step and four samples of 128 tokens, for a model of 657 million parameters.
 SHORTENED = " --max_steps 1 --max_eval_samples 4 --block_size 128"
 
 
 def allowed_forms(command: str) -> re.Pattern:
-    """What README may print for a command of the specification."""
+    """What the documentation may print for a command of the specification."""
     literal = command.replace("../gaudi_spawn.py", "gaudi_spawn.py")
     return re.compile(r"[\w./-]+".join(map(re.escape, PLACEHOLDER.split(literal))))
 
 
 def documented(name: str) -> str:
-    """The block of README that is a command of the specification."""
+    """The block of the documentation that is a command of the specification."""
     (block,) = [block for block in BLOCKS if allowed_forms(COMMANDS[name]).fullmatch(block)]
     return block
 
@@ -56,12 +56,12 @@ def words(command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_readme_prints_the_command_once(name: str):
+def test_each_command_is_printed_once(name: str):
     assert len([block for block in BLOCKS if allowed_forms(COMMANDS[name]).fullmatch(block)]) == 1
 
 
-def test_readme_prints_the_deepspeed_configuration():
-    (shown,) = re.findall(r"^```json\n(.*?)\n```$", README, re.MULTILINE | re.DOTALL)
+def test_the_deepspeed_configuration_is_printed():
+    (shown,) = code_blocks("json")
     configurations = [
         json.loads((REPOSITORY / f"configs/deepspeed/zero_{stage}.json").read_text()) for stage in (1, 2, 3)
     ]
@@ -69,8 +69,8 @@ def test_readme_prints_the_deepspeed_configuration():
     assert [configuration["zero_optimization"]["stage"] for configuration in configurations] == [1, 2, 3]
 
 
-def test_readme_lists_every_configuration_file():
-    listed = re.findall(r"^\| .* \| `(configs/\w+\.json)` \|$", README, re.MULTILINE)
+def test_every_configuration_file_is_listed():
+    listed = re.findall(r"^\| .* \| `(configs/\w+\.json)` \|$", read_pages(), re.MULTILINE)
     assert sorted(listed) == sorted(f"configs/{name}.json" for name in COMMANDS)
     assert sorted(listed) == sorted(f"configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.json"))
 
@@ -115,11 +115,12 @@ def test_files_and_commands_parse_to_the_same_arguments(tmp_path: Path):
         place = next(index for index, word in enumerate(command) if word.startswith("run_"))
         asked.append([Path(command[place]).stem, f"configs/{name}.json", command[place + 1 :]])
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "GAUDI_SIMULATOR": "1"}
+    launched = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run(
         [sys.executable, "-c", PARSE],
         input=json.dumps(asked),
         cwd=REPOSITORY,
-        env=os.environ | offline,
+        env=os.environ | offline | launched,
         capture_output=True,
         text=True,
         timeout=300,
@@ -200,7 +201,7 @@ class Sandbox:
 
 @pytest.fixture
 def sandbox(tmp_path: Path, hub: Hub) -> Iterator[Sandbox]:
-    real = [] if NAMESPACES else {Path(match) for match in re.findall(r"/tmp/test-\w[\w-]*", README)}
+    real = [] if NAMESPACES else {Path(match) for match in re.findall(r"/tmp/test-\w[\w-]*", "\n".join(BLOCKS))}
     assert [path for path in real if path.exists()] == [], "a documented command would write into a folder of yours"
     yield Sandbox(tmp_path, hub)
     for path in real:

@@ -1,6 +1,8 @@
-"""Each architecture family, tiny, on a simulated card: train, evaluate, resume. README's table is what this finds.
+"""Each architecture family, tiny, on a simulated card: train, evaluate, resume.
 
-python tests/test_families.py        writes the table into README.md
+The table in docs/models.md is what this finds.
+
+python tests/test_families.py        writes the table into docs/models.md
 """
 
 import json
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 from running import End, run_several
 
-REPOSITORY = Path(__file__).parents[1]
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 TABLE = re.compile(r"(?<=<!-- families: begin -->\n).*?(?=<!-- families: end -->)", re.DOTALL)
 FAMILIES = {
     "run_clm": {
@@ -139,16 +141,15 @@ def make_rows(script: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FAMILIES)
-def test_readme_shows_what_was_found(script: str):
-    shown = TABLE.search((REPOSITORY / "README.md").read_text())[0]
+def test_the_table_shows_what_was_found(script: str):
+    shown = TABLE.search(PAGE.read_text())[0]
     assert shown.startswith(HEADER)
     assert [row for row in shown.splitlines() if f"`{script}.py`" in row] == make_rows(script)
 
 
 def write_table() -> None:
     table = HEADER + "".join(f"{row}\n" for script in FAMILIES for row in make_rows(script))
-    readme = REPOSITORY / "README.md"
-    readme.write_text(TABLE.sub(lambda _: table, readme.read_text()))
+    PAGE.write_text(TABLE.sub(lambda _: table, PAGE.read_text()))
     print(table)
 
 

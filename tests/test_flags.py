@@ -4,9 +4,12 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import re
+import subprocess
 import sys
 
 import pytest
+from documentation import REPOSITORY, read_pages
 from running import ROOT, documented_flags, help_flags, run
 
 SCRIPTS = ("run_clm.py", "run_mlm.py", "run_lora_clm.py")
@@ -74,6 +77,38 @@ def test_every_flag_of_ours_is_read(parser):
         for field in dataclasses.fields(kind):
             if field.name not in upstream:
                 assert field.name in read, f"nothing reads --{field.name}"
+
+
+def test_every_flag_of_ours_is_documented(parser):
+    """docs/flags.md has a row for each flag that a script adds to those of the libraries, with its default."""
+    from optimum.habana import GaudiTrainingArguments
+
+    _, built = parser
+    upstream = {field.name for field in dataclasses.fields(GaudiTrainingArguments)}
+    rows = [line for line in (REPOSITORY / "docs" / "flags.md").read_text().splitlines() if line.startswith("| `--")]
+    listed = {flag: row.split("|")[2] for row in rows for flag in re.findall(r"`--(\w+)`", row.split("|")[1])}
+    for kind in built.types:
+        for field in dataclasses.fields(kind):
+            if field.name not in upstream or field.name in vars(kind).get("__annotations__", {}):
+                assert field.name in listed, f"docs/flags.md has no row for --{field.name}"
+                if isinstance(field.default, int | float):
+                    assert str(field.default) in listed[field.name], field.name
+
+
+# Old names, which are taken but not listed, and options of other launchers.
+UNLISTED = {"--evaluation_strategy", "--no_cuda", "--nproc_per_node", "--multi_gpu", "--num_processes", "--num_gpus"}
+UNLISTED |= {"--bind_cores_to_rank"}
+
+
+def test_flags_in_the_documentation_exist():
+    known = set(UNLISTED)
+    for name in SCRIPTS:
+        for action in caught_parser(name.removesuffix(".py"))._actions:
+            known.update(action.option_strings)
+    launcher = [sys.executable, ROOT / "gaudi_spawn.py", "--help"]
+    known |= help_flags(subprocess.run(launcher, capture_output=True, text=True, check=True).stdout)
+    # With an underscore: options of docker, pip and sbatch have dashes.
+    assert set(re.findall(r"(?<![\w-])--[a-z]+_\w+", read_pages())) - known == set()
 
 
 @pytest.mark.slow
