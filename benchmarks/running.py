@@ -150,7 +150,7 @@ def weak_scaling(rounds: int = 3, steps: int = 6, warmup: int = 2) -> None:
 
 
 def _documented(folder: str) -> dict[str, dict]:
-    """Run every single-card command of the README on a simulated card; their figures, by the name of the file."""
+    """Run every documented single-card command on a simulated card; their figures, by the name of the file."""
     sys.path.insert(0, str(ROOT / "tests"))
     from hub.server import Hub
     from hub.stand_ins import GATED, MOVED, write_stand_ins

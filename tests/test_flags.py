@@ -102,13 +102,24 @@ UNLISTED = {
 }
 
 
+def launcher_flags() -> set[str]:
+    launcher = [sys.executable, ROOT / "gaudi_spawn.py", "--help"]
+    shown = subprocess.run(launcher, capture_output=True, text=True, check=True).stdout
+    return help_flags(shown.partition("\noptions:\n")[2])
+
+
+def test_every_option_of_the_launcher_is_documented():
+    page = (REPOSITORY / "docs" / "many_hosts.md").read_text()
+    rows = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `--"))
+    assert launcher_flags() - {"--help"} == help_flags(rows)
+
+
 def test_flags_in_the_documentation_exist():
     known = set(UNLISTED)
     for name in SCRIPTS:
         for action in caught_parser(name.removesuffix(".py"))._actions:
             known.update(action.option_strings)
-    launcher = [sys.executable, ROOT / "gaudi_spawn.py", "--help"]
-    known |= help_flags(subprocess.run(launcher, capture_output=True, text=True, check=True).stdout)
+    known |= launcher_flags()
     # With an underscore: options of docker, pip and sbatch have dashes.
     assert set(re.findall(r"(?<![\w-])--[a-z]+_\w+", read_pages())) - known == set()
 
