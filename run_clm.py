@@ -12,7 +12,7 @@ On a machine without a Gaudi, append --use_cpu, or set GAUDI_SIMULATOR=1 to rehe
 import sys
 from dataclasses import dataclass, field
 
-from gaudi_lm.runtime import choose_card, run_script
+from gaudi_lm.device import choose_card, run_script
 
 choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
 
@@ -21,15 +21,15 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments
-from gaudi_lm.columns import text_column
-from gaudi_lm.data import load_raw
-from gaudi_lm.models import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
-from gaudi_lm.packing import group_into_blocks, tokenise
-from gaudi_lm.parsing import parse
-from gaudi_lm.session import find_checkpoint, report, save, set_up, write_card
-from gaudi_lm.streams import StreamedBlocks, rank_share
-from gaudi_lm.trainer import build_trainer
+from gaudi_lm.arguments.definitions import DataArguments, ModelArguments, TrainingArguments
+from gaudi_lm.arguments.parsing import parse
+from gaudi_lm.data.blocks import group_into_blocks, tokenise
+from gaudi_lm.data.columns import text_column
+from gaudi_lm.data.loading import load_raw
+from gaudi_lm.data.streams import StreamedBlocks, rank_share
+from gaudi_lm.modeling.loading import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
+from gaudi_lm.training.outputs import find_checkpoint, report, save, set_up, write_card
+from gaudi_lm.training.trainer import build_trainer
 
 
 @dataclass

@@ -14,14 +14,21 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from gaudi_lm.runtime import UserError, choose_card, run_script
+from gaudi_lm.device import UserError, choose_card, run_script
 
 choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
 
 from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from gaudi_lm.adapters import (
+from gaudi_lm.arguments.definitions import DataArguments, ModelArguments, TrainingArguments
+from gaudi_lm.arguments.parsing import parse
+from gaudi_lm.data.instructions import collate_examples, show_targets, tokenise_examples
+from gaudi_lm.data.loading import load_raw
+from gaudi_lm.data.packing import PackedCollator, pack_sequences
+from gaudi_lm.data.prompts import check_tokenizer, find_format
+from gaudi_lm.data.ragged import padded_lengths
+from gaudi_lm.modeling.adapters import (
     TARGET_FLAGS,
     AdapterArguments,
     adapter_config,
@@ -29,17 +36,10 @@ from gaudi_lm.adapters import (
     load_adapter,
     patch_adapters,
 )
-from gaudi_lm.arguments import DataArguments, ModelArguments, TrainingArguments
-from gaudi_lm.data import load_raw
-from gaudi_lm.instructions import collate_examples, show_targets, tokenise_examples
-from gaudi_lm.merging import check_mergeable, save_merged
-from gaudi_lm.models import length_limit, load_config, load_model, load_tokenizer
-from gaudi_lm.parsing import parse
-from gaudi_lm.prompts import check_tokenizer, find_format
-from gaudi_lm.rows import padded_lengths
-from gaudi_lm.sequences import PackedCollator, pack_sequences
-from gaudi_lm.session import find_checkpoint, report, save, set_up, write_card
-from gaudi_lm.trainer import build_trainer
+from gaudi_lm.modeling.loading import length_limit, load_config, load_model, load_tokenizer
+from gaudi_lm.training.merging import check_mergeable, save_merged
+from gaudi_lm.training.outputs import find_checkpoint, report, save, set_up, write_card
+from gaudi_lm.training.trainer import build_trainer
 
 
 @dataclass

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import os
 
-from gaudi_lm.runtime import choose_card
+from gaudi_lm.device import choose_card
 
 from .tables import write_tables
 

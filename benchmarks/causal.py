@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import TrainerCallback
 
-from gaudi_lm.activations import fuse_activations
-from gaudi_lm.losses import install_token_loss
-from gaudi_lm.models import prepare_cpu
-from gaudi_lm.sequences import PackedCollator, pack_sequences
+from gaudi_lm.data.packing import PackedCollator, pack_sequences
+from gaudi_lm.modeling.activations import fuse_activations
+from gaudi_lm.modeling.loading import prepare_cpu
+from gaudi_lm.modeling.loss import install_token_loss
 
 from .measure import MIB, Pace, median, paired_ratio, race, sgemm, write_report
 from .workloads import flop_per_token, gpt2, llama_100m
@@ -49,8 +49,8 @@ def hand_written(pace: Pace) -> None:
 def trainer(pace: Pace) -> None:
     """A contender: the trainer that run_clm.py builds, with its defaults."""
     sys.argv = ["run_clm.py", "--use_cpu"]
-    from gaudi_lm.arguments import TrainingArguments
-    from gaudi_lm.trainer import build_trainer
+    from gaudi_lm.arguments.definitions import TrainingArguments
+    from gaudi_lm.training.trainer import build_trainer
     from run_clm import collate_blocks
 
     class Laps(TrainerCallback):

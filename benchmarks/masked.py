@@ -6,10 +6,10 @@ from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 
-from gaudi_lm.losses import install_token_loss
-from gaudi_lm.models import prepare_cpu
-from gaudi_lm.predictions import IGNORE_INDEX, limit_predictions, prediction_rows
-from gaudi_lm.sequences import PackedCollator, pack_sequences
+from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, limit_predictions, prediction_rows
+from gaudi_lm.data.packing import PackedCollator, pack_sequences
+from gaudi_lm.modeling.loading import prepare_cpu
+from gaudi_lm.modeling.loss import install_token_loss
 
 from .measure import MIB, Pace, median, paired_ratio, race, sgemm, write_report
 from .workloads import flop_per_token, paragraphs, roberta_base

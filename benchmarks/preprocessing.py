@@ -42,7 +42,7 @@ def _read(blocks: Dataset) -> int:
 
 def grouping(rounds: int = 5, rows: int = 40_000) -> None:
     """Tokenised rows to blocks, both ways, the blocks read once."""
-    from gaudi_lm.packing import group_into_blocks
+    from gaudi_lm.data.blocks import group_into_blocks
 
     disable_caching()
     disable_progress_bars()
@@ -83,7 +83,7 @@ def make_tokenizer():
 
 def preprocess(rounds: int = 5, copies: int = 4) -> None:
     """Tokenise and cut into blocks, as run_clm.py does, against the tokenizer's encode_batch alone."""
-    from gaudi_lm.packing import group_into_blocks, tokenise
+    from gaudi_lm.data.blocks import group_into_blocks, tokenise
 
     tokenizer = make_tokenizer()
     texts = paragraphs() * copies
@@ -121,8 +121,8 @@ def instructions(rows: int = 200_000, rounds: int = 1) -> None:
 
     Its memory is that of two more processes, one with a tenth of the examples.
     """
-    from gaudi_lm.instructions import tokenise_examples
-    from gaudi_lm.prompts import fill_prompts, find_format
+    from gaudi_lm.data.instructions import tokenise_examples
+    from gaudi_lm.data.prompts import fill_prompts, find_format
 
     disable_caching()
     disable_progress_bars()
@@ -194,11 +194,11 @@ class _OwnMemory:
 def _prepare_instructions(rows: int, folder: str, connection) -> None:
     """In a process of its own: examples from a file to rows; sends its own peak of memory and the number of tokens."""
     sys.argv = ["run_lora_clm.py", "--use_cpu"]
-    from gaudi_lm.arguments import DataArguments, ModelArguments
-    from gaudi_lm.data import load_raw
-    from gaudi_lm.instructions import tokenise_examples
-    from gaudi_lm.packing import count_tokens
-    from gaudi_lm.prompts import find_format
+    from gaudi_lm.arguments.definitions import DataArguments, ModelArguments
+    from gaudi_lm.data.blocks import count_tokens
+    from gaudi_lm.data.instructions import tokenise_examples
+    from gaudi_lm.data.loading import load_raw
+    from gaudi_lm.data.prompts import find_format
 
     disable_progress_bars()
     data_args = DataArguments(train_file=f"{folder}/{rows}.jsonl")

@@ -88,7 +88,7 @@ def _seconds_to(pattern: str, command: list[str], environment: dict[str, str]) -
 def startup(rounds: int = 5) -> None:
     """From the start of run_clm.py to its first step, against importing optimum-habana and its patches alone."""
     imports = (
-        "import sys; from gaudi_lm.runtime import choose_card; choose_card(['--use_cpu']);"
+        "import sys; from gaudi_lm.device import choose_card; choose_card(['--use_cpu']);"
         "from optimum.habana import GaudiTrainer, GaudiTrainingArguments;"
         "from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi;"
         "adapt_transformers_to_gaudi(); print('imported', file=sys.stderr)"

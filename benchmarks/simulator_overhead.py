@@ -9,7 +9,7 @@ import argparse
 import statistics
 import time
 
-from gaudi_lm.runtime import choose_card
+from gaudi_lm.device import choose_card
 
 choose_card(["--use_habana", "--use_lazy_mode"])
 

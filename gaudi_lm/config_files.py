@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from .errors import UserError
+from gaudi_lm.errors import UserError
 
 ENDINGS = (".json", ".yaml", ".yml")
 # YAML 1.1 reads these as booleans; within a mapping they still are, as a flag's value they are what was written.

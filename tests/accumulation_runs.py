@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from gaudi_lm.runtime import choose_card, run_script
+from gaudi_lm.device import choose_card, run_script
 
 choose_card(["--use_cpu"])
 
@@ -25,9 +25,9 @@ import torch
 from datasets import Dataset
 from tiny_models import CAUSAL, VOCABULARY, tiny_model
 
-from gaudi_lm.adapters import AdapterArguments, adapter_config, add_adapter
-from gaudi_lm.arguments import TrainingArguments
-from gaudi_lm.trainer import build_trainer
+from gaudi_lm.arguments.definitions import TrainingArguments
+from gaudi_lm.modeling.adapters import AdapterArguments, adapter_config, add_adapter
+from gaudi_lm.training.trainer import build_trainer
 
 ROWS, LENGTH = 20, 16  # with 8 rows a step, the last step of an epoch has 4
 EXPERTS = ("mixtral",)

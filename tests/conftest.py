@@ -11,7 +11,7 @@ from hub.fixtures import hub, stand_ins
 from hypothesis import HealthCheck, settings
 from small_models import instructions, masked_assets
 
-from gaudi_lm.runtime import add_stand_in, real_frameworks
+from gaudi_lm.device import add_stand_in, real_frameworks
 
 if not real_frameworks():
     add_stand_in()  # optimum.habana cannot be imported without it

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import warm
 
-from gaudi_lm.runtime import UserError, _card_flags, expand_config_file
+from gaudi_lm.device import UserError, _card_flags, expand_config_file
 
 ROOT = Path(__file__).resolve().parent.parent
 

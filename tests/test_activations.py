@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_model
 
-from gaudi_lm.activations import COMPOSED, fuse_activations
+from gaudi_lm.modeling.activations import COMPOSED, fuse_activations
 
 
 @pytest.mark.parametrize("model_type, modules", [("gpt2", 2), ("gptj", 2), ("albert", 2), ("gpt_neo", 2), ("bert", 0)])

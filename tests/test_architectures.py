@@ -11,9 +11,9 @@ from tiny_models import CAUSAL, MASKED, VOCABULARY
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from gaudi_lm.architectures import ARCHITECTURES, PADDING
-from gaudi_lm.losses import install_token_loss
-from gaudi_lm.models import fit_vocabulary, length_limit
-from gaudi_lm.runtime import UserError
+from gaudi_lm.device import UserError
+from gaudi_lm.modeling.loading import fit_vocabulary, length_limit
+from gaudi_lm.modeling.loss import install_token_loss
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 OTHERS = {

@@ -211,7 +211,7 @@ def test_a_real_card_wins(tmp_path):
     (tmp_path / "habana_frameworks" / "__init__.py").write_text("")
     probe = tmp_path / "probe.py"
     probe.write_text(
-        "import os, sys\nfrom gaudi_lm.runtime import choose_card\nchoose_card(sys.argv[1:])\n"
+        "import os, sys\nfrom gaudi_lm.device import choose_card\nchoose_card(sys.argv[1:])\n"
         "import habana_frameworks\nprint(habana_frameworks.__file__)\nprint(os.environ.get('PT_HPU_LAZY_MODE'))\n"
     )
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])

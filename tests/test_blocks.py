@@ -7,11 +7,11 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gaudi_lm.batches import TrainingBatches, TrainingRows
-from gaudi_lm.data import split_rows
-from gaudi_lm.evaluation import PADDING_ROW, EvaluationRows
-from gaudi_lm.packing import cut, group_into_blocks, to_list_array
-from gaudi_lm.runtime import UserError
+from gaudi_lm.data.blocks import cut, group_into_blocks, to_list_array
+from gaudi_lm.data.loading import split_rows
+from gaudi_lm.data.sampling import TrainingBatches, TrainingRows
+from gaudi_lm.device import UserError
+from gaudi_lm.training.evaluation import PADDING_ROW, EvaluationRows
 
 rows_of_tokens = st.lists(st.lists(st.integers(0, 999), max_size=30), max_size=40)
 

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
-from gaudi_lm.chat_templates import ChatTemplate
-from gaudi_lm.completions import encode_with_places
-from gaudi_lm.conversations import ConversationError, read_messages
-from gaudi_lm.instructions import tokenise_examples
-from gaudi_lm.prompts import find_format
-from gaudi_lm.runtime import UserError
+from gaudi_lm.data.chat_templates import ChatTemplate
+from gaudi_lm.data.completions import encode_with_places
+from gaudi_lm.data.conversations import ConversationError, read_messages
+from gaudi_lm.data.instructions import tokenise_examples
+from gaudi_lm.data.prompts import find_format
+from gaudi_lm.device import UserError
 
 EOS = "<|endoftext|>"
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "<|return|>", "<|channel|>"]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from resuming import CARD, CPU, script_flags, start, zero
 
-from gaudi_lm import checkpoints
 from gaudi_lm.errors import UserError
-from gaudi_lm.resume import find_checkpoint
+from gaudi_lm.training import checkpoints
+from gaudi_lm.training.resume import find_checkpoint
 
 FILES = [
     "config.json", "gaudi_config.json", "generation_config.json", "model.safetensors", "optimizer.pt", "rng_state.pth",

@@ -7,7 +7,7 @@ import torch
 from running import losses, run, run_many
 from safetensors.torch import load_file
 
-from gaudi_lm.arguments import TrainingArguments
+from gaudi_lm.arguments.definitions import TrainingArguments
 
 SMALL = {
     "gpt2": "n_embd=32,n_layer=1,n_head=2,n_positions=64,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",

@@ -9,12 +9,12 @@ import pytest
 import zstandard
 from transformers import AutoTokenizer
 
-from gaudi_lm import packing
-from gaudi_lm.arguments import DataArguments, ModelArguments
-from gaudi_lm.columns import text_column
-from gaudi_lm.data import load_raw
-from gaudi_lm.packing import count_tokens, group_into_blocks, tokenise
-from gaudi_lm.streams import StreamedBlocks
+from gaudi_lm.arguments.definitions import DataArguments, ModelArguments
+from gaudi_lm.data import blocks
+from gaudi_lm.data.blocks import count_tokens, group_into_blocks, tokenise
+from gaudi_lm.data.columns import text_column
+from gaudi_lm.data.loading import load_raw
+from gaudi_lm.data.streams import StreamedBlocks
 
 LINES = [f"line {number}, of some words, and a 'quote' and \"another\"" for number in range(250)]
 
@@ -98,11 +98,11 @@ def test_a_cap_limits_the_work(assets, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("processes", (None, 2))
 def test_letting_go_of_what_was_read_changes_nothing(assets, tokenizer, tmp_path, monkeypatch, processes):
-    monkeypatch.setattr(packing, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(blocks, "MAPPED_BYTES", 0)
     path = tmp_path / "long.txt"
     path.write_text("\n".join(assets.train.read_text().splitlines() * 5))
     texts = read(tmp_path, train_file=path, validation_file=assets.validation)["train"]
-    assert len(texts) > 3 * packing.ROWS and texts.cache_files
+    assert len(texts) > 3 * blocks.ROWS and texts.cache_files
     tokens = tokenise(texts, tokenizer, "text", num_proc=processes, use_cache=False)
     assert tokens["input_ids"][:] == tokenizer(texts["text"][:])["input_ids"]
 

@@ -5,8 +5,15 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gaudi_lm import dropout as module
-from gaudi_lm.dropout import BLOCK_ROWS, _Noise, _Weights, dropout, install_dropout, scaled_dot_product_attention
+from gaudi_lm.modeling import dropout as module
+from gaudi_lm.modeling.dropout import (
+    BLOCK_ROWS,
+    _Noise,
+    _Weights,
+    dropout,
+    install_dropout,
+    scaled_dot_product_attention,
+)
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 3, BLOCK_ROWS + 45, 8
 

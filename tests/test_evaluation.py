@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_lora import common
 from tiny_models import tiny_model
 
-from gaudi_lm.evaluation import weights_as
+from gaudi_lm.training.evaluation import weights_as
 
 FOLDERS = ("plain", "half")
 

@@ -11,12 +11,12 @@ from datasets import IterableDataset
 from running import run_several
 from transformers import AutoTokenizer, LlamaTokenizerFast
 
-from gaudi_lm import encoding, json_lines
-from gaudi_lm.arguments import DataArguments, ModelArguments
-from gaudi_lm.columns import batches_of_text, text_column, texts_of
-from gaudi_lm.data import load_raw
+from gaudi_lm.arguments.definitions import DataArguments, ModelArguments
+from gaudi_lm.data import json_lines, tokenization
+from gaudi_lm.data.blocks import tokenise
+from gaudi_lm.data.columns import batches_of_text, text_column, texts_of
+from gaudi_lm.data.loading import load_raw
 from gaudi_lm.errors import UserError
-from gaudi_lm.packing import tokenise
 
 WORDS = ["Assert statements are a convenient way", "to insert debugging assertions", "into a program"]
 
@@ -309,12 +309,12 @@ def tokenizer(request, assets, instructions, masked_assets):
 @pytest.mark.parametrize("special", (False, True))
 def test_a_long_text_is_cut_between_words(assets, tokenizer, special, monkeypatch):
     """The tokens of the pieces are those of the whole text, with the special tokens at its two ends."""
-    monkeypatch.setattr(encoding, "PIECE", 500)
-    monkeypatch.setattr(encoding, "WINDOW", 250)
-    monkeypatch.setattr(encoding, "CHARACTERS", 2000)
+    monkeypatch.setattr(tokenization, "PIECE", 500)
+    monkeypatch.setattr(tokenization, "WINDOW", 250)
+    monkeypatch.setattr(tokenization, "CHARACTERS", 2000)
     text = assets.train.read_text()[:20_000]
     texts = ["before", text, "", "after", text[:700], "x" * 499, *(["and", "more"] * 300)]
-    tokens, lengths = encoding.encode(tokenizer, texts, special)
+    tokens, lengths = tokenization.encode(tokenizer, texts, special)
     expected = [tokenizer(one, add_special_tokens=special)["input_ids"] for one in texts]
     assert lengths.tolist() == list(map(len, expected))
     assert tokens.tolist() == sum(expected, [])
@@ -322,14 +322,16 @@ def test_a_long_text_is_cut_between_words(assets, tokenizer, special, monkeypatc
 
 
 def test_no_more_than_so_many_characters_at_a_time(tokenizer, monkeypatch):
-    monkeypatch.setattr(encoding, "PIECE", 100)
-    monkeypatch.setattr(encoding, "WINDOW", 50)
-    monkeypatch.setattr(encoding, "CHARACTERS", 1000)
-    seen, original = [], encoding._encode_at_once
+    monkeypatch.setattr(tokenization, "PIECE", 100)
+    monkeypatch.setattr(tokenization, "WINDOW", 50)
+    monkeypatch.setattr(tokenization, "CHARACTERS", 1000)
+    seen, original = [], tokenization._encode_at_once
     monkeypatch.setattr(
-        encoding, "_encode_at_once", lambda t, texts, s: (seen.append(sum(map(len, texts))), original(t, texts, s))[1]
+        tokenization,
+        "_encode_at_once",
+        lambda t, texts, s: (seen.append(sum(map(len, texts))), original(t, texts, s))[1],
     )
-    encoding.encode(tokenizer, ["word " * 5000, *["some words"] * 1000, "a" * 5000, "\n" * 300])
+    tokenization.encode(tokenizer, ["word " * 5000, *["some words"] * 1000, "a" * 5000, "\n" * 300])
     assert max(seen) <= 1000 + 100
 
 

@@ -14,12 +14,12 @@ from running import copy_elsewhere, environment, run, run_ranks
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
-from gaudi_lm import masking, packing, prompts
-from gaudi_lm.fingerprints import fingerprint
-from gaudi_lm.instructions import tokenise_examples
-from gaudi_lm.masking import make_lines
-from gaudi_lm.packing import map_rows, tokenise
-from gaudi_lm.prompts import find_format
+from gaudi_lm.data import blocks, masking, prompts
+from gaudi_lm.data.blocks import map_rows, tokenise
+from gaudi_lm.data.fingerprints import fingerprint
+from gaudi_lm.data.instructions import tokenise_examples
+from gaudi_lm.data.masking import make_lines
+from gaudi_lm.data.prompts import find_format
 
 SOURCE = """
 import re
@@ -114,11 +114,11 @@ def test_modules_of_a_user_count(tmp_path, monkeypatch, use):
 @pytest.mark.slow
 def test_the_same_in_every_process(tmp_path):
     (tmp_path / "mine.py").write_text(SOURCE)
-    program = "from gaudi_lm.fingerprints import fingerprint; import mine; print(fingerprint(mine.make(3)))"
+    program = "from gaudi_lm.data.fingerprints import fingerprint; import mine; print(fingerprint(mine.make(3)))"
     found = {
         subprocess.run(
             [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True,
-            env=environment(PYTHONHASHSEED=str(seed), PYTHONPATH=str(Path(packing.__file__).parents[1])),
+            env=environment(PYTHONHASHSEED=str(seed), PYTHONPATH=str(Path(blocks.__file__).parents[1])),
         ).stdout
         for seed in range(2)  # the second one finds compiled modules
     }  # fmt: skip
@@ -133,7 +133,7 @@ def tokenizer(assets):
 def test_a_used_tokenizer_is_the_same(assets, tokenizer):
     fresh = fingerprint(tokenizer)
     tokenizer("a longer text than that", truncation=True, max_length=3)
-    packing.encode(tokenizer, ["some text"])
+    blocks.encode(tokenizer, ["some text"])
     assert fingerprint(tokenizer) == fresh == fingerprint(AutoTokenizer.from_pretrained(assets.tokenizer))
 
 
@@ -172,10 +172,10 @@ def test_slow_tokenizers(tmp_path):
 def test_special_tokens_in_a_text(tokenizer):
     """`split_special_tokens` holds, whatever the tokenizer did before."""
     text = "one<|endoftext|>two"
-    whole = packing.encode(tokenizer, [text])[0].tolist()
+    whole = blocks.encode(tokenizer, [text])[0].tolist()
     assert tokenizer.eos_token_id in whole
     tokenizer.split_special_tokens = True
-    assert tokenizer.eos_token_id not in packing.encode(tokenizer, [text])[0].tolist()
+    assert tokenizer.eos_token_id not in blocks.encode(tokenizer, [text])[0].tolist()
 
 
 @pytest.fixture()
@@ -215,12 +215,12 @@ def test_a_result_is_found_again(on_disk, assets, masked_assets, instructions, m
     elif make == "chat":
         tokenizer.chat_template = tokenizer.chat_template.replace("<|", "[").replace("|>", "]")
     else:
-        original = packing.encode
+        original = blocks.encode
 
         def encode(tokenizer, texts, add_special_tokens=True):
             return original(tokenizer, [text.upper() for text in texts], add_special_tokens)
 
-        for module in (packing, masking):
+        for module in (blocks, masking):
             monkeypatch.setattr(module, "encode", encode)
     changed = MAKERS[make](on_disk, tokenizer)
     assert changed.cache_files != first.cache_files

@@ -14,8 +14,8 @@ import pytest
 import torch
 from running import ROOT, log_history, losses, results, run, run_ranks
 
-from gaudi_lm.parsing import OLD_NAMES
-from gaudi_lm.refusals import ALWAYS, REFUSED
+from gaudi_lm.arguments.parsing import OLD_NAMES
+from gaudi_lm.arguments.refusals import ALWAYS, REFUSED
 
 # Flags whose effect other tests show, by the file in which they are looked for.
 ELSEWHERE = {
@@ -374,8 +374,8 @@ RESOLVED = {
 
 @pytest.mark.parametrize("name", RESOLVED)
 def test_resolved(name, tmp_path, monkeypatch):
-    from gaudi_lm.arguments import TrainingArguments
-    from gaudi_lm.parsing import parse
+    from gaudi_lm.arguments.definitions import TrainingArguments
+    from gaudi_lm.arguments.parsing import parse
 
     for variable in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_IPEX"):
         monkeypatch.setenv(variable, "no")
@@ -397,8 +397,8 @@ def test_zero3_leaf_promotion(monkeypatch):
     from optimum.habana.transformers.models.llama.modeling_llama import GaudiLlamaDecoderLayer
     from tiny_models import tiny_model
 
-    from gaudi_lm import attention
     from gaudi_lm.errors import UserError
+    from gaudi_lm.modeling import attention
 
     model = tiny_model("llama")
     layers = list(model.model.layers)
@@ -472,8 +472,8 @@ def all_flags():
 
 
 def test_every_refused_flag_is_refused_by_name(all_flags):
+    from gaudi_lm.arguments.refusals import check_flags
     from gaudi_lm.errors import UserError
-    from gaudi_lm.refusals import check_flags
 
     for name, reason in REFUSED.items():
         with pytest.raises(UserError, match=f"^--{name}: not in these scripts: {re.escape(reason)}$"):
@@ -482,7 +482,7 @@ def test_every_refused_flag_is_refused_by_name(all_flags):
 
 
 def test_flags_that_change_nothing_say_so(capsys):
-    from gaudi_lm.refusals import check_flags
+    from gaudi_lm.arguments.refusals import check_flags
 
     for name, reason in ALWAYS.items():
         check_flags({name: True}, {name: False})
@@ -493,8 +493,8 @@ def test_flags_that_change_nothing_say_so(capsys):
 def test_every_number_has_a_range():
     from test_flags import caught_parser
 
-    from gaudi_lm.parsing import whole_number
-    from gaudi_lm.ranges import RANGES
+    from gaudi_lm.arguments.parsing import whole_number
+    from gaudi_lm.arguments.ranges import RANGES
 
     for script in ("run_clm", "run_mlm", "run_lora_clm"):
         for action in caught_parser(script)._actions:

@@ -24,7 +24,7 @@ def caught_parser(name: str) -> argparse.ArgumentParser:
         caught: list = []
 
         def catch(argv, *types):
-            from gaudi_lm.parsing import build_parser
+            from gaudi_lm.arguments.parsing import build_parser
 
             caught.append(build_parser(*types))
             caught[0].types = types
@@ -66,7 +66,7 @@ def test_every_flag_of_ours_is_read(parser):
     _, built = parser
     upstream = {field.name for field in dataclasses.fields(GaudiTrainingArguments)}
     read = set()
-    for file in [*ROOT.glob("gaudi_lm/*.py"), *ROOT.glob("run_*.py")]:
+    for file in [*ROOT.glob("gaudi_lm/**/*.py"), *ROOT.glob("run_*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 read.add(node.attr)

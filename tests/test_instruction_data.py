@@ -7,8 +7,8 @@ from datasets import Dataset
 from running import run_several
 from transformers import AutoTokenizer
 
-from gaudi_lm.instructions import show_targets, tokenise_examples
-from gaudi_lm.prompts import find_format
+from gaudi_lm.data.instructions import show_targets, tokenise_examples
+from gaudi_lm.data.prompts import find_format
 
 ASK, SAY = "Explain part {}.", "Assert statements are a convenient way to insert part {}."
 MESSAGES = [{"role": "user", "content": ASK}, {"role": "assistant", "content": SAY}]

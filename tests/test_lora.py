@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from running import copy_elsewhere, environment, losses, run, run_many, run_several
 
-from gaudi_lm.instructions import collate_examples, tokenise_examples
-from gaudi_lm.prompts import find_format
+from gaudi_lm.data.instructions import collate_examples, tokenise_examples
+from gaudi_lm.data.prompts import find_format
 
 ADAPTERS = {
     "lora": ["--lora_target_modules", "all-linear", "--train_on_inputs", "False"],

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from gaudi_lm.instructions import (
+from gaudi_lm.data.instructions import (
     collate_examples,
     finish_rows,
     show_targets,
     tokenise_examples,
 )
-from gaudi_lm.prompts import SQL, WITH_INPUT, WITHOUT_INPUT, ExampleFormat, find_format
-from gaudi_lm.runtime import UserError
-from gaudi_lm.sequences import PackedCollator, pack_sequences
+from gaudi_lm.data.packing import PackedCollator, pack_sequences
+from gaudi_lm.data.prompts import SQL, WITH_INPUT, WITHOUT_INPUT, ExampleFormat, find_format
+from gaudi_lm.device import UserError
 
 CHAT = "<bos> {% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {{ eos_token }} {% endfor %}" + (
     "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -20,12 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from gaudi_lm import cross_entropy
 from gaudi_lm.architectures import ARCHITECTURES
-from gaudi_lm.cross_entropy import _highest, chunked_cross_entropy
-from gaudi_lm.losses import TokenLossOutput, install_token_loss
-from gaudi_lm.predictions import IGNORE_INDEX, limit_predictions, prediction_rows, select_targets
-from gaudi_lm.runtime import run_script
+from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, limit_predictions, prediction_rows, select_targets
+from gaudi_lm.device import run_script
+from gaudi_lm.modeling import cross_entropy
+from gaudi_lm.modeling.cross_entropy import _highest, chunked_cross_entropy
+from gaudi_lm.modeling.loss import TokenLossOutput, install_token_loss
 
 torch.set_num_threads(1)
 

@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import pyarrow as pa
 
-from gaudi_lm.memory import forget_mapped_pages
+from gaudi_lm.data.memory import forget_mapped_pages
 
 FAULTS = """
 import resource, sys, torch
-from gaudi_lm.memory import keep_freed_memory
+from gaudi_lm.data.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 torch.set_num_threads(1)

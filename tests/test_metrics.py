@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import ROOT
 
-from gaudi_lm import metrics, session
-from gaudi_lm.batches import PADDING_ROW, count_tokens, silence_padding_rows
-from gaudi_lm.metrics import Throughput, TokenMetrics, save_loss_curve
-from gaudi_lm.sums import TokenSums
+from gaudi_lm.data.sampling import PADDING_ROW, count_tokens, silence_padding_rows
+from gaudi_lm.training import metrics, outputs
+from gaudi_lm.training.metrics import Throughput, TokenMetrics, save_loss_curve
+from gaudi_lm.training.sums import TokenSums
 
 
 @given(
@@ -72,7 +72,7 @@ def test_no_label_gives_no_number():
 
 def test_throughput_leaves_out_warm_up_and_pauses(monkeypatch):
     clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr("gaudi_lm.metrics.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("gaudi_lm.training.metrics.time.perf_counter", lambda: float(next(clock)))
     waits = []
     throughput = Throughput(2, lambda: waits.append(1))
     for step in range(6):
@@ -158,6 +158,6 @@ def test_requirements_leave_habanas_builds_alone(tmp_path):
 
 def test_figures_that_each_rank_has_for_itself_are_the_highest(monkeypatch):
     other = {"train_runtime": 1.0, "peak_device_memory_gb": 9.5, "max_memory_allocated (GB)": 2.0}
-    monkeypatch.setattr(session, "gather", lambda own: [own, other])
+    monkeypatch.setattr(outputs, "gather", lambda own: [own, other])
     own = {"train_runtime": 2.0, "train_loss": 3.0, "peak_device_memory_gb": 4.0, "max_memory_allocated (GB)": 1.0}
-    assert session.highest_of_ranks(own) == {**other, "train_runtime": 2.0}
+    assert outputs.highest_of_ranks(own) == {**other, "train_runtime": 2.0}

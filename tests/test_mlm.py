@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from running import copy_elsewhere, environment, losses, results, run, run_many, run_several
 from transformers import AutoTokenizer
 
-from gaudi_lm.masking import MaskingCollator, encode_lines, make_lines, sequence_ends
-from gaudi_lm.predictions import prediction_rows
-from gaudi_lm.rows import choose_lengths, join_rows, pad_rows, shorten_rows
+from gaudi_lm.data.masked_token_budget import prediction_rows
+from gaudi_lm.data.masking import MaskingCollator, encode_lines, make_lines, sequence_ends
+from gaudi_lm.data.ragged import choose_lengths, join_rows, pad_rows, shorten_rows
 
 FAMILIES = ["bert", "roberta", "distilbert", "albert"]
 

@@ -6,7 +6,7 @@ import pytest
 from running import losses, run
 
 from gaudi_lm.errors import UserError
-from gaudi_lm.resume import find_checkpoint
+from gaudi_lm.training.resume import find_checkpoint
 
 
 @pytest.mark.parametrize(

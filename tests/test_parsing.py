@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from gaudi_lm.arguments.parsing import parse
 from gaudi_lm.config_files import expand_config_file
 from gaudi_lm.errors import UserError
-from gaudi_lm.parsing import parse
 
 
 @dataclass
@@ -164,14 +164,14 @@ def test_only_the_main_rank_warns(monkeypatch, capsys):
     ],
 )
 def test_layers_of_an_adapter(words, expected):
-    from gaudi_lm.adapters import chosen_layers
+    from gaudi_lm.modeling.adapters import chosen_layers
 
     assert chosen_layers("--lora_target_modules", words) == expected
 
 
 @pytest.mark.parametrize("words", [["(q_proj"], ["q_.*", "v_proj"], [","]])
 def test_layers_that_cannot_be_meant(words):
-    from gaudi_lm.adapters import chosen_layers
+    from gaudi_lm.modeling.adapters import chosen_layers
 
     with pytest.raises(UserError, match="^--lora_target_modules"):
         chosen_layers("--lora_target_modules", words)

@@ -13,10 +13,10 @@ from tokenizers import ByteLevelBPETokenizer
 from torch.nn import functional
 
 from gaudi_lm.architectures import packable
-from gaudi_lm.batches import count_tokens
-from gaudi_lm.losses import install_token_loss
-from gaudi_lm.runtime import UserError
-from gaudi_lm.sequences import PackedCollator, best_fit, pack_sequences
+from gaudi_lm.data.packing import PackedCollator, best_fit, pack_sequences
+from gaudi_lm.data.sampling import count_tokens
+from gaudi_lm.device import UserError
+from gaudi_lm.modeling.loss import install_token_loss
 
 torch.set_num_threads(1)
 PAD, LENGTH = 1, 40

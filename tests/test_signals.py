@@ -11,7 +11,7 @@ from resuming import CARD, CPU, batch, essence, script_flags, start, zero
 from running import results, run_interrupted
 from simulated.cards import card_environment
 
-from gaudi_lm.signals import SaveOnSignal
+from gaudi_lm.training.signals import SaveOnSignal
 
 pytestmark = [pytest.mark.slow]
 STEPS, WAIT_FOR = 60, 12

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from running import losses, results, run, run_ranks
 from transformers import AutoTokenizer
 
-from gaudi_lm.arguments import DataArguments, ModelArguments
-from gaudi_lm.data import load_raw, split_stream
-from gaudi_lm.evaluation import EvaluationRows
-from gaudi_lm.masking import MaskingCollator
-from gaudi_lm.runtime import UserError
-from gaudi_lm.streams import StreamedBlocks, StreamedLines, rank_share
+from gaudi_lm.arguments.definitions import DataArguments, ModelArguments
+from gaudi_lm.data.loading import load_raw, split_stream
+from gaudi_lm.data.masking import MaskingCollator
+from gaudi_lm.data.streams import StreamedBlocks, StreamedLines, rank_share
+from gaudi_lm.device import UserError
+from gaudi_lm.training.evaluation import EvaluationRows
 
 
 def generate(files: list[range]):

@@ -6,8 +6,8 @@ import math
 import pytest
 from running import run_many
 
+from gaudi_lm.arguments.ranges import RANGES, check_ranges
 from gaudi_lm.errors import UserError
-from gaudi_lm.ranges import RANGES, check_ranges
 
 # For every numeric flag some values outside of its range, and some within.
 NUMBERS = [-math.inf, -1e9, -2, -1, -0.5, 0, 0.5, 1, 1.5, 2, 1e9, 1e30, math.inf, math.nan]
@@ -136,7 +136,7 @@ def test_one_line_before_anything_is_written(flags, assets, tmp_path):
 
 
 def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, tmp_path):
-    from gaudi_lm.consistency import _check_deepspeed, _check_fsdp, read_mapping
+    from gaudi_lm.arguments.consistency import _check_deepspeed, _check_fsdp, read_mapping
 
     class Flags:
         fsdp = ""
@@ -166,7 +166,7 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
 @pytest.mark.parametrize(("metric", "greater"), [("loss", False), ("eval_perplexity", False), ("accuracy", True)])
 def test_which_of_two_models_is_better(metric, greater):
     """Upstream takes a perplexity for better when it is greater."""
-    from gaudi_lm.consistency import _check_best_model
+    from gaudi_lm.arguments.consistency import _check_best_model
 
     class Flags:
         metric_for_best_model, greater_is_better = metric, None
@@ -179,7 +179,7 @@ def test_which_of_two_models_is_better(metric, greater):
 
 def test_folders_without_permission(monkeypatch, tmp_path):
     """Tests may run as root, who may write everywhere."""
-    from gaudi_lm.refusals import check_folders
+    from gaudi_lm.arguments.refusals import check_folders
 
     check_folders({"output_dir": str(tmp_path / "new" / "folder"), "cache_dir": None})
     monkeypatch.setattr("os.access", lambda path, mode: False)
@@ -189,8 +189,8 @@ def test_folders_without_permission(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("overrides", ["n_layer=-1", "n_embd=0", "vocab_size=0"])
 def test_sizes_that_no_model_has(overrides):
-    from gaudi_lm.arguments import ModelArguments
-    from gaudi_lm.models import load_config
+    from gaudi_lm.arguments.definitions import ModelArguments
+    from gaudi_lm.modeling.loading import load_config
 
     with pytest.raises(
         UserError, match=f"^--config_overrides {overrides}: .* is {overrides.split('=')[1]}; it must be"
@@ -200,7 +200,7 @@ def test_sizes_that_no_model_has(overrides):
 
 @pytest.mark.parametrize(("content", "words"), [("{", "not valid JSON"), ("[]", "a list, not a mapping")])
 def test_a_gaudi_configuration_that_is_none(content, words, tmp_path):
-    from gaudi_lm.gaudi_configs import resolve_gaudi_config
+    from gaudi_lm.arguments.gaudi_configs import resolve_gaudi_config
 
     file = tmp_path / "gaudi_config.json"
     file.write_text(content)

@@ -15,11 +15,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from gaudi_lm.device import check_cards, count_cards, wanted_card
 from gaudi_lm.errors import UserError, user_errors
 from gaudi_lm.launcher import plan, processes, supervise
 from gaudi_lm.launcher.hostfile import Host, read_hostfile
 from gaudi_lm.launcher.rank import JOB_VARIABLE
-from gaudi_lm.runtime import check_cards, count_cards, wanted_card
 
 # Left over from a job around this one, these would give the ranks wrong places.
 STALE = (

@@ -1,4 +1,4 @@
-"""How several ranks end: `gaudi_lm.runtime.run_script`, which the scripts and all ranks of the tests use."""
+"""How several ranks end: `gaudi_lm.device.run_script`, which the scripts and all ranks of the tests use."""
 
 import json
 import os

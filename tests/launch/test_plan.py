@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaudi_lm import runtime
+from gaudi_lm import device
 from gaudi_lm.errors import UserError
 from gaudi_lm.launcher import hostfile, launch, plan, processes, supervise
 from gaudi_lm.launcher.hostfile import Host
-from gaudi_lm.rank_settings import digests, disagreement
+from gaudi_lm.training.rank_settings import digests, disagreement
 from launch.spawning import HOSTILE, OPTIONS
 
 # What an argument can hold: any bytes but NUL, as Python shows them.
@@ -307,19 +307,19 @@ def test_settings_of_ranks():
 
 def test_count_cards(tmp_path, monkeypatch):
     monkeypatch.delenv("GAUDI_SIMULATOR", raising=False)
-    assert runtime.count_cards({}, str(tmp_path)) == 0
+    assert device.count_cards({}, str(tmp_path)) == 0
     (tmp_path / "sys/class/accel").mkdir(parents=True)
     for index in range(4):
         (tmp_path / f"sys/class/accel/accel{index}").touch()
         (tmp_path / f"sys/class/accel/accel_controlD{index}").touch()
-    assert runtime.count_cards({}, str(tmp_path)) == 4
+    assert device.count_cards({}, str(tmp_path)) == 4
     (tmp_path / "dev/accel").mkdir(parents=True)
     for index in range(8):
         (tmp_path / f"dev/accel/accel{index}").touch()
-    assert runtime.count_cards({}, str(tmp_path)) == 8
-    assert runtime.count_cards({"HABANA_VISIBLE_MODULES": "0,1,2"}, str(tmp_path)) == 3
+    assert device.count_cards({}, str(tmp_path)) == 8
+    assert device.count_cards({"HABANA_VISIBLE_MODULES": "0,1,2"}, str(tmp_path)) == 3
     monkeypatch.setenv("GAUDI_SIMULATOR", "2")
-    assert runtime.count_cards({}, str(tmp_path)) == 2
+    assert device.count_cards({}, str(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
@@ -347,12 +347,12 @@ def test_cards_and_ranks(cards, ranks, arguments, good, tmp_path, monkeypatch):
     (tmp_path / "cpu.yaml").write_text("use_cpu: true\n")
     (tmp_path / "cpu.json").write_text('{"use_cpu": true, "use_habana": true}')
     (tmp_path / "card.json").write_text('{"use_habana": true}')
-    on_cpu, on_card = runtime.wanted_card(arguments)
+    on_cpu, on_card = device.wanted_card(arguments)
     if good:
-        runtime.check_cards(cards, ranks, on_cpu, on_card)
+        device.check_cards(cards, ranks, on_cpu, on_card)
     else:
         with pytest.raises(UserError, match=f"{ranks} ranks on this host but {cards} cards"):
-            runtime.check_cards(cards, ranks, on_cpu, on_card)
+            device.check_cards(cards, ranks, on_cpu, on_card)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch._dynamo  # here, or each rank would do it
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from gaudi_lm.runtime import run_script
+from gaudi_lm.device import run_script
 
 RANKS = 2
 

@@ -9,7 +9,7 @@ import torch
 from habana_frameworks.torch.hpex.optimizers import FusedAdamW
 from habana_frameworks.torch.hpu.metrics import compilations, metric_global, metric_localcontext
 
-from gaudi_lm.device_metrics import DeviceMetrics
+from gaudi_lm.training.device_metrics import DeviceMetrics
 
 
 def compiled(action) -> int:

@@ -13,10 +13,10 @@ from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gau
 from tiny_models import distance, gradients, make_batch, objective_of, tiny_model
 
 from gaudi_lm.architectures import ARCHITECTURES, is_patched, packable
-from gaudi_lm.checkpointing import repair_gradient_checkpointing
-from gaudi_lm.losses import install_token_loss
-from gaudi_lm.runtime import UserError
-from gaudi_lm.sequences import PackedCollator
+from gaudi_lm.data.packing import PackedCollator
+from gaudi_lm.device import UserError
+from gaudi_lm.modeling.gradient_checkpointing import repair_gradient_checkpointing
+from gaudi_lm.modeling.loss import install_token_loss
 
 adapt_transformers_to_gaudi()
 MODELS = ["gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "opt", "bert", "roberta", "distilbert", "albert"]

@@ -8,7 +8,7 @@ from habana_frameworks.torch.distributed.hccl import initialize_distributed_hpu
 from habana_frameworks.torch.hpu.metrics import metric_localcontext
 from torch.nn.parallel import DistributedDataParallel
 
-from gaudi_lm.runtime import run_script
+from gaudi_lm.device import run_script
 
 
 def filled(value: float, *shape: int, dtype=torch.float32) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from gaudi_lm.runtime import run_script
+from gaudi_lm.device import run_script
 
 STEPS, ROWS, WIDTH = 3, 8, 16
 

@@ -1,0 +1,191 @@
+"""What the training arguments must be together, before torch sets up any device."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from accelerate.utils import DynamoBackend
+from huggingface_hub import constants, get_token
+from torch.utils.checkpoint import checkpoint
+from transformers import get_scheduler
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import FSDPOption
+
+from gaudi_lm.arguments.gaudi_configs import hub_answers
+from gaudi_lm.arguments.optional_packages import check_optimizer, check_reporters, require
+from gaudi_lm.errors import UserError, nearest, unknown, warn
+
+# Figures of an evaluation, by which a best model can be told.
+METRICS = ("loss", "perplexity", "accuracy")
+# The scripts deal out batches themselves; accelerate's loaders are not used.
+_OWN_BATCHES = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
+_FP8 = (("habana_frameworks.torch.hpex.experimental.transformer_engine",), "habana-transformer-engine")
+
+
+def read_mapping(flag: str, value: str | dict | None, is_file: bool) -> dict | None:
+    """A flag's value that is a mapping, JSON text of one, or, for some flags, a JSON file of one.
+
+    Raises:
+        UserError: no such file, not JSON, or not a mapping.
+    """
+    if value is None or isinstance(value, dict):
+        return value
+    text, place = value, f"--{flag}"
+    if not value.lstrip().startswith("{"):
+        if not is_file:
+            raise UserError(f"--{flag} {value}: it takes a mapping in JSON, such as '{{\"key\": 1}}'")
+        place = f"--{flag} {value}"
+        try:
+            text = Path(value).read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise UserError(f"{place}: no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{place}: cannot be read ({error})") from error
+    try:
+        mapping = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not valid JSON: {error.msg}, line {error.lineno} column {error.colno}") from error
+    if not isinstance(mapping, dict):
+        raise UserError(f"{place}: it holds a {type(mapping).__name__}, not a mapping")
+    return mapping
+
+
+def check_together(args) -> None:
+    """Refuse training arguments that contradict one another, or that nothing here can serve.
+
+    Args:
+        args: :class:`gaudi_lm.arguments.definitions.TrainingArguments`, before its own defaults are resolved.
+
+    Raises:
+        UserError: see the message.
+    """
+    check_optimizer(args.optim, args.optim_args, args.optim_target_modules)
+    check_reporters(args.report_to)
+    _check_scheduler(args)
+    _check_accelerator(read_mapping("accelerator_config", args.accelerator_config, is_file=True) or {})
+    read_mapping("fsdp_config", args.fsdp_config, is_file=True)
+    _check_checkpointing(read_mapping("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs, False))
+    _check_deepspeed(args, read_mapping("deepspeed", args.deepspeed, is_file=True))
+    _check_fsdp(args)
+    _check_best_model(args)
+    _check_compile(args)
+    _check_hub(args)
+    if args.fp8:
+        require("--fp8", _FP8)
+    workers = args.dataloader_num_workers
+    if workers > len(os.sched_getaffinity(0)):
+        warn(f"--dataloader_num_workers {workers} is odd: this process may use {len(os.sched_getaffinity(0))} CPUs")
+    if args.max_steps > 0 and args.warmup_steps >= args.max_steps:
+        warn(f"--warmup_steps {args.warmup_steps} is odd: all {args.max_steps} steps are warm-up")
+    backend = "cpu_amp" if args.use_cpu else "hpu_amp"
+    if args.half_precision_backend != backend:
+        raise UserError(f"--half_precision_backend {args.half_precision_backend}: on this device it is {backend}")
+
+
+def _check_scheduler(args) -> None:
+    kwargs = read_mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs or {}, is_file=False)
+    name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=args.learning_rate)
+    try:
+        scheduler = get_scheduler(
+            name, optimizer, num_warmup_steps=2, num_training_steps=10, scheduler_specific_kwargs=dict(kwargs)
+        )
+        for _ in range(10):
+            optimizer.step()
+            scheduler.step(0.0) if name == "reduce_lr_on_plateau" else scheduler.step()
+    except (TypeError, ValueError, AssertionError, ArithmeticError, KeyError, AttributeError) as error:
+        reason = re.sub(r"^\w+(\.\w+)*\(\) ", "", str(error))  # the name of a function says nothing to a user
+        raise UserError(
+            f"--lr_scheduler_kwargs {json.dumps(kwargs)} with --lr_scheduler_type {name}: {reason}"
+        ) from error
+
+
+def _check_accelerator(config: dict) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(AcceleratorConfig)}
+    for key, value in config.items():
+        if key not in defaults:
+            raise UserError(f"--accelerator_config: unknown key {key}{nearest(key, list(defaults))}")
+        if key in _OWN_BATCHES and value != defaults[key]:
+            raise UserError(f"--accelerator_config: {key}: the scripts deal out batches themselves; leave it out")
+        if key == "use_configured_state" and value:
+            raise UserError("--accelerator_config: use_configured_state: a script configures its own state")
+
+
+def _check_checkpointing(kwargs: dict | None) -> None:
+    known = [*list(inspect.signature(checkpoint).parameters)[1:], "preserve_rng_state"]
+    for key in kwargs or ():
+        if key not in known or key in ("args", "kwargs"):
+            raise UserError(f"--gradient_checkpointing_kwargs: unknown key {key}{nearest(key, known)}")
+
+
+def _check_deepspeed(args, config: dict | None) -> None:
+    if config is None:
+        return
+    if not any(name in os.environ for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")):
+        raise UserError(
+            "--deepspeed: ranks are started by a launcher, one too: "
+            "python gaudi_spawn.py --world_size 1 --use_deepspeed SCRIPT FLAGS"
+        )
+    if args.fsdp:
+        raise UserError("--deepspeed and --fsdp exclude each other: both split the model's state over ranks")
+
+
+def _check_fsdp(args) -> None:
+    if not isinstance(args.fsdp, str):
+        return
+    known = [option.value for option in FSDPOption]
+    for word in args.fsdp.split():
+        if word not in known:
+            raise UserError(f"--fsdp {word}: {unknown(word, known)}")
+    if args.fsdp and not any(name in os.environ for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")):
+        raise UserError("--fsdp: it splits a model over ranks, which a launcher starts: gaudi_spawn.py --world_size N")
+
+
+def _check_best_model(args) -> None:
+    metric, strategy = args.metric_for_best_model, getattr(args.eval_strategy, "value", args.eval_strategy)
+    if metric is not None and metric.removeprefix("eval_") not in METRICS:
+        raise UserError(f"--metric_for_best_model {metric}: an evaluation gives {', '.join(METRICS)}")
+    saved = getattr(args.save_strategy, "value", args.save_strategy)
+    if strategy == "no":
+        plateau = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type) == "reduce_lr_on_plateau"
+        for needed, flag in (
+            (saved == "best", "--save_strategy best"),
+            (args.load_best_model_at_end, "--load_best_model_at_end"),
+            (plateau, "--lr_scheduler_type reduce_lr_on_plateau"),
+            (metric is not None, "--metric_for_best_model"),
+        ):
+            if needed:
+                raise UserError(f"{flag} needs evaluations while training: --eval_strategy steps or epoch")
+    if args.greater_is_better is None and metric is not None:
+        # Upstream takes every figure whose name does not end with "loss" for better when greater.
+        args.greater_is_better = metric.removeprefix("eval_") == "accuracy"
+    if saved == "best" and metric is None:
+        args.metric_for_best_model, args.greater_is_better = "loss", False
+
+
+def _check_hub(args) -> None:
+    if not args.push_to_hub:
+        return
+    if constants.HF_HUB_OFFLINE or not hub_answers():
+        raise UserError(f"--push_to_hub: {constants.ENDPOINT} cannot be reached, or HF_HUB_OFFLINE is set")
+    if not (args.hub_token or get_token()):
+        raise UserError("--push_to_hub: log in with `hf auth login`, or give --hub_token")
+
+
+def _check_compile(args) -> None:
+    if args.torch_compile_backend:
+        known = sorted({backend.value.lower() for backend in DynamoBackend} - {"no"} | {"hpu_backend"})
+        if args.torch_compile_backend.lower() not in known:
+            raise UserError(
+                f"--torch_compile_backend {args.torch_compile_backend}: {unknown(args.torch_compile_backend, known)}"
+            )
+    modes = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+    if args.torch_compile_mode and args.torch_compile_mode not in modes:
+        raise UserError(f"--torch_compile_mode {args.torch_compile_mode}: it is one of {', '.join(modes)}")

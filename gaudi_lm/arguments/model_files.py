@@ -1,0 +1,136 @@
+"""Files of a model before it is loaded: cut, empty, pointers instead of content, impossible sizes, quantized."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from transformers import PretrainedConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from gaudi_lm.arguments.optional_packages import require
+from gaudi_lm.errors import UserError, unknown
+
+logger = logging.getLogger("gaudi_lm")
+
+_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt")
+_LFS_POINTER = b"version https://git-lfs"
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# What loading weights in these formats imports.
+_QUANTIZERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "aqlm": (("aqlm",), "aqlm"),
+    "awq": (("awq", "gptqmodel"), "autoawq"),
+    "bitsandbytes": (("bitsandbytes",), "bitsandbytes"),
+    "bitsandbytes_4bit": (("bitsandbytes",), "bitsandbytes"),
+    "bitsandbytes_8bit": (("bitsandbytes",), "bitsandbytes"),
+    "compressed-tensors": (("compressed_tensors",), "compressed-tensors"),
+    "eetq": (("eetq",), "eetq"),
+    "fbgemm_fp8": (("fbgemm_gpu",), "fbgemm-gpu"),
+    "gptq": (("gptqmodel", "auto_gptq"), "gptqmodel"),
+    "hqq": (("hqq",), "hqq"),
+    "quanto": (("optimum.quanto",), "optimum-quanto"),
+    "torchao": (("torchao",), "torchao"),
+    "vptq": (("vptq",), "vptq"),
+}
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the first damaged file of a model or an adapter, in a few words; None where nothing is.
+
+    Of weights only the headers are read, and whether the files are as long as those say.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    small = (path for path in files if path.stat().st_size < 1024 and path.suffix in _SUFFIXES)
+    for path in small:
+        if path.read_bytes().startswith(_LFS_POINTER):
+            return f"{path.name} is a Git-LFS pointer, not the file: run `git lfs pull` there"
+    for path in files:
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "np"):
+                    pass
+            except SafetensorError as error:
+                return f"{path.name} is cut or damaged ({error})"
+        elif path.name in ("config.json", "adapter_config.json", "tokenizer_config.json") or ".index." in path.name:
+            try:
+                content = json.loads(path.read_bytes())
+            except (ValueError, UnicodeDecodeError) as error:
+                return f"{path.name} is not valid JSON: {error}"
+            if not isinstance(content, dict):
+                return f"{path.name} holds a {type(content).__name__}, not a mapping"
+            missing = sorted({part for part in content.get("weight_map", {}).values() if not (folder / part).exists()})
+            if missing:
+                return f"{missing[0]} is missing, which {path.name} names"
+    return None
+
+
+def check_model_folders(values: dict[str, object]) -> None:
+    """Refuse local folders with a damaged file, by the flags that name models, tokenizers and adapters.
+
+    Args:
+        values: by the name of the flag.
+
+    Raises:
+        UserError: see :func:`damage`.
+    """
+    for flag in ("model_name_or_path", "config_name", "tokenizer_name", "adapter_name_or_path"):
+        name = values.get(flag)
+        if name and Path(name).is_dir() and (found := damage(Path(name))):
+            raise UserError(f"--{flag} {name}: {found}")
+
+
+def tokenizer_damage(name: str) -> str | None:
+    """Why a local ``tokenizer.json`` cannot be read; None where it can, or is not there."""
+    file = Path(name) / "tokenizer.json"
+    if file.is_file():
+        try:
+            Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises no narrower class
+            return f"tokenizer.json is cut or damaged: {first_line(error)}"
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """An error of a library in one line; its traceback goes to the log at level debug."""
+    logger.debug("the error of the library", exc_info=error)
+    text = str(error)
+    if "gated repo" in text:
+        return "gated: accept its terms on its page, then log in with `hf auth login` or give --token"
+    if "trust_remote_code" in text:
+        return "it brings code of its own: look at it there, then give --trust_remote_code to let it run"
+    if "size mismatch" in text:
+        text = "the weights are not of the sizes in the configuration: " + text[text.index("size mismatch") :]
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    plain = isinstance(error, (OSError, ValueError, UserError)) and not isinstance(error, KeyError)
+    return (line if plain and line else f"{type(error).__name__}: {line}".rstrip(": "))[:300]
+
+
+def check_config(flag: str, name: str, config: PretrainedConfig) -> None:
+    """Refuse sizes that no model has, and a quantization whose package is missing.
+
+    Raises:
+        UserError: the size or the package.
+    """
+    for size in _SIZES:
+        value = getattr(config, size, None)
+        if value is None or isinstance(value, (list, tuple)):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+            own = config.attribute_map.get(size, size)
+            raise UserError(f"{flag} {name}: {own} is {value!r}; it must be a whole number from 1 on")
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = settings.get("quant_method")
+    method = getattr(method, "value", method)
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        method = "bitsandbytes"
+    if method in _QUANTIZERS:
+        require(f"{flag} {name}, quantized by {method}", _QUANTIZERS[method])
+    elif method not in AUTO_QUANTIZER_MAPPING:
+        known = sorted(AUTO_QUANTIZER_MAPPING)
+        raise UserError(f"{flag} {name}: quantized by {method}, which is {unknown(str(method), known)}")

@@ -1,0 +1,155 @@
+"""How flags are read: command line, configuration file, old names, abbreviations; and what each value may be."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from gaudi_lm.arguments.model_files import check_model_folders
+from gaudi_lm.arguments.ranges import check_ranges
+from gaudi_lm.arguments.refusals import check_flags, check_folders
+from gaudi_lm.config_files import ENDINGS, expand_config_file, read_config_file
+from gaudi_lm.device import parse_bool
+from gaudi_lm.errors import UserError, nearest, warn
+
+OLD_NAMES = {
+    "--evaluation_strategy": "--eval_strategy",
+    "--no_cuda": "--use_cpu",
+    "--per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "--push_to_hub_token": "--hub_token",
+    "--use_hpu_graphs": "--use_hpu_graphs_for_inference",
+}
+_NEGATIVE = re.compile(r"^-(\d|\.\d|inf|nan)", re.IGNORECASE)
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def whole_number(text: str) -> int:
+    """A whole number, however it is written: ``2``, ``2.0``, ``1e3``."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        if not value.is_integer():  # infinities and NaN are not
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        return int(value)
+
+
+def json_mapping(text: str) -> dict:
+    """A mapping in JSON."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mapping in JSON")
+    return value
+
+
+# argparse puts the name of the type into its message.
+whole_number.__name__, json_mapping.__name__ = "whole number", "mapping in JSON"
+
+
+def _reader(kind: Callable) -> Callable:
+    if kind is string_to_bool:
+        return parse_bool
+    if kind is int:
+        return whole_number
+    return json_mapping if getattr(kind, "__origin__", kind) is dict else kind
+
+
+def build_parser(*dataclass_types: type) -> argparse.ArgumentParser:
+    """A parser for these dataclasses whose errors are one line."""
+    parser = _Parser(dataclass_types, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    for action in parser._actions:
+        action.type = _reader(action.type)
+        if action.type is parse_bool and action.nargs is None:
+            action.nargs, action.const = "?", True
+        if action.help:
+            # argparse formats help texts with %, and some upstream texts hold bare percent signs.
+            action.help = action.help.replace("%", "%%").replace("%%(", "%(").replace("%%%%", "%%")
+        else:
+            action.help = f"See {action.dest} in the documentation of transformers.TrainingArguments."
+    return parser
+
+
+def _full_names(words: list[str], known: list[str]) -> list[str]:
+    """Flags by their full names: dashes within a name, old names and unambiguous beginnings are taken."""
+    full = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or name == "--":
+            full.append(word)
+            continue
+        plain = f"--{name[2:].replace('-', '_')}"
+        if plain in OLD_NAMES:
+            warn(f"{name} is the old name of {OLD_NAMES[plain]}")
+            plain = OLD_NAMES[plain]
+        elif plain not in known:
+            meant = [flag for flag in known if flag.startswith(plain)]
+            if len(meant) > 1:
+                raise UserError(f"{name} is the beginning of several flags: {', '.join(meant)}")
+            if meant:
+                warn(f"{name} is taken for {meant[0]}")
+                plain = meant[0]
+            else:
+                plain = name
+        full.append(f"{plain}{equals}{value}")
+    return full
+
+
+def _join_negative_values(words: list[str]) -> list[str]:
+    """``--weight_decay -1e-5`` as one word: argparse takes such a number for a flag."""
+    joined: list[str] = []
+    for word in words:
+        if _NEGATIVE.match(word) and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def parse(argv: list[str] | None, *dataclass_types: type) -> tuple:
+    """Read flags, or a leading configuration file and flags that override it, into the dataclasses.
+
+    Args:
+        argv: flags without the program's name; by default those of the process.
+        dataclass_types: in the order in which the values are wanted.
+
+    Raises:
+        UserError: an unknown or ambiguous flag or key (the nearest ones are named), or a value that cannot be.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser(*dataclass_types)
+    # Of each action the first name: the others are the same with dashes.
+    known = [action.option_strings[0] for action in parser._actions if action.option_strings[0] != "-h"]
+    flags = _full_names(_join_negative_values(expand_config_file(argv)), known)
+    values, rest = parser.parse_known_args(flags)
+    if rest:
+        flag = rest[0].split("=")[0]
+        of_file = argv and argv[0].endswith(ENDINGS) and flag.removeprefix("--") in read_config_file(argv[0])
+        what = "unknown flag" if flag.startswith("-") else "no flag takes the value"
+        raise UserError(f"{f'{argv[0]}: ' if of_file else ''}{what} {flag}{nearest(flag, known)}")
+    check_ranges(vars(values))
+    check_model_folders(vars(values))
+    check_folders(vars(values))
+    check_flags(vars(values), {name: parser.get_default(name) for name in vars(values)})
+    parts = tuple(
+        kind(**{field.name: getattr(values, field.name) for field in fields(kind) if field.init})
+        for kind in dataclass_types
+    )
+    for part in parts:
+        # For the manifest of a checkpoint: all flags of the script, without secrets.
+        part.flags = {name: value for name, value in vars(values).items() if not name.endswith("token")}
+    return parts

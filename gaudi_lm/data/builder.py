@@ -1,0 +1,33 @@
+"""The builder of ``datasets`` that reads files, alone in its module: ``datasets`` replaces `open`, `os` and others in
+the module of each builder by variants that take addresses, and read names with ``::`` or ``*`` otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import ArrowBasedBuilder, BuilderConfig, DatasetInfo, SplitGenerator
+from datasets.builder import Key
+
+
+@dataclass
+class FilesConfig(BuilderConfig):
+    files: Any = None
+
+
+class FilesBuilder(ArrowBasedBuilder):
+    """Reads a :class:`gaudi_lm.data.readers.FileSet` once and keeps its rows in Arrow files of the cache."""
+
+    BUILDER_CONFIG_CLASS = FilesConfig
+
+    def _info(self):
+        return DatasetInfo()
+
+    def _split_generators(self, dl_manager):
+        self.info.features = self.config.files.features()
+        return [SplitGenerator(name="train", gen_kwargs={"paths": list(self.config.files.paths)})]
+
+    def _generate_tables(self, paths):
+        for shard, path in enumerate(paths):
+            for number, table in enumerate(self.config.files.fitting_tables(path, self.info.features)):
+                yield Key(shard, number), table

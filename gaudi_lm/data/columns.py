@@ -1,0 +1,117 @@
+"""The column of a data set that is read as text, and its values as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+
+import pyarrow as pa
+from datasets import Dataset, IterableDataset, Json, Value
+
+from gaudi_lm.device import UserError
+
+SAMPLE = 100  # rows that tell which column holds words
+
+
+def spell(value: object) -> str:
+    """A value as text: numbers and booleans as JSON writes them, a missing value as an empty text.
+
+    Raises:
+        TypeError: a list, an object or bytes.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, dict, bytes)):
+        raise TypeError(type(value).__name__)
+    return json.dumps(value, default=str).strip('"')
+
+
+def values_of(table: pa.Table, column: str) -> list:
+    """The values of a column as Python objects, those of a JSON column decoded."""
+    values = table.column(column).to_pylist()
+    if isinstance(table.schema.field(column).type, pa.JsonType):
+        return [None if value is None else json.loads(value) for value in values]
+    return values
+
+
+def texts_of(table: pa.Table, column: str) -> list[str]:
+    """The texts of a column that :func:`text_column` has found."""
+    return list(map(spell, values_of(table, column)))
+
+
+def batches_of_text(dataset: Dataset | IterableDataset, column: str, size: int = 1000) -> Iterator[list[str]]:
+    """Texts in lists of at most ``size``; a missing text counts as an empty one.
+
+    Raises:
+        UserError: a value that is not text, with its row, or a line that cannot be read.
+    """
+    row, batches = 0, iter(dataset.iter(batch_size=size))
+    while True:
+        try:
+            batch = next(batches, None)
+        except (ValueError, pa.ArrowException) as error:  # of datasets, about a file of the hub
+            why = " ".join(str(error).split())
+            raise UserError(f"the stream cannot be read on after row {row} ({why[:300]})") from error
+        if batch is None:
+            return
+        texts = []
+        # A stream of JSON has in a batch the keys that its rows have.
+        for value in batch.get(column) or [None] * len(next(iter(batch.values()), ())):
+            row += 1
+            try:
+                texts.append(spell(value))
+            except TypeError as error:
+                raise UserError(f"column {column!r}, row {row}: a {error}, not text") from error
+        yield texts
+
+
+def text_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
+    """The column to read: ``--text_column_name`` if given, else ``text``, else the first that holds words.
+
+    Raises:
+        UserError: there is no such column, or it does not hold text.
+    """
+    if isinstance(dataset, Dataset):
+        head = dataset.with_format("arrow")[:SAMPLE]
+        sample = {column: values_of(head, column) for column in dataset.column_names}
+    else:
+        rows = list(islice(dataset, SAMPLE))
+        columns = dataset.column_names or dict.fromkeys(column for row in rows for column in row)
+        sample = {column: [row.get(column) for row in rows] for column in columns}
+    if not sample:
+        raise UserError("the data set has no columns, or no rows")
+    if name is not None and name not in sample:
+        raise UserError(f"--text_column_name {name}: no such column; there are {', '.join(sample)}")
+    column = name or ("text" if "text" in sample else None)
+    column = column or next((column for column, values in sample.items() if any(map(_is_word, values))), None)
+    there = f"--text_column_name takes one of {', '.join(sample)}"
+    if column is None:
+        raise UserError(f"no column is named text, and none of {', '.join(sample)} holds words; {there}")
+    feature = dataset.features[column] if dataset.features is not None else Value("string")
+    if isinstance(feature, Value) and "binary" not in feature.dtype:
+        return column
+    for row, value in enumerate(_all_values(dataset, column), 1):
+        if isinstance(value, (list, dict, bytes)) or not isinstance(feature, (Value, Json)):
+            raise UserError(f"column {column!r}, row {row}: {type(value).__name__}, not text; {there}")
+    return column
+
+
+def _all_values(dataset: Dataset | IterableDataset, column: str) -> Iterator:
+    if not isinstance(dataset, Dataset):
+        yield from (row[column] for row in islice(dataset, SAMPLE))
+        return
+    for table in dataset.with_format("arrow").iter(1000):
+        yield from values_of(table, column)
+
+
+def _is_word(value: object) -> bool:
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return True
+    return False

@@ -1,0 +1,116 @@
+"""Files that people bring: which they are, of what kind, and whether they can be read at all."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+from pathlib import Path
+
+from gaudi_lm.device import UserError
+
+KINDS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
+COMPRESSED = ("gz", "zst")
+DELIMITERS = (",", "\t", ";")  # that are recognised by a file's first line
+
+
+def _endings(path: str) -> list[str]:
+    endings = path.lower().rsplit("/", 1)[-1].split(".")[1:]
+    return endings[:-1] if endings and endings[-1] in COMPRESSED else endings
+
+
+def kind_of(path: str) -> str | None:
+    """``csv``, ``json``, ``text`` or ``parquet``, by a file's name; None where it is none of them."""
+    return KINDS.get((_endings(path) or [""])[-1])
+
+
+def _kind(flag: str, path: str) -> str:
+    kind = kind_of(path)
+    if kind is None:
+        raise UserError(f"{flag} {path}: the name must end in {', '.join(KINDS)}, also with .gz or .zst after it")
+    return kind
+
+
+def open_bytes(path: str):
+    """Open a file for reading bytes, through its compression (.gz, .zst) if it has one."""
+    if path.lower().endswith(".gz"):
+        return gzip.open(path, "rb")
+    if path.lower().endswith(".zst"):
+        import zstandard
+
+        # Programs that compress in parallel write many frames; by default the first one would be all.
+        reader = zstandard.ZstdDecompressor().stream_reader(io.FileIO(path), read_across_frames=True, closefd=True)
+        return io.BufferedReader(reader)
+    return open(path, "rb")
+
+
+def check_files(flag: str, pattern: str) -> tuple[str, list[str]]:
+    """The kind and the sorted paths of the files that a flag names.
+
+    Args:
+        flag: ``--train_file`` or ``--validation_file``, for the messages.
+        pattern: a path or a glob; what exists as it is written is a path, whatever characters it has.
+
+    Raises:
+        UserError: missing, empty, a directory, binary where text is due, an unknown ending, or kinds that differ.
+    """
+    paths = sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not Path(pattern).exists() else [pattern]
+    if not paths:
+        raise UserError(f"{flag} {pattern}: no file matches")
+    kinds = set()
+    for path in paths:
+        if Path(path).is_dir():
+            raise UserError(f"{flag} {path}: is a directory; name a file or a glob such as {path.rstrip('/')}/*.txt")
+        if not Path(path).is_file():
+            raise UserError(f"{flag} {path}: no such file")
+        kinds.add(_kind(flag, path))
+        if len(kinds) > 1:
+            raise UserError(f"{flag} {pattern}: files of different kinds ({', '.join(sorted(kinds))})")
+        _check_content(flag, path, kinds)
+    return kinds.pop(), paths
+
+
+def _check_content(flag: str, path: str, kinds: set[str]) -> None:
+    try:
+        with open_bytes(path) as file:
+            start = file.read(1 << 16)
+    except (OSError, EOFError) as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error})") from error
+    except Exception as error:  # zstandard has an exception class of its own
+        raise UserError(f"{flag} {path}: damaged compression ({error})") from error
+    if not start.strip():
+        raise UserError(f"{flag} {path}: the file is empty")
+    if "parquet" in kinds:
+        if not start.startswith(b"PAR1"):
+            raise UserError(f"{flag} {path}: not a parquet file")
+    elif b"\0" in start:
+        raise UserError(f"{flag} {path}: a binary file, not text")
+
+
+def bad_line(path: str) -> str | None:
+    """The first line of a file that is not UTF-8, as ``file, line N: why``."""
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"{path}, line {number}: not UTF-8 text ({error.reason})"
+    return None
+
+
+def find_delimiter(path: str, given: str | None = None) -> str:
+    """What separates the fields of a csv or tsv file: ``--csv_delimiter``, or a tab in a .tsv, or by the first line.
+
+    Raises:
+        UserError: ``--csv_delimiter`` is not a single character.
+    """
+    if given is not None:
+        delimiter = {"\\t": "\t", "tab": "\t"}.get(given, given)
+        if len(delimiter) != 1 or delimiter in '"\r\n':
+            raise UserError(f"--csv_delimiter {given!r}: one character, such as ';', or \\t for a tab")
+        return delimiter
+    if _endings(path)[-1] == "tsv":
+        return "\t"
+    with open_bytes(path) as file:
+        first = file.readline(1 << 16).decode("utf-8", "replace")
+    return next((delimiter for delimiter in DELIMITERS if delimiter in first), ",")

@@ -1,0 +1,150 @@
+"""Batches of a masked language model: lengths that stay few, and masks that a row number alone decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from gaudi_lm.data.blocks import map_rows, to_list_array
+from gaudi_lm.data.columns import texts_of
+from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, limit_predictions
+from gaudi_lm.data.ragged import join_rows, pad_rows, shorten_rows
+from gaudi_lm.data.tokenization import encode, special_ends
+from gaudi_lm.device import UserError
+
+
+def sequence_ends(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, need_padding: bool = False
+) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a single text, such as ``[CLS]`` and ``[SEP]``.
+
+    Raises:
+        UserError: the tokenizer is not one of a masked language model, or a sequence has no room for text.
+    """
+    if tokenizer.mask_token_id is None:
+        raise UserError("the tokenizer has no mask token: run_mlm.py needs one of a masked language model")
+    if need_padding and tokenizer.pad_token_id is None:
+        raise UserError("the tokenizer has no padding token, which --line_by_line needs")
+    start, end = special_ends(tokenizer)
+    if max_length <= len(start) + len(end):
+        raise UserError(f"--max_seq_length {max_length}: the start and end of a sequence leave no room for text")
+    return start, end
+
+
+def encode_lines(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each text a row with the tokenizer's start and end, at most ``max_length`` tokens; blank texts are left out.
+
+    Returns:
+        ``(tokens, lengths)``, int32 of shape ``[sum(lengths)]`` and int64 of shape ``[rows]``.
+    """
+    texts = [text.rstrip("\r\n") for text in texts if not text.isspace() and text]
+    start, end = special_ends(tokenizer)
+    content = encode(tokenizer, texts, add_special_tokens=False)
+    return join_rows(start, shorten_rows(*content, max_length - len(start) - len(end)), end)
+
+
+def make_lines(
+    texts: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    size: int,
+    limit: int | None,
+    split: str,
+    **options,
+) -> Dataset:
+    """Tokenise each text on its own, ends included, at most ``size`` tokens; blank ones are left out.
+
+    Raises:
+        UserError: all are blank.
+    """
+
+    def encode_rows(table: pa.Table) -> pa.Table:
+        texts = texts_of(table, column)
+        return pa.table({"input_ids": to_list_array(*encode_lines(texts, tokenizer, size))})
+
+    rows = map_rows(texts, encode_rows, wanted=limit, **options)
+    if not len(rows):
+        raise UserError(f"the {split} data has only blank rows in column {column!r}")
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+@dataclass
+class MaskingCollator:
+    """Rows to a batch with fresh masks.
+
+    Each token that is not special is chosen with ``probability``; of the chosen, 80% become the mask token, 10% a
+    random ordinary token, 10% stay (Devlin et al. 2019). What is drawn for a row depends on ``seed``, the row's
+    ``draw`` and nothing else: not on the batch it is in, its padding, the process, or what was drawn before.
+
+    Attributes:
+        tokenizer: one with a mask token.
+        seed: whole numbers that are the same for a whole run.
+        start, end: tokens put around each row, where the rows do not have them yet.
+        lengths: rising lengths of which the smallest that fits is padded to; none to pad to the longest row.
+        rows_predicted: from (rows, length) of a batch, how many masked tokens the model's head takes; masks beyond are
+            undone. None if it takes them all.
+        assemble: makes ``input_ids`` and what goes with them from rows, where it is not plain padding.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    probability: float
+    seed: tuple[int, ...]
+    start: list[int] = field(default_factory=list)
+    end: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    rows_predicted: Callable[[int, int], int] | None = None
+    assemble: Callable[[list[dict]], dict[str, torch.Tensor]] | None = None
+
+    def __post_init__(self):
+        size = len(self.tokenizer)
+        self._special = np.zeros(size, dtype=bool)
+        self._special[[token for token in self.tokenizer.all_special_ids if token < size]] = True
+        self._ordinary = np.flatnonzero(~self._special)
+        # Shared, so that worker processes can count too.
+        self._undone = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    @property
+    def undone(self) -> int:
+        """How many masks have been undone so far."""
+        return int(self._undone)
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """A batch: ``input_ids``, ``labels`` (-100 where nothing is masked) and, if there is padding,
+        ``attention_mask``, each int64 of shape ``[rows, length]``."""
+        batch = (self.assemble or self._pad)(rows)
+        original = batch["input_ids"]
+        masked, labels = self._mask(original.numpy(), [row["draw"] for row in rows])
+        batch["input_ids"], batch["labels"] = torch.from_numpy(masked), torch.from_numpy(labels)
+        if self.rows_predicted is not None:
+            generator = torch.Generator().manual_seed(int(rows[0]["draw"]))
+            batch["input_ids"], batch["labels"], undone = limit_predictions(
+                batch["input_ids"], batch["labels"], original, self.rows_predicted(*original.shape), generator
+            )
+            self._undone += undone
+        return batch
+
+    def _pad(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        pad = self.tokenizer.pad_token_id or 0
+        tokens, used = pad_rows([row["input_ids"] for row in rows], self.lengths, pad, self.start, self.end)
+        batch = {"input_ids": torch.from_numpy(tokens)}
+        if self.lengths or (used < tokens.shape[1]).any():
+            batch["attention_mask"] = torch.from_numpy((np.arange(tokens.shape[1]) < used[:, None]).astype(np.int64))
+        return batch
+
+    def _mask(self, input_ids: np.ndarray, draws: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        rows, length = input_ids.shape
+        # The numbers of a token stand together, so that more padding behind a row does not change them.
+        noise = np.stack([np.random.default_rng([*self.seed, int(draw)]).random((length, 3)) for draw in draws])
+        chosen = (noise[..., 0] < self.probability) & ~self._special[input_ids]
+        labels = np.where(chosen, input_ids, IGNORE_INDEX)
+        random_tokens = self._ordinary[(noise[..., 2] * len(self._ordinary)).astype(np.int64)]
+        masked = np.where(chosen & (noise[..., 1] < 0.8), self.tokenizer.mask_token_id, input_ids)
+        return np.where(chosen & (noise[..., 1] >= 0.9), random_tokens, masked), labels

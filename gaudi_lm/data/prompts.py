@@ -1,0 +1,215 @@
+"""What an example of an instruction data set says: its format, its prompt, and the turns of a conversation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Json, Value
+from transformers import PreTrainedTokenizerBase
+
+from gaudi_lm.data.columns import spell, values_of
+from gaudi_lm.data.conversations import is_conversation, read_messages, read_tools
+from gaudi_lm.device import UserError
+
+# The prompts of Stanford Alpaca (Taori et al. 2023), which many instruction models were tuned with.
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+SQL = (
+    "Answer the question about a database with one SQL query. The context holds the statements that made its "
+    "tables.\n\n### Question:\n{instruction}\n\n### Context:\n{input}\n\n### SQL:"
+)
+
+
+# The columns that people give these parts, the first one that is there is taken.
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "chat")
+INSTRUCTIONS = ("instruction", "prompt", "question", "query")
+INPUTS = ("input", "context")
+OUTPUTS = ("output", "response", "completion", "answer")
+
+
+@dataclass(frozen=True)
+class ExampleFormat:
+    """How examples are read.
+
+    Attributes:
+        style: ``instruction``, ``sql``, ``chat`` (a question and an answer through the tokenizer's chat template),
+            ``messages`` (whole conversations through it) or ``text``.
+        columns: the column of each part: ``instruction``, ``input`` and ``output``; or ``messages``, or ``prompt`` and
+            ``completion``, which are lists of messages, and perhaps ``system`` and ``tools``; or ``text``.
+    """
+
+    style: str
+    columns: dict[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.style} ({', '.join(f'{part} from {column!r}' for part, column in self.columns.items())})"
+
+
+def find_format(
+    dataset: Dataset,
+    *,
+    sql_prompt: bool = False,
+    chat_prompt: bool = False,
+    text_column: str | None = None,
+    instruction: str | None = None,
+    input: str | None = None,
+    output: str | None = None,
+) -> ExampleFormat:
+    """The format of a data set, by the flags or else by its columns.
+
+    Args:
+        instruction, input, output: names of the columns, where they are not the usual ones.
+
+    Raises:
+        UserError: a column is missing or is not text, or nothing fits.
+    """
+    there, named = dataset.column_names, instruction or input or output
+    if text_column and (sql_prompt or chat_prompt or named):
+        raise UserError("--text_column_name excludes --sql_prompt, --chat_prompt and --*_column_name")
+    if not (sql_prompt or named or text_column):
+        form = _find_conversations(dataset)
+        if form:
+            return form
+    usual = {"instruction": INSTRUCTIONS, "input": INPUTS, "output": OUTPUTS}
+    found = {part: next((name for name in names if name in there), None) for part, names in usual.items()}
+    if text_column or not (sql_prompt or chat_prompt or named or (found["instruction"] and found["output"])):
+        if not text_column and "text" not in there:
+            raise UserError(
+                f"no columns instruction and output, messages or text, but {', '.join(there)}: name them with "
+                "--instruction_column_name, --input_column_name and --output_column_name, or --text_column_name"
+            )
+        form = ExampleFormat("text", {"text": text_column or "text"})
+    else:
+        missing = {part: part for part in usual}
+        if sql_prompt and "question" in there:
+            missing = {"instruction": "question", "input": "context", "output": "answer"}
+            found = dict(missing)
+        given = {"instruction": instruction, "input": input, "output": output}
+        columns = {part: given[part] or found[part] or missing[part] for part in usual}
+        if not sql_prompt and columns["input"] not in there and not input:
+            del columns["input"]
+        form = ExampleFormat("sql" if sql_prompt else "chat" if chat_prompt else "instruction", columns)
+    for part, column in form.columns.items():
+        if column not in there:
+            raise UserError(f"--{part}_column_name {column}: no such column; there are {', '.join(there)}")
+        _check_text(dataset, column, f"--{part}_column_name")
+    return form
+
+
+def _find_conversations(dataset: Dataset) -> ExampleFormat | None:
+    """The format of conversations in a column, or in two: prompts and completions that are lists of messages."""
+    there = dataset.column_names
+    more = {part: part for part in ("system", "tools") if part in there}
+    for column in CONVERSATIONS:
+        if column in there and (column == "messages" or is_conversation(_first_value(dataset, column)[1])):
+            return ExampleFormat("messages", {"messages": column, **more})
+    prompt, completion = (next((name for name in names if name in there), None) for names in (INSTRUCTIONS, OUTPUTS))
+    if prompt and completion and is_conversation(_first_value(dataset, prompt)[1]):
+        return ExampleFormat("messages", {"prompt": prompt, "completion": completion, **more})
+    return None
+
+
+def _first_value(dataset: Dataset, column: str) -> tuple[int, Any]:
+    """The first row, from 1, in which a column has a value, and the value."""
+    for start in range(0, len(dataset), 1000):
+        for number, value in enumerate(dataset[start : start + 1000][column], start + 1):
+            if value not in (None, "", []):
+                return number, value
+    return 1, None
+
+
+def _check_text(dataset: Dataset, column: str, flag: str) -> None:
+    """Raise a UserError if a column holds neither text, nor numbers, nor booleans, nor nothing at all."""
+    feature = dataset.features[column]
+    if isinstance(feature, Json) or (isinstance(feature, (Value, ClassLabel)) and "binary" not in feature.dtype):
+        return  # a Json column holds values of several kinds: its lists and objects are refused by row
+    row, value = _first_value(dataset, column)
+    raise UserError(f"{flag} {column}, row {row}: a {type(value).__name__}, not text")
+
+
+def check_tokenizer(form: ExampleFormat, tokenizer: PreTrainedTokenizerBase, train_on_inputs: bool) -> None:
+    """Raise a UserError where the tokenizer lacks what the format needs, or the format what the flags need."""
+    if form.style == "text" and not train_on_inputs:
+        raise UserError("--train_on_inputs False: a single text column does not tell prompts from answers")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token, with which answers end: set eos_token in it")
+    if form.style in ("chat", "messages") and not tokenizer.chat_template:
+        flag = "--chat_prompt" if form.style == "chat" else f"the column {next(iter(form.columns.values()))!r}"
+        raise UserError(f"{flag} needs a chat template, which the tokenizer does not have: name a tokenizer that does")
+
+
+def text_of(table: pa.Table, name: str) -> pa.Array:
+    """A column as text: numbers and booleans are written out, a missing value counts as an empty one.
+
+    So do lists and objects, which :func:`refused_values` names.
+    """
+    column = table.column(name)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return pc.fill_null(pc.cast(column, pa.large_string()), "").combine_chunks()
+    values = ("" if isinstance(value, (list, dict)) else spell(value) for value in values_of(table, name))
+    return pa.array(values, pa.large_string())
+
+
+def refused_values(table: pa.Table, form: ExampleFormat) -> list[str | None]:
+    """For each row, why it cannot be read as text, or None."""
+    problems: list[str | None] = [None] * len(table)
+    for name in form.columns.values():
+        column = table.column(name)
+        if isinstance(column.type, pa.JsonType):
+            for row, value in enumerate(values_of(table, name)):
+                if isinstance(value, (list, dict)):
+                    problems[row] = f"column {name!r} has a {type(value).__name__}, not text"
+    return problems
+
+
+def fill_prompts(table: pa.Table, form: ExampleFormat) -> list[str]:
+    """The prompts of a table in the style ``instruction`` or ``sql``; a blank input counts as none."""
+
+    def fill(template: str, **columns: pa.Array) -> pa.Array:
+        pieces = template.replace("}", "{").split("{")
+        texts = [pa.scalar(piece, pa.large_string()) for piece in [*pieces, ""]]
+        return pc.binary_join_element_wise(
+            *(columns[piece] if place % 2 else texts[place] for place, piece in enumerate(pieces)), texts[-1]
+        )
+
+    instruction = text_of(table, form.columns["instruction"])
+    if "input" not in form.columns:
+        return fill(WITHOUT_INPUT, instruction=instruction).to_pylist()
+    given = text_of(table, form.columns["input"])
+    if form.style == "sql":
+        return fill(SQL, instruction=instruction, input=given).to_pylist()
+    blank = pc.equal(pc.utf8_trim_whitespace(given), "")
+    without = fill(WITHOUT_INPUT, instruction=instruction)
+    return pc.if_else(blank, without, fill(WITH_INPUT, instruction=instruction, input=given)).to_pylist()
+
+
+def conversation(row: dict[str, Any], form: ExampleFormat) -> tuple[list[dict], list[dict] | None, int]:
+    """The messages of a row, the tools that it names, and the number of the first message that may be an answer.
+
+    Raises:
+        ConversationError: there is no conversation, or it cannot be read.
+    """
+    parts = {part: row[column] for part, column in form.columns.items()}
+    if form.style == "chat":
+        question, more = parts["instruction"], parts.get("input", "")
+        question = f"{question}\n\n{more}" if more.strip() else question
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": parts["output"]}], None, 0
+    if "prompt" in parts:
+        messages = read_messages(parts["prompt"], "user")
+        first = len(messages)
+        messages += read_messages(parts["completion"], "assistant")
+    else:
+        messages, first = read_messages(parts["messages"]), 0
+    if parts.get("system") and messages[0]["role"] != "system":
+        messages, first = [{"role": "system", "content": str(parts["system"])}, *messages], first + bool(first)
+    return messages, read_tools(parts.get("tools")), first

@@ -1,0 +1,147 @@
+"""Which rows are in which batch: by seed and epoch alone, the same for every number of interruptions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from gaudi_lm.arguments.definitions import TrainingArguments
+from gaudi_lm.device import UserError
+
+PADDING_ROW = "padding_row"
+REAL_ROWS = "real_rows"
+
+
+class TrainingRows(torch.utils.data.Dataset):
+    """Rows as numpy arrays, asked for by numbers ``epoch * len + row``; a complement, ``~number``, completes a batch.
+
+    Each row carries that number as ``draw``: a collator that draws at random seeds itself from it, so that the draw is
+    new in each epoch and the same after a resume, in any number of worker processes.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset.with_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, numbers: list[int]) -> list[dict]:
+        own = [number if number >= 0 else ~number for number in numbers]
+        columns = self.dataset[[number % len(self.dataset) for number in own]]
+        rows = [
+            {**{name: column[place] for name, column in columns.items()}, "draw": number}
+            for place, number in enumerate(own)
+        ]
+        for row, number in zip(rows, numbers, strict=True):
+            if number < 0:
+                row[PADDING_ROW] = True
+        return rows
+
+
+def loader_options(args: TrainingArguments) -> dict:
+    """Options of a ``DataLoader`` by the flags, in training and evaluation alike."""
+    return {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory and args.device.type != "cpu",
+        "prefetch_factor": args.dataloader_prefetch_factor,
+    }
+
+
+def silence_padding_rows(collator: Callable[[list[dict]], dict]) -> Callable[[list[dict]], dict]:
+    """A collator that gives rows which only complete a batch the labels -100, so that they add nothing to any sum.
+
+    Its batches say under ``real_rows`` which are the others, bool of shape ``[rows]``.
+    """
+    return partial(_collate_silenced, collator)
+
+
+def _collate_silenced(collator: Callable[[list[dict]], dict], rows: list[dict]) -> dict:
+    completing = torch.tensor([row.pop(PADDING_ROW, False) for row in rows])
+    batch = collator(rows)
+    batch["labels"][completing] = -100
+    batch[REAL_ROWS] = ~completing
+    return batch
+
+
+class TrainingBatches:
+    """Batches of one rank: a new permutation each epoch, every batch full.
+
+    Batch k of an epoch belongs to rank ``k % world_size``, so that n ranks take in one step the rows that one rank
+    with n times the batch takes. The last step is completed with the first rows of the epoch's permutation, which come
+    as complements and are not trained on again, or left out with ``drop_last``.
+
+    Raises:
+        UserError: ``drop_last`` leaves nothing.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        group_by_length: bool = False,
+    ):
+        self.rows = len(dataset)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        per_step = batch_size * world_size
+        self.steps = self.rows // per_step if drop_last else -(-self.rows // per_step)
+        if not self.steps:
+            raise UserError(
+                f"--dataloader_drop_last leaves nothing: {self.rows} rows are less than one step of {per_step}"
+            )
+        self.lengths: list[int] | None = None
+        if group_by_length:
+            column = dataset.with_format("arrow")[:]["input_ids"]
+            self.lengths = pc.list_value_length(column).to_pylist()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def _order(self) -> np.ndarray:
+        if self.lengths is None:
+            return np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return np.array(
+            get_length_grouped_indices(self.lengths, self.batch_size * self.world_size, generator=generator)
+        )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.resize(self._order(), self.steps * self.batch_size * self.world_size) + self.epoch * self.rows
+        order[self.rows :] = ~order[self.rows :]
+        for step in range(self.steps):
+            start = (step * self.world_size + self.rank) * self.batch_size
+            yield order[start : start + self.batch_size].tolist()
+
+
+def count_tokens(batch: dict[str, torch.Tensor]) -> tuple[int, int, int]:
+    """Rows, tokens that are not padding, and positions of a batch in host memory.
+
+    A batch without an attention mask has no padding. A block-diagonal mask ``[rows, length, length]`` or
+    ``[rows, 1, length, length]`` counts by its diagonal. Rows that only complete a batch are neither rows nor tokens:
+    ``real_rows``, which tells them and is not for the model, is taken out of the batch.
+    """
+    rows, length = batch["input_ids"].shape
+    real = batch.pop(REAL_ROWS, torch.ones(rows, dtype=torch.bool))
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return int(real.sum()), int(real.sum()) * length, rows * length
+    if mask.dim() > 2:
+        mask = mask.diagonal(dim1=-2, dim2=-1)
+        mask = mask if not mask.is_floating_point() else mask == 0
+    return int(real.sum()), int(mask[real].bool().sum()), rows * length

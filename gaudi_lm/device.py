@@ -1,0 +1,283 @@
+"""Which card a run uses, and the environment it needs before torch is imported.
+
+Nothing here imports torch: the scripts call :func:`choose_card` first, then import the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import gc
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from gaudi_lm.config_files import expand_config_file
+from gaudi_lm.errors import UserError, user_errors
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Run ``main`` as the whole of this process: user errors in one line, and a sure end of several ranks.
+
+    Where ranks talk to each other, this does not return: they wait for each other, then the process ends as those of
+    `multiprocessing` do: threads, exit handlers, open streams, ``os._exit``. In torch 2.13 no other ending is sure.
+    A thread of gloo that is done with a collective lets go of a Python object (what `torch.autograd` keeps for its
+    threads), for which it needs the interpreter's lock. The group's destructor holds that lock while it waits for the
+    thread: after `destroy_process_group` a deadlock, wherever DistributedDataParallel, a trainer or a traceback has
+    the last reference. Where the interpreter is torn down first, the thread takes the process down with SIGABRT.
+    ``main`` therefore leaves the group alone.
+    """
+    status: object = None
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # a rank may wait for others, and Python's handlers with it
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, partial(_end_at_once, os.getpid()))  # training has handlers of its own
+    try:
+        with user_errors():
+            main()
+    except SystemExit as end:
+        status = end.code
+    except BaseException as error:
+        if not _has_process_group():
+            raise
+        sys.excepthook(*sys.exc_info())
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+    if not _has_process_group():
+        sys.exit(status)
+    if status is not None and not isinstance(status, int):
+        print(status, file=sys.stderr)
+        status = 1
+    if not status:
+        # Rank 0 may hold the store that the others use, and a card may still be at the last collective. Where another
+        # rank has failed instead, there is nothing to wait for.
+        with suppress(Exception):
+            sys.modules["torch"].distributed.barrier()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    gc.collect()  # closes forgotten files
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # nobody reads any more, or the disk is full: what Python says then
+            status = status or 120
+    os._exit(status or 0)
+
+
+def _end_at_once(process: int, number: int, frame) -> None:
+    """On a signal outside of training: no traceback, and the status that the signal means."""
+    signal.signal(number, signal.SIG_DFL)
+    if os.getpid() == process:
+        os.write(2, f"{signal.Signals(number).name}: ended outside of training, there was nothing to save\n".encode())
+        sys.exit(128 + number)
+    os.kill(os.getpid(), number)  # a process of a library's own, which has inherited this
+
+
+def _say_interrupted(kind: type[BaseException], error: BaseException, trace) -> None:
+    """For ``sys.excepthook``: Ctrl-C while libraries are imported is no error to be traced."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def _has_process_group() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def parse_bool(text: str) -> bool:
+    """``true``/``yes``/``on``/``1`` and ``false``/``no``/``off``/``0`` in any case."""
+    lowered = text.lower()
+    if lowered in ("true", "t", "yes", "y", "on", "1"):
+        return True
+    if lowered in ("false", "f", "no", "n", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def simulated_cards() -> int:
+    """The number of simulated cards that ``GAUDI_SIMULATOR`` asks for; 0 where it is unset.
+
+    Raises:
+        UserError: the value is not a whole number of at least 1.
+    """
+    text = os.environ.get("GAUDI_SIMULATOR", "")
+    if not text:
+        return 0
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"GAUDI_SIMULATOR is {text!r}: it holds the number of simulated cards, at least 1")
+    return int(text)
+
+
+def count_cards(environ: dict[str, str], root: str = "/") -> int:
+    """Cards on this host: simulated ones, else those under /dev/accel or /sys/class/accel that may be used."""
+    if simulated := simulated_cards():
+        return simulated
+    for folder in ("dev/accel", "sys/class/accel"):
+        if found := len(list(Path(root, folder).glob("accel[0-9]*"))):  # not accel_controlD*
+            allowed = [word for word in environ.get("HABANA_VISIBLE_MODULES", "").split(",") if word]
+            return min(found, len(allowed) or found)
+    return 0
+
+
+def check_cards(cards: int, ranks: int, on_cpu: bool, on_card: bool) -> None:
+    """Refuse more ranks than cards on a host, unless they run on the CPU.
+
+    Raises:
+        UserError: too few cards, or none where the flags ask for one.
+    """
+    if ranks > cards and not on_cpu and (cards or on_card):
+        raise UserError(
+            f"{ranks} ranks on this host but {cards} cards: lower --world_size, rehearse on simulated cards with "
+            f"GAUDI_SIMULATOR={ranks} in the environment, or append --use_cpu to the script's flags"
+        )
+
+
+def wanted_card(arguments: list[str]) -> tuple[bool, bool]:
+    """Whether a script's flags, on its command line or in its configuration file, ask for the CPU, and for a Gaudi."""
+    try:
+        flags = _card_flags(expand_config_file(arguments))
+    except (UserError, OSError, ValueError, ImportError):  # of another script perhaps, or for the script to report
+        return False, False
+    return bool(flags.use_cpu), bool(flags.use_habana)
+
+
+def set_mpi_places() -> None:
+    """Under mpirun alone, give its ranks the variables that torchrun and DeepSpeed set.
+
+    Where the ranks of several hosts meet, ``MASTER_ADDR``, is for the user to say.
+    """
+    if "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" not in os.environ:
+        return
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{name.replace('WORLD_', '')}"]
+    if os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"]:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def real_frameworks() -> bool:
+    """Whether a ``habana_frameworks`` that is not the simulator's stand-in can be imported."""
+    import simulator
+
+    spec = importlib.util.find_spec("habana_frameworks")
+    if spec is None:
+        return False
+    places = [*(spec.submodule_search_locations or []), spec.origin or ""]
+    return not any(place.startswith(simulator.STAND_IN) for place in places)
+
+
+def add_stand_in() -> None:
+    """Make ``habana_frameworks`` importable, here and in child processes, on a host that lacks it.
+
+    The stand-in goes to the end of both paths, so that a real package always wins.
+    """
+    import simulator
+
+    if simulator.STAND_IN not in sys.path:
+        sys.path.append(simulator.STAND_IN)
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if simulator.STAND_IN not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*paths, simulator.STAND_IN])
+
+
+def _card_flags(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names = ("use_habana", "use_cpu", "use_lazy_mode", "torch_compile")
+    for name in names:
+        parser.add_argument(f"--{name}", nargs="?", const=True, default=None, type=parse_bool)
+    parser.add_argument("--torch_compile_backend")
+    full = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        name = name.replace("-", "_").replace("__", "--", 1).replace("--no_cuda", "--use_cpu")
+        meant = [f"--{flag}" for flag in names if len(name) > 2 and f"--{flag}".startswith(name)]
+        # A beginning that other flags share is refused later, by the parser that knows them all.
+        full.append(f"{meant[0]}{equals}{value}" if len(meant) == 1 else word)
+    try:
+        parser.exit_on_error = False
+        return parser.parse_known_args(full)[0]
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}") from error
+
+
+def _set_lazy_mode(flags: argparse.Namespace) -> None:
+    """PT_HPU_LAZY_MODE must stand in the environment before torch is imported; the user's own value wins."""
+    own = os.environ.get("PT_HPU_LAZY_MODE")
+    compiled = bool(flags.torch_compile or flags.torch_compile_backend)
+    wanted = not compiled if flags.use_lazy_mode is None else flags.use_lazy_mode
+    if own is None:
+        os.environ["PT_HPU_LAZY_MODE"] = "1" if wanted else "0"
+    elif flags.use_lazy_mode is not None and (own != "0") != wanted:
+        raise UserError(
+            f"--use_lazy_mode {wanted} contradicts PT_HPU_LAZY_MODE={own} in the environment: change one of the two"
+        )
+
+
+def choose_card(argv: list[str]) -> None:
+    """Prepare the environment for the card that the flags ask for; call it before torch is imported.
+
+    ``--use_cpu`` wins over ``--use_habana``. Ends the process with exit code 2 and one line where the flags ask for a
+    card that is not there. Flags that choose no card at all are left to the argument parser, which also serves
+    ``--help``.
+    """
+    sys.excepthook = _say_interrupted
+    with user_errors():
+        set_mpi_places()
+        flags = _card_flags(expand_config_file(argv))
+        cards = simulated_cards()
+        real = real_frameworks()
+        if flags.use_cpu:
+            # Child processes (data loaders, launchers) must not see a card either.
+            os.environ.pop("GAUDI_SIMULATOR", None)
+            # accelerate imports an installed DeepSpeed, which would look for the card that the stand-in names.
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        elif real and cards:
+            raise UserError(
+                "GAUDI_SIMULATOR is set on a host that has a real habana_frameworks: unset it to use the real cards"
+            )
+        elif flags.use_habana and not real and not cards:
+            raise UserError(
+                "--use_habana: this host has no Gaudi software (habana_frameworks). Rehearse on simulated cards with "
+                "GAUDI_SIMULATOR=1 in the environment, or append --use_cpu to run on the CPU"
+            )
+        elif flags.use_habana:
+            _set_lazy_mode(flags)
+        if not real:
+            add_stand_in()
+            # Where there is no Gaudi, a warning at every start that hl-smi is missing says nothing new.
+            logging.getLogger("optimum.habana.utils.misc").setLevel(logging.ERROR)
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        # Otherwise `datasets` reports each use of a hub data set to an address outside the hub.
+        os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def set_up_logging(main_rank: bool, level: int | None = None) -> logging.Logger:
+    """One line a fact, on stderr, from the main rank only; progress bars only on a terminal.
+
+    Args:
+        level: of our own log and of the libraries'; by default the main rank's facts and the libraries' warnings.
+
+    Returns:
+        The logger that the scripts share.
+    """
+    import datasets
+    import transformers
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logger = logging.getLogger("gaudi_lm")
+    logger.setLevel(level or (logging.INFO if main_rank else logging.ERROR))
+    libraries = level or (logging.WARNING if main_rank else logging.ERROR)
+    transformers.utils.logging.set_verbosity(libraries)
+    datasets.utils.logging.set_verbosity(libraries)
+    if not (main_rank and sys.stderr.isatty()):
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    return logger

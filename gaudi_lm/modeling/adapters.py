@@ -1,0 +1,245 @@
+"""Adapters: their flags, put on a model, loaded, merged."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from gaudi_lm.device import UserError
+from gaudi_lm.modeling.adalora import load_adalora, refuse_deepspeed, saved_config
+
+logger = logging.getLogger("gaudi_lm")
+
+
+@dataclass
+class AdapterArguments:
+    """Which adapter, and its settings."""
+
+    peft_type: str = field(
+        default="lora",
+        metadata={
+            "help": "Kind of adapter.",
+            "choices": ["lora", "adalora", "ia3", "vera", "ln_tuning", "llama-adapter"],
+        },
+    )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA's matrices."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA's output is scaled by alpha / rank."})
+    lora_dropout: float = field(
+        default=0.05, metadata={"help": "Dropout before LoRA's, AdaLoRA's and VeRA's matrices."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers that get a LoRA or AdaLoRA: names, a regular expression for the whole name of a layer, or "
+            "all-linear; by default peft's for the model."
+        },
+    )
+    adalora_init_r: int = field(default=12, metadata={"help": "AdaLoRA: rank of every matrix at first."})
+    adalora_target_r: int = field(default=4, metadata={"help": "AdaLoRA: average rank in the end."})
+    adalora_tinit: int = field(default=50, metadata={"help": "AdaLoRA: steps before ranks are reduced."})
+    adalora_tfinal: int = field(default=100, metadata={"help": "AdaLoRA: steps after ranks are reduced."})
+    adalora_delta_t: int = field(default=10, metadata={"help": "AdaLoRA: steps between two reductions."})
+    adalora_orth_reg_weight: float = field(default=0.5, metadata={"help": "AdaLoRA: weight of orthogonality."})
+    ia3_target_modules: list[str] | None = field(default=None, metadata={"help": "IA3: layers that are scaled."})
+    feedforward_modules: list[str] | None = field(
+        default=None, metadata={"help": "IA3: those of them that are scaled at their input."}
+    )
+    adapter_layers: int = field(
+        default=30, metadata={"help": "llama-adapter: layers that get a prompt, from the top."}
+    )
+    adapter_len: int = field(default=10, metadata={"help": "llama-adapter: tokens of a prompt."})
+    vera_target_modules: list[str] | None = field(default=None, metadata={"help": "VeRA: layers that get one."})
+    ln_target_modules: list[str] | None = field(default=None, metadata={"help": "ln_tuning: norms that are tuned."})
+
+
+TARGET_FLAGS = {
+    "lora": "--lora_target_modules",
+    "adalora": "--lora_target_modules",
+    "ia3": "--ia3_target_modules",
+    "vera": "--vera_target_modules",
+    "ln_tuning": "--ln_target_modules",
+    "llama-adapter": "--adapter_layers",
+}
+
+
+def chosen_layers(flag: str, words: list[str] | None) -> list[str] | str | None:
+    """Names of layers, parted by spaces or commas, or one regular expression, as peft takes them.
+
+    Raises:
+        UserError: an expression that cannot be read, or that stands among names.
+    """
+    if not words:
+        return None
+    expressions = [word for word in words if re.search(r"[\\^$*+?{}()|\[\]]", word)]
+    if not expressions:
+        names = [name for word in words for name in re.split(r"[,\s]+", word) if name]
+        if not names:
+            raise UserError(f"{flag}: no layer is named")
+        return names[0] if names == ["all-linear"] else names
+    if len(words) > 1:
+        raise UserError(f"{flag} {expressions[0]}: a regular expression stands alone; join several by |")
+    try:
+        re.compile(words[0])
+    except re.error as error:
+        raise UserError(f"{flag} {words[0]}: not a regular expression ({error})") from error
+    return words[0]
+
+
+def adapter_config(args: AdapterArguments) -> PeftConfig:
+    """The adapter that the flags describe.
+
+    Raises:
+        UserError: a rank, a length, a dropout or a schedule that cannot be.
+    """
+    if args.peft_type == "adalora":
+        refuse_deepspeed()
+    if args.peft_type == "adalora" and args.adalora_init_r <= args.adalora_target_r:
+        raise UserError(
+            f"--adalora_init_r {args.adalora_init_r}: ranks only shrink, to --adalora_target_r {args.adalora_target_r}"
+        )
+    if args.peft_type == "llama-adapter":
+        return AdaptionPromptConfig(
+            adapter_layers=args.adapter_layers, adapter_len=args.adapter_len, task_type="CAUSAL_LM"
+        )
+    flag = TARGET_FLAGS[args.peft_type]
+    targets = chosen_layers(flag, getattr(args, flag.removeprefix("--")))
+    common = {"target_modules": targets, "task_type": "CAUSAL_LM"}
+    lora = {"lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, **common}
+    try:
+        if args.peft_type == "lora":
+            return LoraConfig(r=args.lora_rank, **lora)
+        if args.peft_type == "vera":
+            return VeraConfig(vera_dropout=args.lora_dropout, **common)
+        if args.peft_type == "ia3":
+            inputs = chosen_layers("--feedforward_modules", args.feedforward_modules)
+            return IA3Config(feedforward_modules=inputs, **common)
+        if args.peft_type == "ln_tuning":
+            return LNTuningConfig(**common)
+        return AdaLoraConfig(
+            init_r=args.adalora_init_r,
+            target_r=args.adalora_target_r,
+            tinit=args.adalora_tinit,
+            tfinal=args.adalora_tfinal,
+            deltaT=args.adalora_delta_t,
+            orth_reg_weight=args.adalora_orth_reg_weight,
+            total_step=args.adalora_tinit + args.adalora_tfinal + 1,  # the trainer puts the run's own number there
+            **lora,
+        )
+    except ValueError as error:
+        raise UserError(f"--peft_type {args.peft_type}: {error}") from error
+
+
+def patch_adapters() -> None:
+    """Let AdaLoRA and llama-adapter layers call optimum-habana's models as those want to be called."""
+    from optimum.habana.peft import (
+        GaudiAdaloraLayerSVDLinearForward,
+        GaudiAdaptedAttention_getattr,
+        GaudiAdaptedAttentionPreAttnForward,
+    )
+    from peft import tuners
+
+    tuners.adalora.SVDLinear.forward = GaudiAdaloraLayerSVDLinearForward
+    attention = tuners.adaption_prompt.AdaptedAttention
+    attention.pre_attn_forward = GaudiAdaptedAttentionPreAttnForward
+    attention.__getattr__ = GaudiAdaptedAttention_getattr
+
+
+def layer_names(model: torch.nn.Module, norms: bool = False) -> list[str]:
+    """The last names of the linear layers, or of the norms, without the output embedding."""
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if (("Norm" in type(module).__name__) if norms else isinstance(module, (torch.nn.Linear, Conv1D)))
+            and module is not head
+        }
+    )
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig, flag: str) -> PeftModel:
+    """Freeze the model and put a new adapter on it.
+
+    Args:
+        flag: the flag that names the layers, for the messages.
+
+    Raises:
+        UserError: a target that matches no layer, or an adapter that the model cannot have.
+    """
+    norms = config.peft_type == "LN_TUNING"
+    layers = ", ".join(layer_names(model, norms))
+    there = f"the model's {'norms' if norms else 'linear layers'} are {layers}"
+    modules = [name for name, _ in model.named_modules()]
+    targets = getattr(config, "target_modules", None) or ()
+    for target in () if isinstance(targets, str) else sorted(targets):
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            raise UserError(f"{flag} {target}: no such layer; {there}")
+    try:
+        adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{flag}: {str(error).splitlines()[0]}; {there}") from error
+    return _announced(adapted)
+
+
+def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftModel:
+    """Put a saved adapter on the model: a folder or a hub name.
+
+    Raises:
+        UserError: there is no adapter, or it was made for another model.
+    """
+    config = saved_config(name)
+    try:
+        saved = load_peft_weights(name, device="cpu")
+        if config.peft_type == PeftType.ADALORA:
+            if trainable:
+                refuse_deepspeed()
+            adapted = load_adalora(model, config, saved, trainable)
+        else:
+            adapted = PeftModel.from_pretrained(model, name, is_trainable=trainable)
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise UserError(f"--adapter_name_or_path {name}: no adapter there ({str(error).splitlines()[0]})") from error
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--adapter_name_or_path {name}: made for another model ({reason})") from error
+    unlike = set(saved) ^ set(get_peft_model_state_dict(adapted))
+    if unlike:
+        raise UserError(
+            f"--adapter_name_or_path {name}: made for another model; {len(unlike)} tensors are in one and not in the "
+            f"other, such as {sorted(unlike)[0]}"
+        )
+    return _announced(adapted)
+
+
+def _announced(model: PeftModel) -> PeftModel:
+    if model.peft_type == "ADAPTION_PROMPT":
+        # Its wrapper keeps the model's forward method of this moment; the one that is there later must be called.
+        model.base_model.forward = partial(torch.nn.Module.__call__, model.base_model.model)
+    if model.peft_type == "ADALORA" and "trainable_adapter_name" not in vars(model.base_model):
+        # Its forward pass asks for this name whenever there is a loss, and sets it for training only.
+        model.base_model.trainable_adapter_name = model.active_adapter
+    trained, total = model.get_nb_trainable_parameters()
+    kind = model.active_peft_config.peft_type.lower().replace("adaption_prompt", "llama-adapter")
+    logger.info("adapter: %s; %d of %d parameters are trained (%.4g%%)", kind, trained, total, 100 * trained / total)
+    return model

@@ -1,0 +1,110 @@
+"""Flags that only the models of optimum-habana know: on to the model, or refused by name."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+
+from optimum.habana.distributed import apply_zero3_leaf_promotion
+from optimum.habana.transformers.trainer import _get_input_update_settings
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from gaudi_lm.architectures import architecture_of
+from gaudi_lm.arguments.definitions import ModelArguments, TrainingArguments
+from gaudi_lm.device import UserError
+
+logger = logging.getLogger("gaudi_lm")
+
+FLASH_ATTENTION = (
+    "flash_attention_recompute",
+    "flash_attention_causal_mask",
+    "flash_attention_fast_softmax",
+    "flash_attention_fp8",
+)
+
+
+def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training_args: TrainingArguments) -> None:
+    """Let the flags that only optimum-habana's models know reach the model, or refuse them by name.
+
+    GaudiTrainer reads them from the generation configuration and passes them to ``forward`` in each step.
+
+    Raises:
+        UserError: the model has no such setting.
+    """
+    fused = training_args.attn_implementation == "gaudi_fused_sdpa"
+    flags = {name: getattr(training_args, name) for name in FLASH_ATTENTION}
+    flags["attn_softmax_bf16"] = model_args.attn_softmax_bf16
+    fused_rope = getattr(model_args, "use_fused_rope", True)
+    if training_args.device.type != "hpu":
+        idle = [f"--{name}" for name, value in flags.items() if value] + ["--use_fused_rope False"] * (not fused_rope)
+        if idle:
+            logger.info("--use_cpu wins over %s", ", ".join(idle))
+        return
+    if training_args.use_zero3_leaf_promotion:
+        promote_leaves(model)
+    module = sys.modules[type(model).forward.__module__]
+    if not fused_rope:
+        if not hasattr(module, "has_fused_rope"):
+            raise UserError(f"--use_fused_rope False: {model.config.model_type} has no fused rotary embedding")
+        model.generation_config.use_fused_rope = False
+    if not module.__name__.startswith("optimum.habana"):
+        # The model of transformers itself: its fused attention takes these two from the environment.
+        flags |= {"flash_attention_recompute": False, "flash_attention_fast_softmax": False}
+    elif fused:
+        flags["use_flash_attention"] = True
+    wanted = [name for name, value in flags.items() if value]
+    for name in wanted:
+        setattr(model.generation_config, name, True)
+    passed = _get_input_update_settings(model)[1].keys() & inspect.signature(model.forward).parameters.keys()
+    for name in wanted:
+        if name not in passed:
+            flag = "--attn_implementation gaudi_fused_sdpa" if name == "use_flash_attention" else f"--{name}"
+            raise UserError(f"{flag}: optimum-habana's {model.config.model_type} does not take it in training")
+
+
+def check_attention(config: PretrainedConfig, training_args: TrainingArguments, found: str, patched: bool = False):
+    """Say where ``sdpa``, the default on the CPU, is computed eagerly; refuse it where it was chosen.
+
+    Args:
+        found: the attention that transformers gave the model.
+        patched: the model is optimum-habana's, which takes the setting and mostly computes as ever.
+
+    Raises:
+        UserError: the model has no such attention.
+    """
+    has_it = found == "sdpa" and (not patched or architecture_of(config).patched_sdpa)
+    if training_args.attn_implementation != "sdpa" or has_it:
+        return
+    if "attn_implementation" not in training_args.chosen:
+        logger.info("attention: eager, since %s has no sdpa", config.model_type)
+        return
+    whose, fused = ("optimum-habana's ", " or gaudi_fused_sdpa") if patched else ("", "")
+    raise UserError(
+        f"--attn_implementation sdpa: {whose}{config.model_type} does not have it; leave the flag out, or choose "
+        f"eager{fused}"
+    )
+
+
+def complete_generation_config() -> None:
+    """Give transformers' generation configuration the settings that GaudiTrainer reads from it, unset.
+
+    On a card, optimum-habana's own configuration has them. As class attributes they are not saved with a model.
+    """
+    for name in ("attn_softmax_bf16", "use_flash_attention", *FLASH_ATTENTION):
+        setattr(GenerationConfig, name, None)
+
+
+def promote_leaves(model: PreTrainedModel) -> None:
+    """Let ZeRO-3 gather the weights of a whole layer at once, where optimum-habana knows which modules are layers.
+
+    Raises:
+        UserError: another stage than 3, or an architecture that it does not know.
+    """
+    if not is_deepspeed_zero3_enabled():
+        raise UserError("--use_zero3_leaf_promotion: the --deepspeed configuration is not of stage 3")
+    known = ("llama", "mixtral", "qwen3_moe")
+    if model.config.model_type not in known:
+        raise UserError(f"--use_zero3_leaf_promotion: {model.config.model_type} is not among {', '.join(known)}")
+    apply_zero3_leaf_promotion(model)

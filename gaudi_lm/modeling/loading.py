@@ -1,0 +1,296 @@
+"""Configuration, tokenizer and model, from a folder, the hub, or from scratch."""
+
+from __future__ import annotations
+
+import logging
+from argparse import ArgumentTypeError
+
+import torch
+import transformers.modeling_utils
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from gaudi_lm.architectures import PADDING, architecture_of, is_patched
+from gaudi_lm.arguments.definitions import ModelArguments, TrainingArguments
+from gaudi_lm.arguments.model_files import check_config, first_line, tokenizer_damage
+from gaudi_lm.data.memory import keep_freed_memory
+from gaudi_lm.device import UserError, parse_bool
+from gaudi_lm.errors import nearest
+from gaudi_lm.modeling.activations import fuse_activations
+from gaudi_lm.modeling.attention import check_attention, hand_over_flags
+from gaudi_lm.modeling.dropout import install_dropout
+
+logger = logging.getLogger("gaudi_lm")
+
+# For a model whose weights are only there in pickled form, transformers would ask a public service to convert them.
+transformers.modeling_utils.auto_conversion = lambda *args, **kwargs: (None, None, None)
+
+
+def _hub_options(model_args: ModelArguments) -> dict:
+    return {
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+
+
+def load_config(
+    model_args: ModelArguments, model_type: str | None = None, config_overrides: str | None = None
+) -> PretrainedConfig:
+    """The model's configuration, by ``--config_name``, ``--model_name_or_path`` or ``--model_type``.
+
+    Raises:
+        UserError: no such model or type, or overrides that do not fit.
+    """
+    if config_overrides and (model_args.model_name_or_path or model_args.config_name):
+        flag = "--model_name_or_path" if model_args.model_name_or_path else "--config_name"
+        raise UserError(f"--config_overrides changes a model made by --model_type; it cannot be combined with {flag}")
+    name = model_args.config_name or model_args.model_name_or_path
+    if name:
+        flag = "--config_name" if model_args.config_name else "--model_name_or_path"
+        try:
+            config = AutoConfig.from_pretrained(name, **_hub_options(model_args))
+        except Exception as error:  # what a damaged or foreign file leads to is of any class
+            raise UserError(f"{flag} {name}: no configuration ({first_line(error)})") from error
+        check_config(flag, name, config)
+        return config
+    if not model_type:
+        raise UserError(
+            "no model: give --model_name_or_path to fine-tune, or --config_name or --model_type to train from scratch"
+        )
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(f"--model_type {model_type}: unknown{nearest(model_type, list(CONFIG_MAPPING.keys()))}")
+    config = CONFIG_MAPPING[model_type]()
+    if config_overrides:
+        override_config(config, config_overrides)
+        check_config("--config_overrides", config_overrides, config)
+        logger.info("configuration: %s with %s", model_type, config_overrides)
+    return config
+
+
+def override_config(config: PretrainedConfig, overrides: str) -> None:
+    """Set ``key=value`` pairs, separated by commas, in place, each in the type of the value it replaces.
+
+    Raises:
+        UserError: an unknown key (the nearest are named), or a value of another type.
+    """
+    for pair in overrides.split(","):
+        key, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise UserError(f"--config_overrides: {pair!r} is not of the form key=value")
+        known = config.to_dict()
+        if key not in known and key not in config.attribute_map:
+            raise UserError(
+                f"--config_overrides: {config.model_type} has no {key}{nearest(key, [*known, *config.attribute_map])}"
+            )
+        old = getattr(config, key)
+        kind = type(old)
+        try:
+            if old is None:
+                value = _guess(text)
+            elif kind is bool:
+                value = parse_bool(text)
+            elif kind is int and "dropout" in key:
+                value = float(text)  # some configurations write no dropout as 0
+            elif kind in (int, float, str):
+                value = kind(text)
+            else:
+                raise UserError(
+                    f"--config_overrides: {key} is a {kind.__name__}, which cannot be set from the command line"
+                )
+        except (ValueError, ArgumentTypeError) as error:
+            raise UserError(f"--config_overrides: {key} takes a {kind.__name__}, not {text!r}") from error
+        setattr(config, key, value)
+
+
+def _guess(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer, by ``--tokenizer_name`` or ``--model_name_or_path``.
+
+    Raises:
+        UserError: neither is given, or there is no tokenizer there.
+    """
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    if not name:
+        raise UserError("no tokenizer: a model from scratch needs --tokenizer_name (a folder or a hub name)")
+    flag = "--tokenizer_name" if model_args.tokenizer_name else "--model_name_or_path"
+    try:
+        return AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **_hub_options(model_args))
+    except Exception as error:  # likewise
+        raise UserError(f"{flag} {name}: no tokenizer ({tokenizer_damage(name) or first_line(error)})") from error
+
+
+def fit_vocabulary(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, from_scratch: bool, config_overrides: str | None
+) -> None:
+    """Before a model is made from scratch, give its configuration the tokenizer's special tokens and vocabulary size.
+
+    A size that the user set by ``--config_overrides`` is left alone; a checkpoint's embedding is enlarged after
+    loading, by :func:`load_model`.
+
+    Raises:
+        UserError: the user's own size is smaller than the tokenizer's vocabulary, or a padding token is needed.
+    """
+    if architecture_of(config).first_position == PADDING and tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{config.model_type} counts positions from the padding token, and the tokenizer has none: choose another "
+            "by --tokenizer_name, or give this one a pad_token in its tokenizer_config.json"
+        )
+    if not from_scratch:
+        return
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, getattr(tokenizer, name))
+    if config.vocab_size == len(tokenizer):
+        return
+    frozen = any(pair.split("=")[0].strip() == "vocab_size" for pair in (config_overrides or "").split(","))
+    if frozen:
+        if config.vocab_size < len(tokenizer):
+            raise UserError(
+                f"--config_overrides: vocab_size={config.vocab_size} is smaller than the tokenizer's {len(tokenizer)}"
+            )
+        return
+    logger.info(
+        "vocabulary size: %d, as the tokenizer has (the configuration says %d)", len(tokenizer), config.vocab_size
+    )
+    config.vocab_size = len(tokenizer)
+
+
+def resolve_dtype(name: str | None) -> torch.dtype | str | None:
+    """A torch dtype from its name; ``auto`` and None stay as they are."""
+    return name if name in (None, "auto") else getattr(torch, name)
+
+
+def load_model(
+    auto_class: type,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+    **options,
+) -> PreTrainedModel:
+    """The model: weights from ``--model_name_or_path``, or new ones from the seed.
+
+    Args:
+        auto_class: such as ``AutoModelForCausalLM``.
+        options: passed to ``from_pretrained`` or ``from_config``, such as ``device_map``.
+
+    Raises:
+        UserError: no weights there, an attention the model does not have, or a model without embeddings to enlarge.
+    """
+    config.use_cache = model_args.use_cache
+    dtype = resolve_dtype(model_args.torch_dtype)
+    options = {"attn_implementation": training_args.attn_implementation, "torch_dtype": dtype, **options}
+    name = model_args.model_name_or_path
+    hub_options = _hub_options(model_args)
+    if config._commit_hash and not model_args.config_name:
+        # The configuration's own commit. By a branch's name, ranks that fill one cache together at times find no
+        # weights in it: each writes down anew which commit the branch is at, while others read that.
+        hub_options["revision"] = config._commit_hash
+
+    def make(**options) -> PreTrainedModel:
+        if name:
+            return auto_class.from_pretrained(
+                name,
+                config=config,
+                low_cpu_mem_usage=model_args.low_cpu_mem_usage or "device_map" in options,
+                **hub_options,
+                **options,
+            )
+        if options["torch_dtype"] == "auto":
+            options["torch_dtype"] = None
+        # Weights that ZeRO-3 has divided are empty to what initialises them (transformers 4.55): they would keep
+        # torch's defaults, or fail. So each rank makes the whole model, and DeepSpeed divides it afterwards.
+        deepspeed = getattr(training_args, "hf_deepspeed_config", None)
+        unset_hf_deepspeed_config()
+        try:
+            return auto_class.from_config(config, trust_remote_code=model_args.trust_remote_code, **options)
+        finally:
+            if deepspeed is not None:
+                set_hf_deepspeed_config(deepspeed)
+
+    try:
+        try:
+            model = make(**options)
+        except ValueError as error:
+            # The default of the CPU is tried first; some architectures have eager attention only.
+            if "scaled_dot_product_attention" not in str(error) or training_args.attn_implementation != "sdpa":
+                raise
+            check_attention(config, training_args, "eager")
+            model = make(**{**options, "attn_implementation": "eager"})
+        else:
+            check_attention(config, training_args, model.config._attn_implementation, is_patched(model))
+    except UserError:
+        raise
+    except Exception as error:  # likewise; nothing has been written yet
+        raise UserError(
+            f"{'--model_name_or_path ' + name if name else config.model_type}: {first_line(error)}"
+        ) from error
+    embedding = model.get_input_embeddings().weight
+    # Under ZeRO-3 a rank holds a part of the weight; ds_shape is the whole.
+    rows = getattr(embedding, "ds_shape", embedding.shape)[0]
+    if len(tokenizer) > rows:
+        logger.info("embedding: enlarged from %d to the tokenizer's %d rows", rows, len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer))
+    hand_over_flags(model, model_args, training_args)
+    fuse_activations(model)
+    if training_args.use_cpu:
+        prepare_cpu(training_args.fast_dropout)
+    if not name:
+        total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        logger.info("new %s with %.1fM parameters", config.model_type, total / 1e6)
+    return model
+
+
+def prepare_cpu(fast_dropout: bool = True) -> None:
+    """What makes training on a CPU cheaper for any model, in this process."""
+    keep_freed_memory()
+    install_dropout(fast_dropout)
+
+
+def length_limit(
+    flag: str, wanted: int | None, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, default: int = 1024
+) -> int:
+    """The block length: what was asked for, within the tokenizer's and the model's limits; each reduction is logged.
+
+    Args:
+        flag: ``--block_size`` or ``--max_seq_length``, for the messages.
+        wanted: the flag's value, or None for the largest that the limits and ``default`` allow.
+
+    Raises:
+        UserError: a length below 1.
+    """
+    if wanted is not None and wanted < 1:
+        raise UserError(f"{flag} {wanted}: it must be at least 1")
+    limits = {"the tokenizer's limit": tokenizer.model_max_length}
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        # RoBERTa's positions start after the padding index, so two of them are never used.
+        limits["the model's positions"] = positions - architecture_of(config).position_of_first_token(config)
+    length = wanted
+    if length is None:
+        length = min(*limits.values(), default)
+        if default < min(limits.values()):
+            logger.info("%s: %d by default; the model and the tokenizer would allow more", flag, default)
+        return length
+    for name, limit in limits.items():
+        if length > limit:
+            logger.warning("%s: reduced from %d to %d, %s", flag, length, limit, name)
+            length = limit
+    return length

@@ -1,0 +1,69 @@
+"""Adapters merged into the model that they were made for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from peft import PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+
+from gaudi_lm.data.memory import host_copies
+from gaudi_lm.errors import UserError
+from gaudi_lm.modeling.adalora import saved_config
+from gaudi_lm.training.trainer import LMTrainer
+
+logger = logging.getLogger("gaudi_lm")
+
+
+def check_mergeable(name: str | None, peft_type: str, do_train: bool) -> None:
+    """Before anything is trained: whether the adapter, a saved one or a new one of this kind, can be merged.
+
+    Raises:
+        UserError: it cannot, or there is none.
+    """
+    if name is None and not do_train:
+        raise UserError("--merge_adapter: no adapter; give --adapter_name_or_path, or --do_train to make one")
+    if peft_type == "llama-adapter" if name is None else saved_config(name).peft_type == PeftType.ADAPTION_PROMPT:
+        raise UserError("--merge_adapter: a llama-adapter is a part of attention, which no weight can hold")
+
+
+def save_merged(trainer: LMTrainer) -> None:
+    """Save the model with the adapter merged in, and its tokenizer, to ``OUTPUT_DIR/merged``.
+
+    The trainer's model keeps its adapter, and exactly its weights: subtracting what was added would round them.
+    """
+    with trainer.files_at_top() as place:
+        if trainer.is_world_process_zero():
+            _write_merged(trainer, place / "merged")
+    logger.info("the merged model is in %s", Path(trainer.args.output_dir, "merged").resolve())
+
+
+def _write_merged(trainer: LMTrainer, folder: Path) -> None:
+    adapted = trainer.accelerator.unwrap_model(trainer.model)
+    model = adapted.get_base_model()
+    before = {
+        name: weight.detach().to("cpu", copy=True)
+        for name, weight in model.named_parameters()
+        if ".base_layer." in name
+    }
+    adapted.merge_adapter()
+    model.save_pretrained(folder, state_dict=_without_adapter(model))
+    adapted.unmerge_adapter()
+    with torch.no_grad():
+        for name, weight in before.items():
+            model.get_parameter(name).copy_(weight)
+    trainer.processing_class.save_pretrained(folder)
+
+
+def _without_adapter(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights by the names that they have without an adapter, in host memory; tied ones stay tied."""
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    weights = {
+        name.replace(".base_layer.", ".", 1): weight
+        for name, weight in model.state_dict(keep_vars=True).items()
+        if ".base_layer." in name or not name.startswith(adapted)
+    }
+    return host_copies(weights)

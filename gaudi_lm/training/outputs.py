@@ -1,0 +1,133 @@
+"""What stands around training in all scripts: set-up, the checkpoint to go on from, results, final save, card."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from optimum.habana.utils import set_seed
+from torch.utils.checkpoint import DefaultDeviceType
+from transformers.utils.logging import get_log_levels_dict
+
+from gaudi_lm.arguments.definitions import TrainingArguments
+from gaudi_lm.device import set_up_logging
+from gaudi_lm.training.agreement import gather
+from gaudi_lm.training.checkpoints import STATE
+from gaudi_lm.training.device_metrics import DEVICE_FIGURES
+from gaudi_lm.training.metrics import save_loss_curve
+from gaudi_lm.training.model_card import write_model_card
+from gaudi_lm.training.rank_settings import check_settings
+from gaudi_lm.training.resume import find_checkpoint as find_checkpoint  # for the scripts
+from gaudi_lm.training.trainer import LMTrainer
+
+logger = logging.getLogger("gaudi_lm")
+
+
+def set_up(training_args: TrainingArguments) -> logging.Logger:
+    """Ranks that agree, logging, the words that the chosen card deserves, and the seed."""
+    check_settings()
+    main = training_args.process_index == 0
+    name = training_args.log_level if main else training_args.log_level_replica
+    set_up_logging(main, get_log_levels_dict().get(name))
+    if training_args.set_aside:
+        logger.info("--use_cpu wins over %s", ", ".join(training_args.set_aside))
+    on_card = training_args.device.type == "hpu"
+    plain = "precision by the Gaudi or DeepSpeed configuration" if on_card else "fp32"
+    logger.info(
+        "%d %s, %s",
+        training_args.world_size,
+        ("card" if on_card else "CPU process") + ("" if training_args.world_size == 1 else "s" if on_card else "es"),
+        "bf16 autocast" if training_args.bf16 else plain,
+    )
+    if training_args.use_cpu and training_args.bf16:
+        _warn_slow_bf16()
+    # optimum-habana makes gradient checkpointing look for an hpu device even where all tensors are on the CPU.
+    DefaultDeviceType.set_device_type(training_args.device.type)
+    set_seed(training_args.seed)
+    return logger
+
+
+def _warn_slow_bf16() -> None:
+    """Measure a bf16 product against an fp32 one: on processors without bf16 instructions it is many times slower."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left = torch.ones(512, 512, dtype=dtype)
+        left @ left
+        start = time.perf_counter()
+        left @ left
+        seconds[dtype] = time.perf_counter() - start
+    factor = seconds[torch.bfloat16] / seconds[torch.float32]
+    if factor > 1.5:
+        logger.warning(
+            "--bf16 on this processor, which has no fast bf16 instructions: "
+            "a bf16 matrix product took %.0f times as long as an fp32 one just now; leave --bf16 out for speed",
+            factor,
+        )
+
+
+def highest_of_ranks(metrics: dict[str, float]) -> dict[str, float]:
+    """Of figures that each rank has for itself, times and those of its card, the highest; the others are of all."""
+    own = {name for name in metrics if name.endswith(("_runtime", "(GB)")) or name in DEVICE_FIGURES}
+    ranks = gather({name: metrics[name] for name in own})
+    return {name: max(rank.get(name, 0.0) for rank in ranks) for name in own}
+
+
+def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
+    """Log figures, one line each, and write them to ``<split>_results.json`` and ``all_results.json``.
+
+    On a card, its own figures are among them: graphs compiled, waits of the host, memory. All ranks must call it.
+    """
+    metrics.update(trainer.device_metrics.figures())
+    metrics.update(highest_of_ranks(metrics))
+    for name, value in sorted(metrics.items()):
+        logger.info("%s = %s", name, "nan" if math.isnan(value) else f"{value:.6g}")
+    for line in trainer.device_metrics.report_lines()[1:]:
+        logger.warning(line)
+    total = Path(trainer.args.output_dir) / "all_results.json"
+    with trainer.files_at_top() as place:
+        if trainer.is_world_process_zero():
+            _write_json(place / f"{split}_results.json", metrics)
+            _write_json(place / total.name, {**_read_json(total), **metrics})
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=4, sort_keys=True) + "\n")
+
+
+def _read_json(path: Path) -> dict:
+    with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: not written by this suite
+        return dict(json.loads(path.read_text()))
+    return {}
+
+
+def save(trainer: LMTrainer, save_model: bool = True) -> None:
+    """Model, tokenizer and trainer state at the top of ``output_dir``: before anything else can go wrong."""
+    with trainer.files_at_top() as place:
+        if save_model:
+            trainer.save_model(str(place), _internal_call=True)
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(place / STATE))
+    trainer.signals.end_after_training(Path(trainer.args.output_dir))
+    if save_model and trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
+
+def write_card(trainer: LMTrainer, **card) -> None:
+    """Model card and loss curve of a trained model, evaluation included, and the trainer state with it.
+
+    Args:
+        card: passed to :func:`gaudi_lm.training.model_card.write_model_card`.
+    """
+    folder = Path(trainer.args.output_dir)
+    with trainer.files_at_top() as place:
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(place / STATE))
+            drawn = save_loss_curve(trainer.state.log_history, place / "loss_curve.png")
+            write_model_card(trainer, place / "README.md", title=folder.resolve().name, curve=drawn, **card)
+    logger.info("everything is in %s", os.path.abspath(folder))

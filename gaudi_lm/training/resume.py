@@ -1,0 +1,123 @@
+"""Which checkpoint a run goes on from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from gaudi_lm.errors import UserError
+from gaudi_lm.training import checkpoints
+from gaudi_lm.training.agreement import from_main
+
+logger = logging.getLogger("gaudi_lm")
+
+REPORTS = {"all_results.json", "train_results.json", "eval_results.json", checkpoints.STATE, "runs"}
+"""What a run may write at the top of its folder before its model is there."""
+
+
+# Of launchers, shells, mpirun and TensorBoard.
+LOGS = ("*.log", "*.out", "*.err", "rank.*/stdout", "rank.*/stderr", "events.out.tfevents.*")
+
+
+def is_log(path: Path) -> bool:
+    """Whether a file is a log, or a folder holds nothing but logs: both may be in ``--output_dir`` before a run."""
+    if path.is_dir():
+        return all(map(is_log, path.iterdir()))
+    return any(map(path.match, LOGS))
+
+
+def find_checkpoint(training_args) -> str | None:
+    """The checkpoint to go on from: ``--resume_from_checkpoint``, or the newest intact one in ``--output_dir``.
+
+    What an interrupted run has left half-written in ``--output_dir`` is removed. The main rank decides for all.
+
+    Raises:
+        UserError: no such checkpoint, none that is intact, or an output directory that holds something else.
+    """
+    if not training_args.do_train:
+        return None
+    outcome = None
+    if training_args.process_index == 0:
+        try:
+            outcome = _find(training_args)
+        except UserError as error:
+            outcome = error
+    outcome = from_main(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
+
+
+def _find(training_args) -> str | None:
+    wanted, folder = training_args.resume_from_checkpoint or "", Path(training_args.output_dir)
+    if wanted.lower() not in ("", "true", "false"):
+        if found := checkpoints.faults(Path(wanted)):
+            raise UserError(
+                f"--resume_from_checkpoint {wanted}: {'; '.join(found)}. Name another one, or begin anew from its "
+                "weights by --model_name_or_path"
+            )
+        return _taken(Path(wanted))
+    here = folder.is_dir() and not training_args.overwrite_output_dir
+    if here:
+        for name in checkpoints.remove_incomplete(folder):
+            logger.warning("%s: an interrupted run was writing it; removed", folder / name)
+        if checkpoints.finish_moving(folder):
+            logger.warning("%s: an interrupted run had written its results, which are in their place now", folder)
+    candidates = checkpoints.checkpoints_in(folder) if here else []
+    if wanted.lower() == "false" and candidates:
+        raise UserError(
+            f"--resume_from_checkpoint False: {folder} holds checkpoints of another run; choose another --output_dir, "
+            "or give --overwrite_output_dir to have them removed"
+        )
+    for candidate in candidates:
+        found = checkpoints.faults(candidate)
+        if not found:
+            return _taken(candidate)
+        logger.warning("%s cannot be gone on from: %s", candidate, "; ".join(found))
+    if candidates:
+        raise UserError(
+            f"--output_dir {folder}: none of its checkpoints is intact ({candidates[0].name}: "
+            f"{checkpoints.faults(candidates[0])[0]}); choose another folder, or give --overwrite_output_dir to train "
+            "from the start there"
+        )
+    if wanted.lower() == "true":
+        raise UserError(f"--resume_from_checkpoint: {folder} holds no checkpoint")
+    if here and not all(path.name in REPORTS or is_log(path) for path in folder.iterdir()):
+        raise UserError(
+            f"--output_dir {folder} is not empty and holds no checkpoint: "
+            "choose another, or give --overwrite_output_dir to train from the start there"
+        )
+    return None
+
+
+def _taken(checkpoint: Path) -> str:
+    logger.info("going on from %s", checkpoint)
+    if checkpoints.read_manifest(checkpoint) is None:
+        logger.warning(
+            "%s has no %s, as other tools write them: whether its weights are as they were written, and whether data "
+            "and flags are those it was made with, cannot be checked",
+            checkpoint,
+            checkpoints.MANIFEST,
+        )
+    return str(checkpoint)
+
+
+def clear_the_way(folder: Path, step: int, remove: bool) -> None:
+    """Set aside checkpoints in ``folder`` that are newer than the one at ``step``, 0 where training begins anew.
+
+    They would be taken for this run's: kept in place of its own, and gone on from after an interruption.
+
+    Args:
+        remove: do so, where training begins anew, instead of giving them another name.
+    """
+    for path in checkpoints.checkpoints_in(folder):
+        if step == 0 and remove:
+            shutil.rmtree(path)
+            logger.warning("%s is of an earlier run; removed, for --overwrite_output_dir", path)
+        elif checkpoints.checkpoint_step(path) > step:
+            aside = path.with_name(f"unused-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+            logger.warning("%s is not what training goes on from; it is now %s", path, aside.name)

@@ -1,0 +1,255 @@
+"""What a run brings along from its checkpoint, and what it means where something has changed since it was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from optimum.habana import GaudiTrainer
+from torch.optim.lr_scheduler import LambdaLR
+
+from gaudi_lm.errors import UserError
+from gaudi_lm.training import checkpoints
+
+logger = logging.getLogger("gaudi_lm")
+
+# fmt: off
+WITHOUT_EFFECT = {
+    "cache_dir", "disable_tqdm", "do_eval", "do_predict", "do_train", "greater_is_better", "keep_in_memory",
+    "load_best_model_at_end", "load_meta_device", "local_rank", "low_cpu_mem_usage", "merge_adapter",
+    "metric_for_best_model", "output_dir", "overwrite_cache", "overwrite_output_dir", "prediction_loss_only",
+    "preprocessing_num_workers", "report_to", "resume_from_checkpoint", "run_name", "skip_memory_metrics",
+    "use_hpu_graphs_for_inference", "validation_file",
+}
+WITHOUT_EFFECT_BEGIN = (
+    "bf16_full", "dataloader_num", "dataloader_pers", "dataloader_pin", "dataloader_pre", "dataset_cache", "ddp_",
+    "disable_tensor_cache", "eval_", "fp16_full", "hub_", "include_", "log_", "logging_", "max_eval",
+    "max_hpu_graphs", "per_device_eval", "profiling", "push_to_hub", "save_", "throughput",
+)
+# fmt: on
+"""Flags, and beginnings of flags, that decide neither a weight nor the order of the data."""
+
+ORDER = {"seed", "data_seed", "group_by_length", "dataloader_drop_last"}
+ROWS_AT_ONCE, BLOCKS = 256, 64
+
+
+def decisive_flags(training_args) -> dict:
+    """The flags that decide weights or order of data, as JSON values, without secrets."""
+    flags = getattr(training_args, "flags", None)
+    if flags is None:
+        flags = {one.name: getattr(training_args, one.name) for one in fields(training_args)}
+    kept = {
+        name: value
+        for name, value in flags.items()
+        if name not in WITHOUT_EFFECT and not name.startswith(WITHOUT_EFFECT_BEGIN)
+    }
+    return json.loads(json.dumps(kept, default=str))
+
+
+def data_digest(dataset) -> str | None:
+    """A digest of a data set's rows, of evenly spread ones where there are many; None for a stream."""
+    if not isinstance(dataset, datasets.Dataset):
+        return None
+    digest, rows = hashlib.sha256(), len(dataset)
+    step = max(1, -(-rows // (BLOCKS * ROWS_AT_ONCE))) * ROWS_AT_ONCE
+    table = dataset.with_format("arrow")
+    for start in range(0, rows, step):
+        block = table[start : start + ROWS_AT_ONCE]
+        for name, column in zip(block.column_names, block.columns, strict=True):
+            digest.update(f"{name} {column.type}".encode())
+            if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+                digest.update(pc.list_value_length(column).to_numpy().tobytes())
+                column = pc.list_flatten(column)
+            if pa.types.is_primitive(column.type) and not column.null_count:
+                digest.update(column.to_numpy().tobytes())
+            else:
+                digest.update(str(column.to_pylist()).encode())
+    return digest.hexdigest()
+
+
+def model_digest(model: torch.nn.Module) -> str:
+    """A digest of the names and shapes of the weights that are trained."""
+    lines = [
+        f"{name} {tuple(getattr(weight, 'ds_shape', weight.shape))}"
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    ]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def zero_stage(training_args) -> int | None:
+    """The stage of DeepSpeed's ZeRO; None without DeepSpeed."""
+    config = getattr(training_args, "hf_deepspeed_config", None)
+    return None if config is None else int(config.get_value("zero_optimization.stage", 0))
+
+
+class Resumption:
+    """What a run brings along from the checkpoint that it goes on from; nothing where it begins."""
+
+    def __init__(self, checkpoint: str | None = None):
+        self.checkpoint, self.step, self.run = checkpoint, 0, {}
+        self.changed: dict[str, tuple] = {}
+        self.optimizer = ""
+        self._noted: list[dict] = []
+        if checkpoint is not None:
+            state = json.loads((Path(checkpoint) / checkpoints.STATE).read_text())
+            self.step = state["global_step"]
+            self.run = (checkpoints.read_manifest(Path(checkpoint)) or {}).get("run", {})
+
+    @staticmethod
+    def facts(trainer: GaudiTrainer) -> dict:
+        """For the manifest of a checkpoint."""
+        args, dataset = trainer.args, trainer.train_dataset
+        return {
+            "flags": decisive_flags(args),
+            "ranks": args.world_size,
+            "zero_stage": zero_stage(args),
+            "model": model_digest(trainer.model),
+            "optimizer": trainer.resumption.optimizer,
+            "data": trainer.data_digest,
+            "rows": len(dataset) if isinstance(dataset, datasets.Dataset) else None,
+            "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "steps_per_epoch": trainer.steps_per_epoch,
+        }
+
+    @classmethod
+    def of(cls, trainer: GaudiTrainer, checkpoint: str | None) -> Resumption:
+        """Compare a checkpoint with this run, and say what has changed.
+
+        Raises:
+            UserError: it cannot be gone on from with what has changed.
+        """
+        resumption = cls(checkpoint)
+        if checkpoint is not None and resumption.run:
+            resumption._compare(trainer)
+        return resumption
+
+    def _compare(self, trainer: GaudiTrainer) -> None:
+        args, run = trainer.args, self.run
+        if zero_stage(args) != run["zero_stage"] or (zero_stage(args) is not None and args.world_size != run["ranks"]):
+            stages = [
+                "without DeepSpeed" if s is None else f"by ZeRO-{s}" for s in (run["zero_stage"], zero_stage(args))
+            ]
+            raise UserError(
+                f"{self.checkpoint} was written {stages[0]} on {run['ranks']} ranks, this run trains {stages[1]} on "
+                f"{args.world_size}: its optimizer state does not fit; go on as before, or begin anew from its "
+                "weights by --model_name_or_path and another --output_dir"
+            )
+        flags = decisive_flags(args)
+        then = run["flags"]
+        self.changed = {
+            name: (then.get(name), flags.get(name))
+            for name in sorted({*then, *flags})
+            if then.get(name) != flags.get(name)
+        }
+        if args.world_size != run["ranks"]:
+            self.changed["world_size"] = (run["ranks"], args.world_size)
+        if model_digest(trainer.model) != run["model"]:
+            raise UserError(
+                f"{self.checkpoint}: the weights that are trained have other names or shapes now"
+                f"{self._listed()}; go on with the same model, or choose another --output_dir"
+            )
+        if self.changed:
+            logger.warning("changed since %s:%s", self.checkpoint, self._listed())
+
+    def _listed(self) -> str:
+        parts = [f" --{name} {now} (was {before})" for name, (before, now) in self.changed.items()]
+        return ",".join(parts)
+
+    def restore(self, trainer: GaudiTrainer) -> None:
+        """When training begins: a word about random states and the order of the data."""
+        if self.checkpoint is None:
+            return
+        trainer.state.num_train_epochs = trainer.epochs
+        if trainer.state.best_model_checkpoint is not None:
+            best = Path(trainer.args.output_dir, Path(trainer.state.best_model_checkpoint).name)
+            if best.is_dir():  # the folder may have another name by now
+                trainer.state.best_model_checkpoint = str(best)
+            elif not Path(trainer.state.best_model_checkpoint).is_dir():
+                logger.warning("%s, the best checkpoint, is gone", trainer.state.best_model_checkpoint)
+                trainer.state.best_model_checkpoint = trainer.state.best_metric = None
+        states = [f"rng_state_{rank}.pth" for rank in range(trainer.args.world_size)]
+        states = states if trainer.args.world_size > 1 else ["rng_state.pth"]
+        if not all((Path(self.checkpoint) / name).is_file() for name in states):
+            logger.warning("%s holds no random state for this number of ranks: it is drawn anew", self.checkpoint)
+        elif trainer.args.use_habana and self.changed.get("use_habana"):
+            logger.warning("%s holds no random state of a card: it is drawn anew", self.checkpoint)
+        if self.run:
+            self._say_order(trainer, Resumption.facts(trainer))
+
+    def _say_order(self, trainer: GaudiTrainer, now: dict) -> None:
+        then, step = self.run, self.step
+        if now["data"] != then["data"] or now["rows"] != then["rows"]:
+            rows = "" if now["rows"] == then["rows"] else f" ({now['rows']} rows, {then['rows']} before)"
+            logger.warning(
+                "the training data are not those of the checkpoint%s: training goes on in their own order, after "
+                "step %d of %d of epoch %d", rows, step % now["steps_per_epoch"], now["steps_per_epoch"],
+                step // now["steps_per_epoch"] + 1,
+            )  # fmt: skip
+        elif ORDER.intersection(self.changed) or (now["rows"] is None and now["ranks"] != then["ranks"]):
+            logger.warning(
+                "the order of the data is another one than before: in this epoch, some rows come a second time and "
+                "others not at all"
+            )
+        elif now["rows_per_step"] != then["rows_per_step"]:
+            before, after = (_rows_done(step, facts) for facts in (then, now))
+            what = "come a second time" if after < before else "are left out"
+            logger.warning(
+                "a step takes %d rows, %d before: after %d steps, training goes on at row %d, not %d, so %d rows %s",
+                now["rows_per_step"], then["rows_per_step"], step, after, before, abs(after - before), what,
+            )  # fmt: skip
+        elif {"per_device_train_batch_size", "gradient_accumulation_steps", "world_size"}.intersection(self.changed):
+            logger.warning("each step still takes the same %d rows in the same order", now["rows_per_step"])
+
+    def note_flags(self, optimizer) -> None:
+        """What the flags of this start give an optimizer, before a checkpoint overwrites it.
+
+        Raises:
+            UserError: the checkpoint holds the state of another one.
+        """
+        self.optimizer = type(optimizer).__name__
+        before = self.run.get("optimizer", self.optimizer)
+        if before != self.optimizer:
+            raise UserError(
+                f"{self.checkpoint} holds the state of the optimizer {before}, this run has {self.optimizer} "
+                "(--optim, the kind of card and the Gaudi configuration choose it): go on as before, or begin anew "
+                "from its weights by --model_name_or_path and another --output_dir"
+            )
+        names = ("lr", "weight_decay", "betas", "eps")
+        groups = getattr(optimizer, "param_groups", [])  # none yet where DeepSpeed's configuration has the optimizer
+        self._noted = [{name: group[name] for name in names if name in group} for group in groups]
+
+    def apply_flags(self, optimizer, scheduler) -> None:
+        """Let the flags of this start win over the values in the checkpoint, and say where they differ."""
+        if self.checkpoint is None or len(self._noted) != len(optimizer.param_groups):
+            return
+        said = {}
+        for place, (group, noted) in enumerate(zip(optimizer.param_groups, self._noted, strict=True)):
+            before = {**group, "lr": group.get("initial_lr", group["lr"])}
+            for name, value in noted.items():
+                if before[name] not in (value, list(value) if isinstance(value, tuple) else value):
+                    said[name] = (value, before[name])
+                if name != "lr":
+                    group[name] = value
+            if isinstance(scheduler, LambdaLR):
+                scheduler.base_lrs[place] = group["initial_lr"] = noted["lr"]
+                group["lr"] = noted["lr"] * scheduler.lr_lambdas[place](scheduler.last_epoch)
+                scheduler._last_lr[place] = group["lr"]
+        if "lr" in said and not isinstance(scheduler, LambdaLR):
+            said["lr"] = (said["lr"][1], f"{said['lr'][0]} would be new, but this schedule keeps what it has")
+        if said:
+            words = ", ".join(f"{name} {value} (was {before})" for name, (value, before) in said.items())
+            logger.warning("the optimizer goes on with %s", words)
+
+
+def _rows_done(step: int, facts: dict) -> int:
+    """Rows that a run has taken in ``step`` steps, over all epochs."""
+    epochs, steps = divmod(step, facts["steps_per_epoch"])
+    return epochs * (facts["rows"] or 0) + steps * facts["rows_per_step"]

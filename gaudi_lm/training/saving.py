@@ -1,0 +1,239 @@
+"""A GaudiTrainer whose checkpoints are whole or not there, and that goes on from them exactly.
+
+The format of a checkpoint is in :mod:`gaudi_lm.training.checkpoints`, which one is taken in
+:mod:`gaudi_lm.training.resume`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from optimum.habana import GaudiTrainer
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from gaudi_lm.errors import UserError
+from gaudi_lm.training import checkpoints
+from gaudi_lm.training.agreement import from_main, gather
+from gaudi_lm.training.resume import clear_the_way
+from gaudi_lm.training.resumed_state import Resumption, data_digest
+from gaudi_lm.training.signals import SaveOnSignal, outlive_signals
+
+logger = logging.getLogger("gaudi_lm")
+
+
+class WriteError(UserError):
+    """A file that could not be written: the run ends with one line, what was complete before still is."""
+
+    status = 1
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """Why a file could not be written; None where the error is another one.
+
+    Libraries in Rust put the number of the error into a text, and torch raises an error of its own while that of the
+    system passes by.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return os.strerror(error.errno)
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            return os.strerror(int(found[1]))
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in ("inline_container", "iostream")):
+            return "a file of torch was cut short"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+class SavingSteps(TrainerCallback):
+    """Which steps end with a checkpoint, beside what the flags say."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+        self._at_epoch_end = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.loading.close()
+        # Those of the checkpoint would win over the flags of this start.
+        state.compute_steps(args, state.max_steps)
+        self.trainer.resumption.restore(self.trainer)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # What is logged and evaluated at the end of an epoch goes into the checkpoint of its last step: a run that
+        # is killed before it would not make up for it.
+        last = state.global_step >= state.max_steps or state.global_step % self.trainer.steps_per_epoch == 0
+        self._at_epoch_end = control.should_save and last
+        control.should_save = control.should_save and not last
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save or self._at_epoch_end
+        self._at_epoch_end = False
+
+
+class ResumableTrainer(GaudiTrainer):
+    """GaudiTrainer with complete checkpoints only, exact resumption, and an end with a checkpoint on a signal."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.epochs = self.steps_per_epoch = 1
+        self.resumption = Resumption()
+        self.loading = contextlib.ExitStack()
+        self.signals = SaveOnSignal(self.args.process_index == 0)
+        self.worker_init = (
+            functools.partial(outlive_signals, self.signals.stopping) if self.args.save_on_signal else None
+        )
+        self.add_callback(self.signals)
+        self.add_callback(SavingSteps(self))  # has the last word about the end of an epoch
+
+    @functools.cached_property
+    def data_digest(self) -> str | None:
+        """Tells the training data from others; see :func:`gaudi_lm.training.resumed_state.data_digest`."""
+        return data_digest(self.train_dataset)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        output = Path(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = next(map(str, checkpoints.checkpoints_in(output)), True)
+        self.resumption = Resumption.of(
+            self, None if resume_from_checkpoint in (True, False) else resume_from_checkpoint
+        )
+        if self.args.should_save:
+            clear_the_way(output, self.resumption.step, remove=self.args.overwrite_output_dir)
+        with self.signals.watching() if self.args.save_on_signal else contextlib.nullcontext():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _inner_training_loop(self, batch_size=None, *args, **kwargs):
+        if not self.args.auto_find_batch_size:
+            batch_size = self.args.train_batch_size  # that of the checkpoint would win over the flag
+        with self.loading:
+            if self.resumption.checkpoint is not None:
+                self.loading.enter_context(checkpoints.data_only())  # until training begins
+            return super()._inner_training_loop(batch_size, *args, **kwargs)
+
+    def set_initial_training_values(self, args, dataloader, total_train_batch_size):
+        values = list(super().set_initial_training_values(args, dataloader, total_train_batch_size))
+        self.epochs, self.steps_per_epoch = values[:2]
+        if self.resumption.step >= values[-1]:
+            values[0] = 0  # no epoch is left: the loop would train one more step before it looks at max_steps
+        return tuple(values)
+
+    def create_optimizer(self):
+        optimizer = super().create_optimizer()
+        self.resumption.note_flags(optimizer)
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.resumption.apply_flags(self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint):
+        with contextlib.suppress(KeyError):  # from the CPU to a card, which the log has said
+            super()._load_rng_state(checkpoint)
+
+    def _save_checkpoint(self, model, trial):
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if trial is None:
+            self.store_flos()
+        run = Resumption.facts(self)
+
+        def publish(place: Path) -> None:
+            checkpoints.seal(place, run)
+            checkpoints.publish(folder)
+
+        with self._written_whole(folder, publish) as place:
+            self.save_model(str(place), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(place))
+                self._save_scaler(str(place))
+                self._save_rng_state(str(place))
+            if self.args.should_save:
+                best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                if self.state.best_global_step and (best == folder or best.exists()):
+                    self.state.best_model_checkpoint = str(best)
+                exportable = [*self.callback_handler.callbacks, self.control]
+                exportable = [one for one in exportable if isinstance(one, ExportableState)]
+                self.state.stateful_callbacks = TrainerState(stateful_callbacks=exportable).stateful_callbacks
+                self.state.save_to_json(str(place / checkpoints.STATE))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            self._rotate_checkpoints(use_mtime=False, output_dir=str(run_dir))
+
+    @contextlib.contextmanager
+    def files_at_top(self) -> Iterator[Path]:
+        """A folder for files that are then moved to the top of ``output_dir``; all ranks must come here.
+
+        Raises:
+            WriteError: they could not be written; none of them is at the top.
+        """
+        output = Path(self.args.output_dir)
+        with self._written_whole(output / "files", lambda place: checkpoints.publish_files(place, output)) as place:
+            yield place
+
+    @contextlib.contextmanager
+    def _written_whole(self, folder: Path, publish: Callable[[Path], None]) -> Iterator[Path]:
+        """A folder for all ranks to write into; when all of them have, the main one publishes it."""
+        place = checkpoints.incomplete(folder)
+        failure = None
+        try:
+            if self.args.should_save:
+                shutil.rmtree(place, ignore_errors=True)
+                place.mkdir(parents=True)
+            gather(None)
+            yield place
+        except Exception as error:
+            failure = self._write_error(folder, error)
+            if failure is error or self.is_deepspeed_enabled:
+                # The other ranks may be in the midst of talking to this one: they are ended with it.
+                shutil.rmtree(place, ignore_errors=True)
+                raise failure from error.__cause__
+        failure = next(filter(None, gather(failure)), None)
+        if failure is None and self.args.should_save:
+            try:
+                publish(place)
+            except OSError as error:
+                failure = self._write_error(folder, error)
+        failure = from_main(failure)
+        if failure is not None:
+            if self.args.should_save:
+                shutil.rmtree(place, ignore_errors=True)
+            raise failure
+
+    def _write_error(self, folder: Path, error: Exception) -> Exception:
+        """The line for the user, or the error itself where it is no matter of disks."""
+        reason = _reason(error)
+        if reason is None:
+            return error
+        output = folder.parent
+        older = [path for path in checkpoints.checkpoints_in(output) if path != folder]
+        intact = next((path for path in older if not checkpoints.faults(path)), None)
+        needed = checkpoints.size_of(older[0]) if older else _size_of_state(self)
+        try:
+            # What is half-written is given back.
+            free = shutil.disk_usage(output).free + checkpoints.size_of(checkpoints.incomplete(folder))
+        except OSError:
+            free = 0
+        left = f"{intact} is intact, and the next start goes on from it" if intact else "no checkpoint is complete yet"
+        what = folder.name if checkpoints.checkpoint_step(folder) is not None else "the results"
+        return WriteError(
+            f"{output}: {what} could not be written ({reason}): about {needed / 1e6:.1f} MB are needed, "
+            f"{free / 1e6:.1f} MB are free; {left}"
+        )
+
+
+def _size_of_state(trainer: ResumableTrainer) -> int:
+    """Bytes of weights and optimizer state in memory: about what a first checkpoint takes."""
+    tensors = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    for state in getattr(trainer.optimizer, "state", {}).values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,292 @@
+"""The GaudiTrainer set-up that the three scripts share."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from optimum.habana import GaudiTrainer
+from optimum.habana.transformers.trainer import _get_input_update_settings
+from peft import PeftType
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
+from transformers.trainer_utils import SaveStrategy, TrainOutput
+
+from gaudi_lm.arguments.definitions import TrainingArguments
+from gaudi_lm.arguments.gaudi_configs import gaudi_config
+from gaudi_lm.data.memory import host_copies
+from gaudi_lm.data.sampling import TrainingBatches, TrainingRows, count_tokens, loader_options, silence_padding_rows
+from gaudi_lm.modeling.adalora import RankReduction
+from gaudi_lm.modeling.attention import complete_generation_config
+from gaudi_lm.modeling.cpu_ranks import average_gradients
+from gaudi_lm.modeling.gradient_checkpointing import repair_gradient_checkpointing
+from gaudi_lm.modeling.loss import install_token_loss
+from gaudi_lm.training.device_metrics import DeviceMetrics
+from gaudi_lm.training.evaluation import evaluation_loader, weights_as
+from gaudi_lm.training.metrics import Throughput, TokenMetrics
+from gaudi_lm.training.progress import LogLines, StepClock
+from gaudi_lm.training.saving import ResumableTrainer
+from gaudi_lm.training.sums import TokenSums, TrainingLoss
+
+logger = logging.getLogger("gaudi_lm")
+
+
+class LMTrainer(ResumableTrainer):
+    """GaudiTrainer for models with :func:`gaudi_lm.modeling.loss.install_token_loss`.
+
+    What differs from GaudiTrainer: the loss is a mean over the label tokens of the whole optimizer step, on all ranks
+    and for every architecture; the order of the data depends on seed and epoch alone, so a resumed run sees the same
+    batches; evaluation keeps sums, not logits; throughput counts what was executed.
+    """
+
+    def __init__(self, *args, objective: str, evaluation_collator=None, **kwargs):
+        bf16 = kwargs["args"].bf16
+        super().__init__(*args, **kwargs)
+        # GaudiTrainer turns this on before transformers' own constructor turns it off: --bf16 did nothing on a CPU.
+        self.use_cpu_amp = bf16 and self.args.half_precision_backend == "cpu_amp"
+        self.first_target = 1 if objective == "causal" else 0  # no token predicts the first one
+        self.evaluation_collator = evaluation_collator or self.data_collator
+        self.model_accepts_loss_kwargs = True
+        self.throughput = Throughput(self.args.throughput_warmup_steps, self._synchronise)
+        self._window = (0, 0, 0)
+        self._graphed_model: torch.nn.Module | None = None
+        self.device_metrics = DeviceMetrics(self.args.throughput_warmup_steps)
+        adalora = getattr(self.model, "peft_type", None) == PeftType.ADALORA
+        self.rank_reduction = RankReduction(self.model) if adalora else None
+        loss = TrainingLoss(self.args.logging_nan_inf_filter, adds_orthogonality=adalora)
+        # The clock waits for the card at the end of warm-up, before that step's figures of the card are read.
+        for callback in (StepClock(self), self.device_metrics, loss, *filter(None, [self.rank_reduction])):
+            self.add_callback(callback)
+        average_gradients(self.accelerator)
+
+    def _synchronise(self) -> None:
+        if self.args.device.type == "hpu":
+            torch.hpu.synchronize()
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        options = {**loader_options(args), "collate_fn": self.data_collator, "worker_init_fn": self.worker_init}
+        options["persistent_workers"] = args.dataloader_persistent_workers
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            # A second worker would read the same stream again.
+            options["num_workers"] = min(options["num_workers"], 1)
+            return DataLoader(self.train_dataset, batch_size=args.per_device_train_batch_size, **options)
+        sampler = TrainingBatches(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            drop_last=args.dataloader_drop_last,
+            group_by_length=args.group_by_length,
+        )
+        options["collate_fn"] = silence_padding_rows(self.data_collator)
+        loader = DataLoader(TrainingRows(self.train_dataset), batch_sampler=sampler, **options)
+        loader.set_epoch = sampler.set_epoch
+        return loader
+
+    def get_batch_samples_transformers(
+        self, epoch_iterator: Iterator[dict], num_batches: int, device: torch.device
+    ) -> tuple[list[dict], torch.Tensor | None]:
+        """The batches of one optimizer step, and the number of label tokens in them on all ranks."""
+        self.throughput.begin_step()
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return [], None
+        # The batches are still in host memory: counting them waits for nothing.
+        labels = sum(int((batch["labels"][:, self.first_target :] != -100).sum()) for batch in batches)
+        counts = [count_tokens(batch) for batch in batches]
+        self._window = tuple(sum(column) for column in zip(*counts, strict=True))
+        items = torch.tensor(labels, device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            items = self.accelerator.gather(items).sum()
+        return batches, items
+
+    @property
+    def training_loss(self) -> TrainingLoss:
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TrainingLoss))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # A mean over the batch, so that what wrappers add to it (AdaLoRA) gets the batch's share of the step too.
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        if num_items_in_batch is not None:
+            # Gradients are averaged over ranks, while label tokens are of all ranks.
+            ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
+            share = ranks / num_items_in_batch.clamp(min=1)
+            loss = loss * (outputs["count"] * share)
+            self.training_loss.add(loss.detach(), outputs, share)
+        return (loss, outputs) if return_outputs else loss
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        output = super().train(*args, **kwargs)
+        return output._replace(training_loss=output.metrics.get("train_loss", float("nan")))
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None
+    ):
+        if self.control.should_log and self.training_loss.steps:
+            tr_loss.zero_()
+            logs = self.training_loss.take()
+            if self.is_deepspeed_enabled:
+                grad_norm = model.get_global_grad_norm()
+            if grad_norm is not None:
+                logs["grad_norm"] = float(grad_norm)
+            logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
+            self._globalstep_last_logged = self.state.global_step
+            self.store_flos()
+            self.log(logs, start_time=start_time)
+        if self.control.should_evaluate or self.control.should_save:
+            self.throughput.pause()
+        if self.control.should_evaluate:
+            metrics = self._evaluate(trial, ignore_keys_for_eval)
+            is_best = self._determine_best_metric(metrics=metrics, trial=trial)
+            if self.args.save_strategy == SaveStrategy.BEST:
+                self.control.should_save = self.control.should_save or is_best
+        if self.control.should_save:
+            self.training_loss.keep()
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None, end_time: float | None = None) -> None:
+        if "train_runtime" in logs:
+            # Upstream divides all samples by the time after warm-up, and counts resumed steps as done.
+            for name in ("loss", "samples_per_second", "steps_per_second", "tokens_per_second"):
+                logs.pop(f"train_{name}", None)
+            logs.update(self.throughput.figures("train") | self.training_loss.result())
+        if self.args.device.type == "hpu":
+            super().log(logs, start_time, end_time)
+        else:
+            # GaudiTrainer asks the card for its memory, which a CPU run does not have.
+            super(GaudiTrainer, self).log(logs, start_time)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if state_dict is None and self.args.device.type == "hpu":
+            state_dict = host_copies(self.model.state_dict(keep_vars=True))
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.rank_reduction and self.args.should_save:
+            self.rank_reduction.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.rank_reduction and checkpoint is not None:
+            self.rank_reduction.load(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result):
+        # Checkpoints leave out tied weights; a model that ties them misses nothing.
+        tied = set(self.model._tied_weights_keys or ()) if hasattr(self.model, "_tied_weights_keys") else set()
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Token-weighted loss, perplexity and accuracy, and the speed of the evaluation, over all ranks."""
+        args = self.args
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        place = (args.process_index, args.world_size)
+        options = {**loader_options(args), "worker_init_fn": self.worker_init}
+        loader = evaluation_loader(dataset, self.evaluation_collator, args.eval_batch_size, *place, **options)
+        model = self._evaluation_model()
+        self.callback_handler.eval_dataloader = loader
+        update, extra_inputs = _get_input_update_settings(self.model)
+        warmup = 0 if self.is_in_train else args.throughput_warmup_steps
+        throughput, sums, started = Throughput(warmup, self._synchronise), TokenSums(), time.perf_counter()
+        throughput.begin_step()
+        dtype = torch.bfloat16 if args.bf16_full_eval and not self.is_in_train else None
+        with weights_as(self.model, dtype, restore=args.do_train):
+            for batch in loader:
+                window = count_tokens(batch)
+                inputs = self._prepare_inputs({**batch, **extra_inputs} if update else batch)
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    outputs = model(**inputs)
+                sums.add(outputs["loss_sum"], outputs["correct"], outputs["count"])
+                if args.use_lazy_mode:
+                    self.htcore.mark_step()
+                self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+                throughput.end_step(*window)
+                throughput.begin_step()
+        parts = sums.over_ranks()
+        result = TokenMetrics(keep_in_memory=True, experiment_id=f"rank{args.process_index}").compute(**parts)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
+        metrics[f"{metric_key_prefix}_samples"] = loader.dataset.rows_seen
+        metrics[f"{metric_key_prefix}_tokens"] = sum(parts["count"])
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
+        metrics.update(throughput.figures(metric_key_prefix))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluation_model(self) -> torch.nn.Module:
+        """The model in evaluation mode on the card, in HPU graphs where they are asked for and training is over."""
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            if is_deepspeed_zero3_enabled():
+                deepspeed_init(self, num_training_steps=0, inference=True)
+                self.deepspeed = self.model_wrapped = self.accelerator.prepare(self.model)
+            else:
+                self._move_model_to_device(self.model, self.args.device)
+        model = self.model
+        if not self.is_in_train and self.args.use_hpu_graphs_for_inference:
+            if self._graphed_model is None:
+                from habana_frameworks.torch.hpu import wrap_in_hpu_graph
+
+                self._graphed_model = wrap_in_hpu_graph(
+                    model,
+                    disable_tensor_cache=self.args.disable_tensor_cache_hpu_graphs,
+                    max_graphs=self.args.max_hpu_graphs,
+                )
+            model = self._graphed_model
+        model.eval()
+        return model
+
+
+def build_trainer(
+    model,
+    objective: str,
+    training_args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    collator: Callable[[list[dict]], dict],
+    train_dataset=None,
+    eval_dataset=None,
+    evaluation_collator: Callable[[list[dict]], dict] | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    **loss_options,
+) -> LMTrainer:
+    """The trainer, with the token loss installed on the model.
+
+    Args:
+        objective: ``causal`` or ``masked``.
+        collator: from rows, whose ``draw`` is a number that is new for each row and epoch, to a batch with ``labels``.
+        train_dataset: a ``datasets.Dataset``, or an iterable one of this rank's rows.
+        evaluation_collator: for evaluation, where it differs; ``draw`` is then the row's number.
+        loss_options: passed to :func:`gaudi_lm.modeling.loss.install_token_loss`.
+    """
+    if training_args.gradient_checkpointing and training_args.device.type == "hpu":
+        repair_gradient_checkpointing(model)
+    # Dynamo cannot follow a forward pass whose head is bypassed for the duration of the call.
+    chunked = training_args.chunked_loss and not training_args.torch_compile
+    loss_options["label_smoothing"] = training_args.label_smoothing_factor
+    logger.info(install_token_loss(model, objective, chunked=chunked, **loss_options))
+    if training_args.device.type != "hpu":
+        complete_generation_config()
+    trainer = LMTrainer(
+        model=model,
+        objective=objective,
+        gaudi_config=gaudi_config(training_args),
+        args=training_args,
+        data_collator=collator,
+        evaluation_collator=evaluation_collator,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    if training_args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines)
+    return trainer
