@@ -164,13 +164,13 @@ def set_mpi_places() -> None:
 
 def real_frameworks() -> bool:
     """Whether a ``habana_frameworks`` that is not the simulator's stand-in can be imported."""
-    import simulator
+    import gaudi_simulator
 
     spec = importlib.util.find_spec("habana_frameworks")
     if spec is None:
         return False
     places = [*(spec.submodule_search_locations or []), spec.origin or ""]
-    return not any(place.startswith(simulator.STAND_IN) for place in places)
+    return not any(place.startswith(gaudi_simulator.STAND_IN) for place in places)
 
 
 def add_stand_in() -> None:
@@ -178,13 +178,13 @@ def add_stand_in() -> None:
 
     The stand-in goes to the end of both paths, so that a real package always wins.
     """
-    import simulator
+    import gaudi_simulator
 
-    if simulator.STAND_IN not in sys.path:
-        sys.path.append(simulator.STAND_IN)
+    if gaudi_simulator.STAND_IN not in sys.path:
+        sys.path.append(gaudi_simulator.STAND_IN)
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    if simulator.STAND_IN not in paths:
-        os.environ["PYTHONPATH"] = os.pathsep.join([*paths, simulator.STAND_IN])
+    if gaudi_simulator.STAND_IN not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*paths, gaudi_simulator.STAND_IN])
 
 
 def _card_flags(argv: list[str]) -> argparse.Namespace:

@@ -19,7 +19,7 @@ from gaudi_lm.errors import UserError
 from gaudi_lm.launcher import processes
 from gaudi_lm.launcher.hostfile import Host
 from gaudi_lm.launcher.supervise import over_ssh
-from simulator import STAND_IN
+from gaudi_simulator import STAND_IN
 
 BACKENDS = {"mpi": "Open MPI", "deepspeed": "DeepSpeed", "torch": "torch.distributed"}
 FORWARDED = ["PT_*", "HABANA_*", "HCCL_*", "HF_*", "OMP_*", "GAUDI_SIMULATOR", "LD_LIBRARY_PATH", "PYTHONPATH"]

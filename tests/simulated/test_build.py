@@ -10,7 +10,7 @@ import pytest
 from cards import card_environment
 from running import environment
 
-import simulator
+import gaudi_simulator
 
 BUILD = "from habana_frameworks.torch._simulator import build\n"
 # A compiler that takes its time, writes down that it ran, and leaves half a file for a while.
@@ -38,7 +38,7 @@ def compiler(tmp_path) -> dict[str, str]:
 
 def start(code: str, env: dict[str, str]) -> subprocess.Popen:
     # Without GAUDI_SIMULATOR the package builds nothing by itself.
-    env = environment(**{"PYTHONPATH": simulator.STAND_IN, **env})
+    env = environment(**{"PYTHONPATH": gaudi_simulator.STAND_IN, **env})
     return subprocess.Popen(
         [sys.executable, "-c", BUILD + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
@@ -89,7 +89,7 @@ def test_changes_build_anew(compiler):
     ids=["no compiler", "no cache", "compiler fails", "memory"],
 )
 def test_what_cannot_be_built_is_one_line(compiler, changes, message):
-    env = environment(**{**card_environment(1), "PYTHONPATH": simulator.STAND_IN, **compiler, **changes})
+    env = environment(**{**card_environment(1), "PYTHONPATH": gaudi_simulator.STAND_IN, **compiler, **changes})
     result = subprocess.run(
         [sys.executable, "-c", "import habana_frameworks.torch"], capture_output=True, text=True, env=env, timeout=300
     )
@@ -114,7 +114,7 @@ def test_says_once_that_it_is_simulated():
     code = "import habana_frameworks.torch, habana_frameworks.torch.core"
     said = {}
     for rank in ("0", "1"):
-        env = environment(**card_environment(2), PYTHONPATH=simulator.STAND_IN, RANK=rank)
+        env = environment(**card_environment(2), PYTHONPATH=gaudi_simulator.STAND_IN, RANK=rank)
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=600)
         assert result.returncode == 0, result.stderr
         said[rank] = result.stderr
@@ -125,7 +125,7 @@ def test_says_once_that_it_is_simulated():
 def test_report():
     env = environment(PYTHONPATH="")
     result = subprocess.run(
-        [sys.executable, "-m", "simulator", "--report"], capture_output=True, text=True, env=env, timeout=300
+        [sys.executable, "-m", "gaudi_simulator", "--report"], capture_output=True, text=True, env=env, timeout=300
     )
     assert result.returncode == 0, result.stderr
     for word in ("Simulated", "Not simulated", "graph", "memory", "autocast", "hccl", "speed"):

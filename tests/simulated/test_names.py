@@ -9,8 +9,8 @@ from cards import card_environment
 from habana_names import names_in, used_names
 from running import environment
 
-import simulator
-from simulator.absent import ABSENT
+import gaudi_simulator
+from gaudi_simulator.absent import ABSENT
 
 # Prints which of the names on stdin cannot be resolved: modules are imported, the rest are attributes.
 RESOLVE = """
@@ -40,12 +40,12 @@ def test_every_name_is_there_or_listed_as_absent():
     assert len(used) > 80 and "habana_frameworks.torch.core.step_closure._mark_step_if_lazy" in used
     result = subprocess.run(
         [sys.executable, "-c", RESOLVE], input=json.dumps(list(used)), capture_output=True, text=True, check=False,
-        env=environment(**card_environment(), PYTHONPATH=simulator.STAND_IN),
+        env=environment(**card_environment(), PYTHONPATH=gaudi_simulator.STAND_IN),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     missing = json.loads(result.stdout)
     unknown = {name: sorted(used[name]) for name in missing if name not in ABSENT}
-    assert not unknown, f"used by these files, and neither simulated nor listed in simulator/absent.py: {unknown}"
+    assert not unknown, f"used here, and neither simulated nor listed in gaudi_simulator/absent.py: {unknown}"
     stale = set(ABSENT) - set(missing)
     assert not stale, f"listed as absent, but there, or used by nobody: {stale}"
 

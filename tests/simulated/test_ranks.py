@@ -9,7 +9,7 @@ import pytest
 from cards import card_environment
 from running import ROOT, environment
 
-import simulator
+import gaudi_simulator
 
 RANKS = ROOT / "tests" / "simulated" / "ranks"
 BIN = Path(sys.executable).parent
@@ -26,7 +26,7 @@ def launch(*command: str | Path, **changes: str) -> str:
     port = free_port()
     env = environment(
         **card_environment(2, **changes),
-        PYTHONPATH=simulator.STAND_IN,
+        PYTHONPATH=gaudi_simulator.STAND_IN,
         MASTER_ADDR="localhost",
         MASTER_PORT=port,
         PATH=f"{BIN}:/usr/bin:/bin",

@@ -1,4 +1,4 @@
-"""`python -m simulator --report`: what is simulated, how faithfully, what is not. `--build`: build the device."""
+"""`python -m gaudi_simulator` with `--report`: what is simulated, how faithfully; with `--build`: build the device."""
 
 import argparse
 import os
@@ -52,7 +52,7 @@ Absent names that optimum-habana, accelerate or DeepSpeed call, and what happens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m simulator", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m gaudi_simulator", description=__doc__)
     parser.add_argument("--report", action="store_true", help="say what is simulated and what is not")
     parser.add_argument("--build", action="store_true", help="build the device into its cache, and print its place")
     arguments = parser.parse_args()

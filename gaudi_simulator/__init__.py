@@ -8,7 +8,8 @@
 - `torchvision`: empty, because `adapt_transformers_to_gaudi` imports it for vision models;
 - `habana_torch_plugin-*.dist-info`: what `optimum.habana`, on import, expects `pip list` to know.
 
-`python -m simulator --report` says what is simulated, how faithfully, and what is not. Nothing here imports torch.
+`python -m gaudi_simulator --report` says what is simulated, how faithfully, and what is not. Nothing here imports
+torch.
 """
 
 from pathlib import Path

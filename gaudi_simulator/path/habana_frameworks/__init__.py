@@ -1,0 +1,1 @@
+"""Stand-in of gaudi-lm for hosts without SynapseAI; see the package `gaudi_simulator`."""

@@ -1,1 +1,0 @@
-"""Stand-in of gaudi-lm for hosts without SynapseAI; see the package `simulator`."""
