@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 from gaudi_lm.config_files import expand_config_file
 from gaudi_lm.errors import UserError, user_errors
@@ -113,30 +112,6 @@ def simulated_cards() -> int:
     if not text.isdigit() or int(text) < 1:
         raise UserError(f"GAUDI_SIMULATOR is {text!r}: it holds the number of simulated cards, at least 1")
     return int(text)
-
-
-def count_cards(environ: dict[str, str], root: str = "/") -> int:
-    """Cards on this host: simulated ones, else those under /dev/accel or /sys/class/accel that may be used."""
-    if simulated := simulated_cards():
-        return simulated
-    for folder in ("dev/accel", "sys/class/accel"):
-        if found := len(list(Path(root, folder).glob("accel[0-9]*"))):  # not accel_controlD*
-            allowed = [word for word in environ.get("HABANA_VISIBLE_MODULES", "").split(",") if word]
-            return min(found, len(allowed) or found)
-    return 0
-
-
-def check_cards(cards: int, ranks: int, on_cpu: bool, on_card: bool) -> None:
-    """Refuse more ranks than cards on a host, unless they run on the CPU.
-
-    Raises:
-        UserError: too few cards, or none where the flags ask for one.
-    """
-    if ranks > cards and not on_cpu and (cards or on_card):
-        raise UserError(
-            f"{ranks} ranks on this host but {cards} cards: lower --world_size, rehearse on simulated cards with "
-            f"GAUDI_SIMULATOR={ranks} in the environment, or append --use_cpu to the script's flags"
-        )
 
 
 def wanted_card(arguments: list[str]) -> tuple[bool, bool]:

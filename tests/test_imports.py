@@ -6,8 +6,9 @@ import pytest
 from running import ROOT
 
 # From the bottom up: each may import those before it, and its own package.
-LAYERS = ["errors", "config_files", "device", "architectures", "arguments", "data", "modeling", "training"]
-LAUNCHER = {"errors", "config_files", "device", "launcher"}
+LAYERS = ["errors", "variables", "config_files", "device", "host", "architectures", "arguments", "data", "modeling"]
+LAYERS += ["training"]
+LAUNCHER = {"errors", "variables", "config_files", "device", "host", "launcher"}
 MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "gaudi_lm").rglob("*.py"))
 
 

@@ -26,12 +26,8 @@ class Host:
 
 
 def parse_hostfile(text: str, path: str) -> tuple[Host, ...]:
-    """Hosts of a hostfile in DeepSpeed's grammar: ``[user@]name slots=N`` a line, ``#`` comments, blank lines.
-
-    Raises:
-        UserError: the first wrong line, by number.
-    """
-    lines_of, found = {}, []
+    """Hosts in DeepSpeed's grammar: ``[user@]name slots=N`` a line, ``#`` comments; a UserError has the line."""
+    found: dict[str, tuple[int, Host]] = {}
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
         words = line.split("#", 1)[0].split()
         if not words:
@@ -51,20 +47,18 @@ def parse_hostfile(text: str, path: str) -> tuple[Host, ...]:
                 ipaddress.ip_address(name)
             except ValueError:
                 raise UserError(f"{where}: {words[0]!r} is neither a host name nor an IP address") from None
-        if name in lines_of:
-            raise UserError(f"{where}: host {name!r} is already on line {lines_of[name]}")
-        lines_of[name] = number
-        found.append(Host(name, int(count), user))
+        if name in found:
+            raise UserError(f"{where}: host {name!r} is already on line {found[name][0]}")
+        found[name] = number, Host(name, int(count), user)
     if not found:
         raise UserError(f"--hostfile {path}: names no host; expected lines of 'HOST slots=N'")
-    return tuple(found)
+    return tuple(host for _, host in found.values())
 
 
 def read_hostfile(path: str) -> tuple[Host, ...]:
     """:func:`parse_hostfile` on a file; also a :class:`UserError` where it cannot be read or is no text."""
     try:
         return parse_hostfile(Path(path).read_bytes().decode(), path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"--hostfile {path}: not a text file") from error
-    except OSError as error:
-        raise UserError(f"--hostfile {path}: {error.strerror.lower()}") from error
+    except (UnicodeDecodeError, OSError) as error:
+        what = error.strerror.lower() if isinstance(error, OSError) else "not a text file"
+        raise UserError(f"--hostfile {path}: {what}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -14,12 +15,12 @@ from pathlib import Path
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 PARENT_ENDED = signal.SIGUSR2
-START = str(Path(__file__).with_name("start.py"))
+JOB_VARIABLE = "GAUDI_SPAWN_JOB"
 
 
 def python(function: str, *arguments: str) -> list[str]:
-    """A command for a function of this package, such as ``rank.main``."""
-    return [sys.executable, "-I", START, function, *arguments]
+    """A command for a function of this package, such as ``rank.main``; the end of this file runs it."""
+    return [sys.executable, "-I", __file__, function, *arguments]
 
 
 def adopt_orphans() -> None:
@@ -33,10 +34,8 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 
 
 def on_signals(serve: Callable[[int], object]) -> None:
-    """Call ``serve`` with the number of each signal that comes.
-
-    SIGHUP stays ignored where nohup has set it so. SIGINT does not, though shells start background jobs so.
-    """
+    """Call ``serve`` with the number of each signal that comes."""
+    # SIGHUP stays ignored where nohup has set it so. SIGINT does not, though shells start background jobs so.
     for number in (*STOP_SIGNALS, PARENT_ENDED):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: serve(number))
@@ -54,33 +53,27 @@ def reap() -> dict[int, int]:
 
 def named(status: int) -> str:
     """``exit status 137 (SIGKILL)``."""
-    names = {128 + number: f" ({number.name})" for number in signal.Signals}
-    return f"exit status {status}{names.get(status, '')}"
-
-
-def descendants(pid: int) -> list[int]:
-    """Process ids of all live processes below ``pid``, found in /proc."""
-    children: dict[int, list[int]] = {}
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        # A process may end between the listing and the reading.
-        with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
-            state, parent = file.read().rpartition(b")")[2].split()[:2]
-            if state not in (b"Z", b"X"):
-                children.setdefault(int(parent), []).append(int(entry))
-    found = [pid]
-    for above in found:
-        found += children.get(above, [])
-    return found[1:]
+    return f"exit status {status}" + {128 + n: f" ({n.name})" for n in signal.Signals}.get(status, "")
 
 
 def kill_descendants(seconds: float = 5.0) -> None:
-    """SIGKILL everything below this process, until nothing is left or ``seconds`` have passed."""
-    deadline = time.monotonic() + seconds
-    while (left := descendants(os.getpid())) and time.monotonic() < deadline:
-        for pid in left:
+    """SIGKILL everything below this process, found in /proc, until nothing is left or ``seconds`` have passed."""
+    deadline, found = time.monotonic() + seconds, [0, 0]
+    while found[1:] and time.monotonic() < deadline:
+        children: dict[int, list[int]] = {}
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            # A process may end between the listing and the reading.
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
+                state, parent = file.read().rpartition(b")")[2].split()[:2]
+                if state not in (b"Z", b"X"):
+                    children.setdefault(int(parent), []).append(int(entry))
+        found = [os.getpid()]
+        for above in found:
+            found += children.get(above, [])
+        for pid in found[1:]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
+        time.sleep(0.02 * bool(found[1:]))
 
 
 def report(folder: str, name: str, **what: object) -> None:
@@ -95,10 +88,7 @@ def reports(folder: str) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in Path(folder).glob("*.report")}
 
 
-def threads_per_rank(ranks: int, limit: str = "/sys/fs/cgroup/cpu.max") -> int:
-    """``OMP_NUM_THREADS`` for each of ``ranks`` on this host: its share of the CPUs, or of a container's CPU time."""
-    cpus = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
-        quota, period = map(int, Path(limit).read_text().split())
-        cpus = min(cpus, quota // period)
-    return max(1, cpus // max(1, ranks))
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    module, _, function = sys.argv[1].partition(".")
+    sys.exit(getattr(importlib.import_module(f"gaudi_lm.launcher.{module}"), function)(*sys.argv[2:]))

@@ -1,7 +1,6 @@
 """One rank: what every backend starts in place of the script, without arguments.
 
-The script, its arguments and the environment are in a file that only its owner can read, so that no backend reads,
-splits or shows them. ``GAUDI_SPAWN_JOB`` names its folder.
+Script, arguments and environment are in a file that only its owner can read: no backend reads, splits or shows them.
 """
 
 from __future__ import annotations
@@ -16,20 +15,17 @@ from pathlib import Path
 
 from gaudi_lm.launcher import processes
 
-JOB_VARIABLE = "GAUDI_SPAWN_JOB"
-
 
 def main() -> int:
     """Run the script as one rank; its exit status, 128+n where signal n ended it."""
-    where = os.environ.pop(JOB_VARIABLE)
+    where = os.environ.pop(processes.JOB_VARIABLE)
     job = json.loads(Path(where, "job").read_text())
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"])
     name = f"rank {rank} on host {job['host']}"
     if not 0 <= rank - job["first_rank"] < job["slots"]:
         sys.exit(f"the backend has started {name}, against the hostfile")
-    places = {"RANK": rank, "LOCAL_RANK": rank - job["first_rank"]}
-    places |= {"WORLD_SIZE": job["world_size"], "LOCAL_WORLD_SIZE": job["slots"]}
-    os.environ.update(job["environ"] | {name: str(place) for name, place in places.items()})
+    os.environ.update(job["environ"], RANK=str(rank), LOCAL_RANK=str(rank - job["first_rank"]))
+    os.environ.update(WORLD_SIZE=str(job["world_size"]), LOCAL_WORLD_SIZE=str(job["slots"]))
     command = [sys.executable, "-u", *job["script"]]  # -u, so that a log shows what was printed up to a crash
     watched = {*processes.STOP_SIGNALS, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
@@ -54,8 +50,7 @@ def main() -> int:
             os.kill(script.pid, number)
     script.returncode = status = ended[script.pid]
     processes.kill_descendants()
-    how = "was stopped from outside," if stopped else "failed with"
-    what = f"{name} {how} {processes.named(status)}{job['logs']}"
+    what = f"{name} {'was stopped from outside,' if stopped else 'failed with'} {processes.named(status)}{job['logs']}"
     processes.report(where, name, status=status, what=what, stopped=stopped)
     if stopped:
         # When the first rank ends, a backend kills those that still save; the supervisor waits for all of them.

@@ -1,8 +1,8 @@
 """The supervisor of a job on one host: it starts the backend, passes signals to the ranks, and leaves nothing behind.
 
-On the launcher's host it is a child of the launcher. On another host it is started over ssh (:func:`connect`): its
-order is the first line of standard input, further lines are signal numbers, and when they end or fail to come, so does
-the job. Ranks and connections report to it by files in a folder that only its owner can enter.
+On the launcher's host it is a child of the launcher. On another host ssh starts it: its order is the first line of
+standard input, further lines are signal numbers, and when they end or fail to come, so does the job. Ranks and
+connections report to it by files (:func:`processes.report`) in a folder that only its owner can enter.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from gaudi_lm.host import threads_per_rank
 from gaudi_lm.launcher import processes
-from gaudi_lm.launcher.processes import PARENT_ENDED
-from gaudi_lm.launcher.rank import JOB_VARIABLE
+from gaudi_lm.launcher.processes import JOB_VARIABLE, PARENT_ENDED
 
 PAUSE = 0.05  # s between two looks at what has happened
 FAILURE_GRACE = 5.0  # s between the first failure and the end of the other ranks
@@ -39,30 +39,21 @@ def say(text: str) -> None:
 
 
 class Host:
-    """A job on this host.
-
-    Args:
-        order: ``folder`` of the job, ``job`` for the ranks, ``commands`` to start, ``environ`` and ``cwd`` for them,
-            ``backend`` by name, ``grace`` in seconds.
-        remote: whether the launcher is on another host.
-    """
+    """A job on this host, by an order of :meth:`plan.Plan.orders`; ``remote`` where the launcher is on another."""
 
     def __init__(self, order: dict, remote: bool = False) -> None:
         self.order, self.remote, self.folder = order, remote, order["folder"]
-        self.signals: list[int] = []  # that have come and were not served yet
-        self.unread, self.heard = b"", time.monotonic()
-        self.failure: tuple[str, int] | None = None
-        self.outside: tuple[str, int] | None = None
+        self.signals, self.unread, self.heard = [], b"", time.monotonic()
+        self.failure = self.outside = None  # what is to be said, and the exit status
         self.signalled = self.number = 0  # the signal to the launcher, and the one to the ranks
-        self.told: dict[str, int] = {}
-        self.deadline = float("inf")
+        self.told, self.deadline = {}, float("inf")
         processes.on_signals(self.signals.append)
 
     def run(self) -> int:
         """Run the job to its end; the exit status."""
         processes.adopt_orphans()
         try:
-            threads = processes.threads_per_rank(self.order["job"]["slots"])
+            threads = threads_per_rank(self.order["job"]["slots"])
             self.order["job"]["environ"].setdefault("OMP_NUM_THREADS", str(threads))
             with open(f"{self.folder}/job", "x") as file:
                 json.dump(self.order["job"], file)
@@ -84,7 +75,13 @@ class Host:
 
     def _goes_on(self, backends: dict[int, int | None]) -> bool:
         """Serve what has happened; False when the job is over."""
-        self._read_orders()
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(0, 65536) if self.remote else b"\n"
+            self.heard = time.monotonic() if data else -SILENCE
+            *lines, self.unread = (self.unread + data).split(b"\n")
+            self.signals += [int(line) for line in lines if line]
+        if time.monotonic() > self.heard + SILENCE:
+            self.signals.append(PARENT_ENDED)
         while self.signals:
             number = self.signals.pop(0)
             if number == PARENT_ENDED:
@@ -95,12 +92,12 @@ class Host:
                 if not self.remote:
                     say(f"{signal.Signals(number).name}: passed on to all ranks; {self.order['grace']:g} s to end")
             self._stop(number, 0.0 if again else self.order["grace"])
-        ended = processes.reap()
-        backends.update({pid: status for pid, status in ended.items() if pid in backends})
+        backends.update((pid, status) for pid, status in processes.reap().items() if pid in backends)
         members = processes.reports(self.folder)  # all that they had to say before that
         for name, member in members.items():
             if "status" not in member and not os.path.exists(f"/proc/{member['pid']}"):
-                member |= {"status": 137, "what": f"{name} was killed, {processes.named(137)}", "stopped": self.number}
+                killed = {"status": 137, "what": f"{name} was killed, {processes.named(137)}", "stopped": self.number}
+                member |= killed | processes.reports(self.folder)[name]  # unless it has told its end just now
         failed = sorted((m["time"], m["stopped"], m["what"], m["status"]) for m in members.values() if m.get("status"))
         for _, stopped, *failure in failed:
             if not stopped:
@@ -110,25 +107,13 @@ class Host:
                 self.outside = tuple(failure)
                 self._stop(signal.SIGTERM, min(self.order["grace"], FAILURE_GRACE))
         left = [name for name, member in members.items() if "status" not in member]
-        for name in left:
-            if self.told.get(name, 0) != self.number:
-                self.told[name] = self.number
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(members[name]["pid"], self.number)
+        for name in [name for name in left if self.told.get(name, 0) != self.number]:
+            self.told[name] = self.number
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(members[name]["pid"], self.number)
         if self.number:
             return bool(left) and time.monotonic() < self.deadline
         return None in backends.values()
-
-    def _read_orders(self) -> None:
-        if not self.remote:
-            return
-        with contextlib.suppress(BlockingIOError):
-            data = os.read(0, 65536)
-            self.heard = time.monotonic() if data else -SILENCE
-            *lines, self.unread = (self.unread + data).split(b"\n")
-            self.signals += [int(line) for line in lines if line]
-        if time.monotonic() > self.heard + SILENCE:
-            self.signals.append(PARENT_ENDED)
 
     def _stop(self, number: int, grace: float) -> None:
         """Have all ranks and other hosts get a signal, and set a limit to their end."""
@@ -149,8 +134,8 @@ class Host:
             self._fail(*(self.outside or (early, status or 1)))
         what, status = self.failure or ("", 0)
         if self.signalled:
-            killed = ", killed at the end of the grace" if time.monotonic() >= self.deadline else ""
-            what, status = f"stopped by {signal.Signals(self.signalled).name}{killed}", 128 + self.signalled
+            what, status = f"stopped by {signal.Signals(self.signalled).name}", 128 + self.signalled
+            what += ", killed at the end of the grace" * (time.monotonic() >= self.deadline)
         if what and not self.remote:
             say(what if self.signalled else f"error: {what}")
         return status
@@ -173,21 +158,15 @@ def over_ssh(login: str, command: list[str]) -> list[str]:
 
 
 def connect(folder: str, host: str, *command: str) -> int:
-    """Log in to another host, and serve as long as its supervisor runs; its exit status.
-
-    mpirun starts this in place of ssh, with the command for that host. ``FOLDER/hosts`` has the orders.
-    """
-    signals: list[int] = []
-    processes.on_signals(signals.append)
+    """Log in to another host and serve its supervisor; its exit status. mpirun starts this in place of ssh."""
+    processes.on_signals((signals := []).append)
     processes.die_with_parent(PARENT_ENDED)
     order = json.loads(Path(folder, "hosts").read_text())[host.rpartition("@")[2]]
-    if command:
-        order["commands"] = [["sh", "-c", " ".join(command)]]
+    order["commands"] = [["sh", "-c", " ".join(command)]] if command else order["commands"]
     name, pending = f"host {order['job']['host']}", b""
     processes.report(folder, name)
-    command = over_ssh(order["login"], processes.python("supervise.other_host"))
-    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
-    ssh = subprocess.Popen(command, start_new_session=True, **pipes)
+    how = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
+    ssh = subprocess.Popen(over_ssh(order["login"], processes.python("supervise.other_host")), **how)
     os.set_blocking(ssh.stderr.fileno(), False)
     words, due, told = json.dumps(order).encode() + b"\n", 0.0, False
     while (data := ssh.stderr.read(65536)) != b"":
@@ -199,19 +178,18 @@ def connect(folder: str, host: str, *command: str) -> int:
             with contextlib.suppress(BrokenPipeError):
                 ssh.stdin.write(words or b"\n")
             due = time.monotonic() + HEARTBEAT
-        words, pending = b"", pending + (data or b"")
-        if (begin := pending.find(MARK)) >= 0 and b"\n" in pending[begin:]:
-            message, _, rest = pending[begin + len(MARK) :].partition(b"\n")
-            what, status = json.loads(message)
-            processes.report(folder, f"{name} itself", status=status, what=what, stopped=False)
-            pending, told = pending[:begin] + rest, True
-        ready = len(pending) if begin < 0 and b"\0" not in pending[-len(MARK) :] else pending.rfind(b"\0")
-        os.write(2, pending[:ready])
-        pending = pending[ready:]
+        words = b""
+        *lines, pending = (pending + (data or b"")).split(b"\n")
+        for output, mark, message in (line.partition(MARK) for line in lines):
+            os.write(2, output if mark else output + b"\n")
+            if mark:
+                what, status = json.loads(message)
+                processes.report(folder, f"{name} itself", status=status, what=what, stopped=False)
+                told = True
         if data is None:
             time.sleep(PAUSE)
     os.write(2, pending)
     status = ssh.wait()
-    lost = {"status": 1, "what": f"{name} is lost: ssh has ended with exit status {status}", "stopped": False}
-    processes.report(folder, name, **(lost if status and not told else {"status": 0}))
+    what = f"{name} is lost: ssh has ended with exit status {status}"
+    processes.report(folder, name, status=int(status > 0 and not told), what=what, stopped=False)
     return status

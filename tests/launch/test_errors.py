@@ -48,6 +48,7 @@ def refused(done: subprocess.CompletedProcess, words: str) -> None:
         (["--grace", "-1", DUMP], "--grace"),
         (["--grace", "nan", DUMP], "--grace: 'nan'"),
         (["--map_by", "moon", DUMP], "--map_by"),
+        (["--map_by", "slot", DUMP], "--map_by slot: torch.distributed binds for CUDA only"),
         (["--env", "NOT_SET_HERE", DUMP], "--env NOT_SET_HERE"),
         (["--env", "HF_TOKEN=abc", DUMP], "--env HF_TOKEN"),
         (["--log_dir", "/dev/null/x", DUMP], "--log_dir /dev/null/x"),

