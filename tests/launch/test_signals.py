@@ -79,6 +79,21 @@ def test_signals_before_anything_is_started(number):
         assert job.survivors(GRACE + 5.0) == []
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_launcher_listens_nowhere(backend):
+    """Only what the backend or the script opens: there is nothing to send to the launcher."""
+    job = Launch(*BACKENDS[backend], "--world_size", "2", ACT, "0", "wait")
+    job.wait_for(b"rank 0 is here")
+    launcher = psutil.Process(job.process.pid)
+    [supervisor] = launcher.children()
+    ranks = [one for one in supervisor.children(recursive=True) if one.cmdline()[-1] == "rank.main"]
+    own = [launcher, supervisor, *(one for one in ranks if one.parent() != supervisor)]
+    assert len(own) == 4
+    assert not [found for one in own for found in one.net_connections() if found.status == psutil.CONN_LISTEN]
+    job.process.send_signal(signal.SIGTERM)
+    assert job.finish().returncode == 143
+
+
 def test_a_second_ctrl_c_does_not_wait():
     job = Launch("--use_mpi", "--world_size", "2", "--grace", "100", ACT, "0", "wait", "deaf")
     job.wait_for(b"rank 0 is here")
