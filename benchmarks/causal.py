@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
 from gaudi_lm.modeling.activations import fuse_activations
-from gaudi_lm.modeling.loading import prepare_cpu
 from gaudi_lm.modeling.loss import install_token_loss
 
 from .measure import MIB, Pace, median, paired_ratio, race, sgemm, write_report
@@ -61,8 +60,7 @@ def trainer(pace: Pace) -> None:
             pace.lap(tokens=BATCH * LENGTH)
 
     model = gpt2()
-    fuse_activations(model)  # this and the next as load_model does
-    prepare_cpu()
+    fuse_activations(model)  # as load_model does
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -122,7 +120,6 @@ def lora(pace: Pace, batches: list[dict], cheap_loss: bool) -> None:
     adapters = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
     model = get_peft_model(llama_100m(), adapters)
     if cheap_loss:
-        prepare_cpu()
         install_token_loss(model, "causal")
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=True)
     step = 0

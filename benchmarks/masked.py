@@ -8,7 +8,6 @@ from torch import Tensor
 
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, limit_predictions, prediction_rows
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
-from gaudi_lm.modeling.loading import prepare_cpu
 from gaudi_lm.modeling.loss import install_token_loss
 
 from .measure import MIB, Pace, median, paired_ratio, race, sgemm, write_report
@@ -41,17 +40,11 @@ def mask_tokens(input_ids: Tensor, limit: int | None) -> tuple[Tensor, Tensor]:
     return masked, labels
 
 
-def train(pace: Pace, batches: list[dict], masked_head: bool, ours: bool = True) -> None:
-    """A contender: training steps on these batches in turn, dynamic masking included.
-
-    Args:
-        ours: whether the rest of the step is this suite's too.
-    """
+def train(pace: Pace, batches: list[dict], masked_head: bool) -> None:
+    """A contender: training steps on these batches in turn, dynamic masking included."""
     model = roberta_base()
     shape = tuple(batches[0]["input_ids"].shape)
     limit = prediction_rows(*shape, PROBABILITY) if masked_head else None
-    if ours:
-        prepare_cpu()
     if masked_head:
         install_token_loss(model, "masked", max_predictions_per_seq=lambda batch, length: limit)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -122,7 +115,7 @@ def mlm_packed(rounds: int = 9, batch: int = 4) -> None:
     turns = race(
         {
             "packed": (train, {"batches": ours, "masked_head": True}),
-            "padded": (train, {"batches": theirs, "masked_head": False, "ours": False}),
+            "padded": (train, {"batches": theirs, "masked_head": False}),
             "sgemm": (sgemm, {}),
         },
         rounds,

@@ -14,7 +14,6 @@ PACKAGES = [
     "optimum-habana",
     "transformers",
     "datasets",
-    "evaluate",
     "accelerate",
     "deepspeed",
     "peft",

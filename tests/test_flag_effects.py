@@ -141,7 +141,6 @@ LOSSES = {
     + ["--num_train_epochs", 1],
     "bf16": ["--bf16"],
     "chunked_loss": ["--chunked_loss", False],
-    "fast_dropout": ["--fast_dropout", False, "--config_name", "DROPOUT"],
     "keep_linebreaks": ["--keep_linebreaks", False],
 }
 
@@ -156,11 +155,8 @@ def dropout_config(assets, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses(clm, plain, dropout_config, name):
-    flags = [dropout_config if flag == "DROPOUT" else flag for flag in LOSSES[name]]
-    changed = clm(*flags)
-    if name == "fast_dropout":
-        plain = clm(*flags[2:])
+def test_losses(clm, plain, name):
+    changed = clm(*LOSSES[name])
     if name == "chunked_loss":  # the same losses by another way
         assert losses(changed) == pytest.approx(losses(plain), rel=1e-5)
         assert "without full logits" in log_of(plain) and "from the full logits: asked for" in log_of(changed)
@@ -227,7 +223,7 @@ def test_resume_at_the_first_rows(clm, plain):
 @flags_shown("gradient_checkpointing", "gradient_checkpointing_kwargs")
 def test_what_is_computed_again(clm, plain, dropout_config):
     """With dropout, activations that are computed again are the same only if the random state is kept for them."""
-    dropout = ["--config_name", dropout_config, "--fast_dropout", False]
+    dropout = ["--config_name", dropout_config]
     kwargs = ["--gradient_checkpointing", "--gradient_checkpointing_kwargs"]
     wanted = losses(clm(*dropout))
     assert losses(clm(*dropout, *kwargs, '{"use_reentrant": false}')) == pytest.approx(wanted, rel=1e-5)

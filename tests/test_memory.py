@@ -1,38 +1,9 @@
-"""Memory that a step frees is there for the next step; a file that was read is not held."""
-
-import subprocess
-import sys
+"""A file that was read is not held in memory."""
 
 import numpy as np
 import pyarrow as pa
 
 from gaudi_lm.data.memory import forget_mapped_pages
-
-FAULTS = """
-import resource, sys, torch
-from gaudi_lm.data.memory import keep_freed_memory
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
-torch.set_num_threads(1)
-def step():
-    for _ in range(4):
-        torch.ones(2**23)  # 32 MiB
-for _ in range(4):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-def test_freed_memory_is_kept():
-    def faults(how: str) -> int:
-        run = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
-        return int(run.stdout)
-
-    pages = 4 * 2**25 // 4096
-    assert faults("default") >= pages
-    assert faults("keep") < pages / 100
 
 
 def held_of_files() -> int:

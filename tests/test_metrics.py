@@ -13,7 +13,7 @@ from running import ROOT
 
 from gaudi_lm.data.sampling import PADDING_ROW, count_tokens, silence_padding_rows
 from gaudi_lm.training import metrics, outputs
-from gaudi_lm.training.metrics import Throughput, TokenMetrics, save_loss_curve
+from gaudi_lm.training.metrics import Throughput, save_loss_curve, token_metrics
 from gaudi_lm.training.sums import TokenSums
 
 
@@ -39,7 +39,7 @@ def test_sums_equal_the_full_logits(seed, ranks, batches, ignored):
             sums.add(loss, (own.argmax(-1) == target).sum(), (target != -100).sum())
         parts.append(sums.over_ranks())
     rows = {name: [part[name][0] for part in parts] for name in parts[0]}
-    result = TokenMetrics(keep_in_memory=True, experiment_id="test").compute(**rows)
+    result = token_metrics(**rows)
     flat, targets = logits.reshape(-1, 11), labels.reshape(-1)
     loss = torch.nn.functional.cross_entropy(flat, targets, ignore_index=-100).item()
     kept = targets != -100
@@ -66,7 +66,7 @@ def test_throughput_of_more_tokens_than_float32_counts(monkeypatch):
 
 
 def test_no_label_gives_no_number():
-    result = TokenMetrics(keep_in_memory=True, experiment_id="none").compute(loss_sum=[0.0], correct=[0], count=[0])
+    result = token_metrics(loss_sum=[0.0], correct=[0], count=[0])
     assert all(math.isnan(value) for value in result.values())
 
 

@@ -163,10 +163,6 @@ class TrainingArguments(GaudiTrainingArguments):
     chunked_loss: bool = field(
         default=True, metadata={"help": "Cross-entropy in chunks of rows; False keeps the logits of a whole batch."}
     )
-    fast_dropout: bool = field(
-        default=True,
-        metadata={"help": "On the CPU: dropout by a faster generator, within attention too; False: PyTorch's own."},
-    )
     attn_implementation: str | None = field(
         default=None,
         metadata={

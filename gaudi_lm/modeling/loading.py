@@ -20,12 +20,10 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from gaudi_lm.architectures import PADDING, architecture_of, is_patched
 from gaudi_lm.arguments.definitions import ModelArguments, TrainingArguments
 from gaudi_lm.arguments.model_files import check_config, first_line, tokenizer_damage
-from gaudi_lm.data.memory import keep_freed_memory
 from gaudi_lm.device import UserError, parse_bool
 from gaudi_lm.errors import nearest
 from gaudi_lm.modeling.activations import fuse_activations
 from gaudi_lm.modeling.attention import check_attention, hand_over_flags
-from gaudi_lm.modeling.dropout import install_dropout
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -250,18 +248,10 @@ def load_model(
         model.resize_token_embeddings(len(tokenizer))
     hand_over_flags(model, model_args, training_args)
     fuse_activations(model)
-    if training_args.use_cpu:
-        prepare_cpu(training_args.fast_dropout)
     if not name:
         total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         logger.info("new %s with %.1fM parameters", config.model_type, total / 1e6)
     return model
-
-
-def prepare_cpu(fast_dropout: bool = True) -> None:
-    """What makes training on a CPU cheaper for any model, in this process."""
-    keep_freed_memory()
-    install_dropout(fast_dropout)
 
 
 def length_limit(

@@ -8,45 +8,28 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
-import evaluate
-
 from gaudi_lm.training.agreement import gather
 
 logger = logging.getLogger("gaudi_lm")
 
 
-class TokenMetrics(evaluate.Metric):
-    """Loss, perplexity and accuracy of a token model from sums that were made on the card.
+def token_metrics(loss_sum: list[float], correct: list[int], count: list[int]) -> dict[str, float]:
+    """``loss``, ``perplexity`` and ``accuracy`` of a token model, every label alike; NaN where there is no label.
 
-    Every row is one part of an evaluation (a window of batches, or a rank): the summed cross-entropy in nats, how
-    often the most probable token was the label, and how many labels there were. The results weigh every label alike.
+    Args:
+        loss_sum: summed cross-entropy in nats, one entry for each part of an evaluation, such as a rank.
+        correct: how often the most probable token was the label.
+        count: how many labels there were.
     """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Token-weighted loss, perplexity and accuracy.",
-            citation="",
-            inputs_description="loss_sum (nats), correct and count, one row for each part of the evaluation",
-            features=datasets.Features(
-                {
-                    "loss_sum": datasets.Value("float64"),
-                    "correct": datasets.Value("int64"),
-                    "count": datasets.Value("int64"),
-                }
-            ),
-        )
-
-    def _compute(self, loss_sum, correct, count) -> dict[str, float]:
-        total = sum(count)
-        if not total:
-            return {"loss": math.nan, "perplexity": math.nan, "accuracy": math.nan}
-        loss = math.fsum(loss_sum) / total
-        return {
-            "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "accuracy": sum(correct) / total,
-        }
+    total = sum(count)
+    if not total:
+        return {"loss": math.nan, "perplexity": math.nan, "accuracy": math.nan}
+    loss = math.fsum(loss_sum) / total
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "accuracy": sum(correct) / total,
+    }
 
 
 class Throughput:

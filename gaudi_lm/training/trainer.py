@@ -27,7 +27,7 @@ from gaudi_lm.modeling.gradient_checkpointing import repair_gradient_checkpointi
 from gaudi_lm.modeling.loss import install_token_loss
 from gaudi_lm.training.device_metrics import DeviceMetrics
 from gaudi_lm.training.evaluation import evaluation_loader, weights_as
-from gaudi_lm.training.metrics import Throughput, TokenMetrics
+from gaudi_lm.training.metrics import Throughput, token_metrics
 from gaudi_lm.training.progress import LogLines, StepClock
 from gaudi_lm.training.saving import ResumableTrainer
 from gaudi_lm.training.sums import TokenSums, TrainingLoss
@@ -212,8 +212,7 @@ class LMTrainer(ResumableTrainer):
                 throughput.end_step(*window)
                 throughput.begin_step()
         parts = sums.over_ranks()
-        result = TokenMetrics(keep_in_memory=True, experiment_id=f"rank{args.process_index}").compute(**parts)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in token_metrics(**parts).items()}
         metrics[f"{metric_key_prefix}_samples"] = loader.dataset.rows_seen
         metrics[f"{metric_key_prefix}_tokens"] = sum(parts["count"])
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
