@@ -86,7 +86,7 @@ def test_the_launcher_listens_nowhere(backend):
     job.wait_for(b"rank 0 is here")
     launcher = psutil.Process(job.process.pid)
     [supervisor] = launcher.children()
-    ranks = [one for one in supervisor.children(recursive=True) if one.cmdline()[-1] == "rank.main"]
+    ranks = [one for one in supervisor.children(recursive=True) if one.cmdline()[-1:] == ["rank.main"]]
     own = [launcher, supervisor, *(one for one in ranks if one.parent() != supervisor)]
     assert len(own) == 4
     assert not [found for one in own for found in one.net_connections() if found.status == psutil.CONN_LISTEN]
@@ -121,7 +121,9 @@ def test_a_killed_mpirun_leaves_no_files(tmp_path):
     job = Launch("--use_mpi", "--grace", "100", ACT, "0", "wait", environ={"TMPDIR": str(tmp_path)})
     job.wait_for(b"rank 0 is here")
     below = psutil.Process(job.process.pid).children(recursive=True)
-    places = [process.environ().get("PMIX_SERVER_TMPDIR") for process in below if process.cmdline()[-1] == "rank.main"]
+    places = [
+        process.environ().get("PMIX_SERVER_TMPDIR") for process in below if process.cmdline()[-1:] == ["rank.main"]
+    ]
     [server] = filter(None, places)
     assert Path(server).is_relative_to(tmp_path) and any(Path(server).iterdir())
     for process in below:
