@@ -11,13 +11,12 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DynamoBackend
-from huggingface_hub import constants, get_token
+from huggingface_hub import constants, get_session, get_token
 from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import FSDPOption
 
-from gaudi_lm.arguments.gaudi_configs import hub_answers
 from gaudi_lm.arguments.optional_packages import check_optimizer, check_reporters, require
 from gaudi_lm.errors import UserError, nearest, unknown, warn
 
@@ -173,8 +172,10 @@ def _check_best_model(args) -> None:
 def _check_hub(args) -> None:
     if not args.push_to_hub:
         return
-    if constants.HF_HUB_OFFLINE or not hub_answers():
-        raise UserError(f"--push_to_hub: {constants.ENDPOINT} cannot be reached, or HF_HUB_OFFLINE is set")
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except OSError as error:  # also in offline mode
+        raise UserError(f"--push_to_hub: {constants.ENDPOINT} cannot be reached, or HF_HUB_OFFLINE is set") from error
     if not (args.hub_token or get_token()):
         raise UserError("--push_to_hub: log in with `hf auth login`, or give --hub_token")
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import socket
 import tempfile
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from optimum.habana import GaudiConfig, GaudiTrainingArguments
 
@@ -20,26 +16,15 @@ from gaudi_lm.device import UserError
 
 logger = logging.getLogger("gaudi_lm")
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def hub_answers() -> bool:
-    """Whether something listens where the hub, or the proxy to it, is expected."""
-    proxy = urllib.request.getproxies().get(urllib.parse.urlsplit(ENDPOINT).scheme)
-    address = urllib.parse.urlsplit(proxy or ENDPOINT)
-    try:
-        port = address.port or (443 if address.scheme == "https" else 80)
-        socket.create_connection((address.hostname, port), timeout=5).close()
-    except OSError:
-        return False
-    return True
+# As on the hub: owner, name, gaudi_config.json.
+BUNDLED = Path(__file__).with_name("bundled")
 
 
 def resolve_gaudi_config(name: str) -> str:
-    """A folder that holds ``gaudi_config.json``, from a folder, a file or a hub name.
+    """A folder that holds ``gaudi_config.json``, from a folder, a file, a bundled name or a name on the hub.
 
-    The hub is asked first; where it cannot be reached, the configurations under ``configs/gaudi`` serve the names of
-    the documentation (``Habana/gpt2``, ``Habana/roberta-base``).
+    The names that the documentation uses, ``Habana/gpt2`` and ``Habana/roberta-base``, come with the package: for them
+    nobody asks the hub.
 
     Raises:
         UserError: nothing of that name, here or there.
@@ -55,16 +40,11 @@ def resolve_gaudi_config(name: str) -> str:
         folder = Path(tempfile.mkdtemp(prefix="gaudi_config_"))
         shutil.copyfile(path, folder / "gaudi_config.json")
         return str(folder)
-    bundled = REPOSITORY / "configs" / "gaudi" / path.name
-    if not (name.startswith("Habana/") and bundled.is_dir()):
-        bundled = None
+    if name in {str(file.parent.relative_to(BUNDLED)) for file in BUNDLED.glob("*/*/gaudi_config.json")}:
+        return str(BUNDLED / name)
     try:
-        # Without a connection, the hub's client tries again for half a minute.
-        offline = bundled is not None and not hub_answers()
-        return str(Path(hf_hub_download(name, "gaudi_config.json", etag_timeout=5, local_files_only=offline)).parent)
+        return str(Path(hf_hub_download(name, "gaudi_config.json", etag_timeout=5)).parent)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        if bundled is not None:
-            return str(bundled)
         raise UserError(f"--gaudi_config_name {name}: neither a folder, a file, nor on the hub ({error})") from error
 
 

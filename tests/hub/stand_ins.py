@@ -1,4 +1,4 @@
-"""Small stand-ins for the models, datasets and Gaudi configurations that the documented commands name.
+"""Small stand-ins for the models and datasets that the documented commands name.
 
 Each has the architecture, tokenizer class, file layout and columns of the original; weights come from a seed and text
 from CPython's documentation topics. The sizes are set by the documented commands, which run unshortened: a single-card
@@ -6,7 +6,6 @@ run of three epochs must be short, and 8 cards with 16 blocks each must still fi
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -52,9 +51,6 @@ GATED = "stand-in/gated-gpt2"
 
 def write_stand_ins(root: Path) -> None:
     """Write every stand-in under `root` as `models/<owner>/<name>/<branch>` and `datasets/<owner>/<name>/<branch>`."""
-    configurations = Path(__file__).parents[2] / "configs" / "gaudi"
-    for name in ("gpt2", "roberta-base"):
-        shutil.copytree(configurations / name, root / "models" / "Habana" / name / "main")
     write_models(root / "models")
     write_wikitext(root / "datasets" / "Salesforce" / "wikitext" / "main")
     write_alpaca(root / "datasets" / "tatsu-lab" / "alpaca" / "main")

@@ -59,7 +59,7 @@ def runs(assets, tmp_path_factory) -> dict[str, Path]:
 
     cases = {
         "fp32": case("fp32"),
-        "bf16": case("bf16", "--bf16", "--gaudi_config_name", ROOT / "configs" / "gaudi" / "gpt2"),
+        "bf16": case("bf16", "--bf16", "--gaudi_config_name", ROOT / "gaudi_lm/arguments/bundled/Habana/gpt2"),
         "llama": case("llama", *llama),
         "checkpointed_llama": case("checkpointed_llama", *llama, "--gradient_checkpointing"),
         "checkpointed_fp32": case("checkpointed_fp32", "--gradient_checkpointing"),
