@@ -48,14 +48,9 @@ class ScriptArguments:
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Blocks to a batch: ``input_ids`` and ``labels``, int64 of shape ``[rows, block]``.
-
-    The model shifts the labels by one, so the first one is never a target: -100 keeps it out of the token counts.
-    """
+    """Blocks to a batch: ``input_ids`` and ``labels``, int64 of shape ``[rows, block]``."""
     input_ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
-    labels = input_ids.clone()
-    labels[:, 0] = -100
-    return {"input_ids": input_ids, "labels": labels}
+    return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 
 def make_blocks(

@@ -37,8 +37,11 @@ ADALORA = {"adalora_init_r": 4, "adalora_target_r": 2, "adalora_tinit": 1, "adal
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     """Rows with very different numbers of targets, as an average over batches instead of tokens would show."""
     input_ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
-    targets = torch.tensor([2 + row["draw"] % 13 for row in rows])
+    targets = torch.tensor([2 + row["sample_id"] % 13 for row in rows])
     return {"input_ids": input_ids, "labels": input_ids.where(torch.arange(LENGTH) < targets[:, None], -100)}
+
+
+collate.needs_sample_id = True
 
 
 def family_model(name: str) -> torch.nn.Module:

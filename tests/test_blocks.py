@@ -92,7 +92,7 @@ def test_ranks_share_the_batches_of_one(rows, batch, world, epoch):
 def test_rows_carry_their_draw():
     data = Dataset.from_dict({"input_ids": [[1, 2], [3, 4], [5, 6]]})
     rows = TrainingRows(data).__getitems__([4, 2])
-    assert [(row["draw"], row["input_ids"].tolist()) for row in rows] == [(4, [3, 4]), (2, [5, 6])]
+    assert [(row["sample_id"], row["input_ids"].tolist()) for row in rows] == [(4, [3, 4]), (2, [5, 6])]
     assert [PADDING_ROW in row for row in TrainingRows(data).__getitems__([0, ~0])] == [False, True]
 
 

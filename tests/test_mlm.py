@@ -26,7 +26,7 @@ def tokenizer(masked_assets):
 
 def rows_of(tokenizer, count: int, length: int, seed: int = 0) -> list[dict]:
     tokens = np.random.default_rng(seed).integers(5, len(tokenizer), (count, length), dtype=np.int32)
-    return [{"input_ids": row, "draw": number} for number, row in enumerate(tokens)]
+    return [{"input_ids": row, "sample_id": number} for number, row in enumerate(tokens)]
 
 
 def test_masks_are_80_10_10(tokenizer):
@@ -68,7 +68,7 @@ def test_a_mask_depends_on_seed_and_draw_alone(tokenizer):
     for place, batch in enumerate(reversed(alone)):
         assert torch.equal(batch["input_ids"][0, :40], together["input_ids"][place])
         assert torch.equal(batch["labels"][0, :40], together["labels"][place])
-    next_epoch = collator([{**row, "draw": row["draw"] + 6} for row in rows])
+    next_epoch = collator([{**row, "sample_id": row["sample_id"] + 6} for row in rows])
     other_seed = MaskingCollator(tokenizer, 0.3, seed=(8,))(rows)
     for other in (next_epoch, other_seed):
         assert not any(torch.equal(a, b) for a, b in zip(other["labels"], together["labels"], strict=True))
@@ -217,7 +217,7 @@ def test_equals_a_plain_loop(assets, masked_assets, tmp_path):
         order = np.random.default_rng([3, epoch]).permutation(24)
         for start in range(0, 24, 4):
             batch = collator(
-                [{"input_ids": rows[n], "draw": epoch * 24 + n} for n in order[start : start + 4].tolist()]
+                [{"input_ids": rows[n], "sample_id": epoch * 24 + n} for n in order[start : start + 4].tolist()]
             )
             labels = batch.pop("labels")
             logits = model(**batch).logits

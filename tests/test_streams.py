@@ -97,7 +97,7 @@ def test_a_cap_is_for_all_ranks_together(tokenizer, rows_of, ranks):
         passes = [[next(rows) for _ in range(limit)] for _ in range(3)]
         contents = [[row["input_ids"].tolist() for row in one] for one in passes]
         assert contents[0] == contents[1] == contents[2]
-        assert [row["draw"] for one in passes for row in one] == list(range(3 * limit))
+        assert [row["sample_id"] for one in passes for row in one] == list(range(3 * limit))
         different += contents[0]
     assert len(different) == len({tuple(row) for row in different}) == cap
     with pytest.raises(UserError, match="--max_train_samples 2: fewer than the 3 ranks"):
@@ -114,7 +114,7 @@ def test_masks_of_a_second_pass_are_new(tokenizer, rows_of, cap):
     again = [row for row in rows if row["input_ids"].tolist() == first]
     masks = {tuple(collator([row])["labels"][0].tolist()) for row in again}
     assert len(again) > 3 and len(masks) > 1
-    assert len({row["draw"] for row in rows}) == len(rows)
+    assert len({row["sample_id"] for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("ranks", (1, 2, 3, 4))

@@ -82,7 +82,7 @@ class MaskingCollator:
 
     Each token that is not special is chosen with ``probability``; of the chosen, 80% become the mask token, 10% a
     random ordinary token, 10% stay (Devlin et al. 2019). What is drawn for a row depends on ``seed``, the row's
-    ``draw`` and nothing else: not on the batch it is in, its padding, the process, or what was drawn before.
+    ``sample_id`` and nothing else: not on the batch it is in, its padding, the process, or what was drawn before.
 
     Attributes:
         tokenizer: one with a mask token.
@@ -93,6 +93,8 @@ class MaskingCollator:
             undone. None if it takes them all.
         assemble: makes ``input_ids`` and what goes with them from rows, where it is not plain padding.
     """
+
+    needs_sample_id = True  # see gaudi_lm.data.sampling.silence_padding_rows
 
     tokenizer: PreTrainedTokenizerBase
     probability: float
@@ -121,10 +123,10 @@ class MaskingCollator:
         ``attention_mask``, each int64 of shape ``[rows, length]``."""
         batch = (self.assemble or self._pad)(rows)
         original = batch["input_ids"]
-        masked, labels = self._mask(original.numpy(), [row["draw"] for row in rows])
+        masked, labels = self._mask(original.numpy(), [row["sample_id"] for row in rows])
         batch["input_ids"], batch["labels"] = torch.from_numpy(masked), torch.from_numpy(labels)
         if self.rows_predicted is not None:
-            generator = torch.Generator().manual_seed(int(rows[0]["draw"]))
+            generator = torch.Generator().manual_seed(int(rows[0]["sample_id"]))
             batch["input_ids"], batch["labels"], undone = limit_predictions(
                 batch["input_ids"], batch["labels"], original, self.rows_predicted(*original.shape), generator
             )
@@ -139,10 +141,12 @@ class MaskingCollator:
             batch["attention_mask"] = torch.from_numpy((np.arange(tokens.shape[1]) < used[:, None]).astype(np.int64))
         return batch
 
-    def _mask(self, input_ids: np.ndarray, draws: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _mask(self, input_ids: np.ndarray, sample_ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
         rows, length = input_ids.shape
         # The numbers of a token stand together, so that more padding behind a row does not change them.
-        noise = np.stack([np.random.default_rng([*self.seed, int(draw)]).random((length, 3)) for draw in draws])
+        noise = np.stack(
+            [np.random.default_rng([*self.seed, int(sample)]).random((length, 3)) for sample in sample_ids]
+        )
         chosen = (noise[..., 0] < self.probability) & ~self._special[input_ids]
         labels = np.where(chosen, input_ids, IGNORE_INDEX)
         random_tokens = self._ordinary[(noise[..., 2] * len(self._ordinary)).astype(np.int64)]

@@ -15,14 +15,15 @@ from gaudi_lm.arguments.definitions import TrainingArguments
 from gaudi_lm.device import UserError
 
 PADDING_ROW = "padding_row"
+SAMPLE_ID = "sample_id"
 REAL_ROWS = "real_rows"
 
 
 class TrainingRows(torch.utils.data.Dataset):
     """Rows as numpy arrays, asked for by numbers ``epoch * len + row``; a complement, ``~number``, completes a batch.
 
-    Each row carries that number as ``draw``: a collator that draws at random seeds itself from it, so that the draw is
-    new in each epoch and the same after a resume, in any number of worker processes.
+    Each row carries that number as ``sample_id``: a collator that draws at random seeds itself from it, so that what
+    it draws is new in each epoch and the same after a resume, in any number of worker processes.
     """
 
     def __init__(self, dataset: Dataset):
@@ -35,7 +36,7 @@ class TrainingRows(torch.utils.data.Dataset):
         own = [number if number >= 0 else ~number for number in numbers]
         columns = self.dataset[[number % len(self.dataset) for number in own]]
         rows = [
-            {**{name: column[place] for name, column in columns.items()}, "draw": number}
+            {**{name: column[place] for name, column in columns.items()}, SAMPLE_ID: number}
             for place, number in enumerate(own)
         ]
         for row, number in zip(rows, numbers, strict=True):
@@ -53,18 +54,42 @@ def loader_options(args: TrainingArguments) -> dict:
     }
 
 
-def silence_padding_rows(collator: Callable[[list[dict]], dict]) -> Callable[[list[dict]], dict]:
-    """A collator that gives rows which only complete a batch the labels -100, so that they add nothing to any sum.
+def silence_padding_rows(
+    collator: Callable[[list[dict]], dict], labels_from_inputs: bool = False
+) -> Callable[[list[dict]], dict]:
+    """Any collator of ``transformers`` or of one's own, for the batches of a trainer.
 
-    Its batches say under ``real_rows`` which are the others, bool of shape ``[rows]``.
+    - A row's ``sample_id`` reaches only a collator with a true attribute ``needs_sample_id``.
+    - Rows that only complete a batch get the labels -100, so that they add nothing to any sum; batches say under
+      ``real_rows`` which are the others, bool of shape ``[rows]``.
+    - Token ids and labels become int64.
+
+    Args:
+        labels_from_inputs: where the collator makes no labels, each token that is not padding is one.
     """
-    return partial(_collate_silenced, collator)
+    return partial(_collate, collator, labels_from_inputs)
 
 
-def _collate_silenced(collator: Callable[[list[dict]], dict], rows: list[dict]) -> dict:
-    completing = torch.tensor([row.pop(PADDING_ROW, False) for row in rows])
-    batch = collator(rows)
-    batch["labels"][completing] = -100
+def _needs_sample_id(collator: Callable) -> bool:
+    while isinstance(collator, partial):
+        collator = collator.func
+    return getattr(collator, "needs_sample_id", False)
+
+
+def _collate(collator: Callable[[list[dict]], dict], labels_from_inputs: bool, rows: list[dict]) -> dict:
+    completing = torch.tensor([row.get(PADDING_ROW, False) for row in rows])
+    hidden = {PADDING_ROW} if _needs_sample_id(collator) else {PADDING_ROW, SAMPLE_ID}
+    batch = dict(collator([{name: value for name, value in row.items() if name not in hidden} for row in rows]))
+    if labels_from_inputs and batch.get("labels") is None:
+        batch["labels"] = batch["input_ids"].clone()
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            batch["labels"][mask == 0] = -100
+    for name in ("input_ids", "labels"):
+        if batch.get(name) is not None:
+            batch[name] = batch[name].long()
+    if batch.get("labels") is not None:
+        batch["labels"][completing] = -100
     batch[REAL_ROWS] = ~completing
     return batch
 

@@ -53,7 +53,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
         max_rows: stop after so many, or with ``repeat`` start over.
 
     Yields:
-        ``{"input_ids": int32 array of shape [length], "draw": the row's number, which goes on in the next pass}``.
+        ``{"input_ids": int32 array of shape [length], "sample_id": the row's number}``; it goes on in the next pass.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
         while True:
             first = number
             for row in islice(self._rows(), self.max_rows):
-                yield {"input_ids": row, "draw": number}
+                yield {"input_ids": row, "sample_id": number}
                 number += 1
             if number == first:
                 raise UserError(

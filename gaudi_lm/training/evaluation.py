@@ -1,15 +1,34 @@
-"""The rows of an evaluation: static shapes, each counted once on all ranks; and the precision of its weights."""
+"""Evaluation and prediction: rows in static shapes, each counted once on all ranks; the precision of the weights."""
 
 from __future__ import annotations
 
+import inspect
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from optimum.habana.transformers.trainer import _get_input_update_settings
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
+from transformers.trainer_utils import EvalPrediction, PredictionOutput, denumpify_detensorize
 
-from gaudi_lm.data.sampling import PADDING_ROW, silence_padding_rows
+from gaudi_lm.data.masked_token_budget import IGNORE_INDEX
+from gaudi_lm.data.sampling import (
+    PADDING_ROW,
+    REAL_ROWS,
+    SAMPLE_ID,
+    count_tokens,
+    loader_options,
+    silence_padding_rows,
+)
+from gaudi_lm.modeling.cross_entropy import full_cross_entropy
+from gaudi_lm.training.metrics import Throughput, token_metrics
+from gaudi_lm.training.predictions import Predictions, as_float
+from gaudi_lm.training.saving import ResumableTrainer
+from gaudi_lm.training.sums import TokenSums
 
 
 class EvaluationRows(IterableDataset):
@@ -54,7 +73,7 @@ class EvaluationRows(IterableDataset):
             if place // self.batch_size % workers != turn:
                 continue
             index = own[min(place, len(own) - 1)] if own else 0
-            row = {**rows[index], "draw": index}
+            row = {**rows[index], SAMPLE_ID: index}
             yield row if place < len(own) else {**row, PADDING_ROW: True}
 
     def _streamed_rows(self) -> Iterator[dict]:
@@ -62,26 +81,34 @@ class EvaluationRows(IterableDataset):
         for index, any_row in enumerate(self.dataset):
             self.rows_seen = index + 1
             if index % self.world_size == self.rank:
-                row, own = {**any_row, "draw": index}, own + 1
+                row, own = {**any_row, SAMPLE_ID: index}, own + 1
                 yield dict(row)
         if row is None and self.rows_seen:
-            row = {**next(iter(self.dataset)), "draw": 0}
+            row = {**next(iter(self.dataset)), SAMPLE_ID: 0}
         for _ in range(self._padded(self.rows_seen) - own):
             yield {**row, PADDING_ROW: True}
 
 
 def evaluation_loader(
-    dataset, collator: Callable[[list[dict]], dict], batch_size: int, rank: int, world_size: int, **options
+    dataset,
+    collator: Callable[[list[dict]], dict],
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    labels_from_inputs: bool = False,
+    **options,
 ) -> DataLoader:
     """Batches of the rows of this rank; ``labels`` of completing rows are -100.
 
     Args:
+        labels_from_inputs: see :func:`gaudi_lm.data.sampling.silence_padding_rows`.
         options: of the ``DataLoader``; a stream is read by this process alone, which counts its rows.
     """
     rows = EvaluationRows(dataset, batch_size, rank, world_size)
     if not rows.sized:
         options |= {"num_workers": 0, "prefetch_factor": None}
-    return DataLoader(rows, batch_size=batch_size, collate_fn=silence_padding_rows(collator), **options)
+    collate = silence_padding_rows(collator, labels_from_inputs)
+    return DataLoader(rows, batch_size=batch_size, collate_fn=collate, **options)
 
 
 @contextmanager
@@ -105,3 +132,134 @@ def weights_as(model: nn.Module, dtype: torch.dtype | None, restore: bool) -> It
     finally:
         for weight, values, device in changed:
             weight.data = values.to(device)
+
+
+class EvaluatingTrainer(ResumableTrainer):
+    """Evaluation by sums over tokens; logits are kept for ``compute_metrics`` and ``predict`` alone."""
+
+    causal: bool
+    evaluation_collator: Callable[[list[dict]], dict]
+    _graphed_model: torch.nn.Module | None = None
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Token-weighted loss, perplexity and accuracy, and the speed of the evaluation, over all ranks.
+
+        Of a dict of datasets all figures of each, with its name after the prefix. What ``compute_metrics`` returns is
+        added; with a loss function of one's own there is its loss, but no perplexity and no accuracy.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            metrics = {}
+            for name, part in dataset.items():
+                metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
+            return metrics
+        metrics = self._run_over(dataset, ignore_keys, metric_key_prefix, self.compute_metrics is not None).metrics
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """Predictions and labels as numpy arrays in the order of the dataset, and metrics as of :meth:`evaluate`."""
+        output = self._run_over(test_dataset, ignore_keys, metric_key_prefix, True)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
+        return output
+
+    def _run_over(self, dataset, ignore_keys: list[str] | None, prefix: str, predict: bool) -> PredictionOutput:
+        args = self.args
+        ranks = (args.process_index, args.world_size)
+        options = {**loader_options(args), "worker_init_fn": self.worker_init, "labels_from_inputs": self.causal}
+        loader = evaluation_loader(dataset, self.evaluation_collator, args.eval_batch_size, *ranks, **options)
+        model = self._evaluation_model()
+        self.callback_handler.eval_dataloader = loader
+        update, extra_inputs = _get_input_update_settings(self.model)
+        warmup = 0 if self.is_in_train else args.throughput_warmup_steps
+        throughput, sums, started = Throughput(warmup, self._synchronise), TokenSums(), time.perf_counter()
+        throughput.begin_step()
+        dtype = torch.bfloat16 if args.bf16_full_eval and not self.is_in_train else None
+        predictions = Predictions() if predict else None
+        with weights_as(self.model, dtype, restore=args.do_train):
+            for batch in loader:
+                real = batch[REAL_ROWS]
+                window = count_tokens(batch)
+                inputs = self._prepare_inputs({**batch, **extra_inputs} if update else batch)
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    if predict or self.compute_loss_func is not None:
+                        self._predict_batch(model, inputs, real, ignore_keys, sums, predictions)
+                    else:
+                        outputs = model(**inputs)
+                        sums.add(outputs["loss_sum"], outputs["correct"], outputs["count"])
+                if args.use_lazy_mode:
+                    self.htcore.mark_step()
+                self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+                throughput.end_step(*window)
+                throughput.begin_step()
+        parts = sums.over_ranks()
+        result = token_metrics(**parts)
+        if self.compute_loss_func is not None:
+            result = {"loss": result["loss"]}
+        found, labels = predictions.over_ranks() if predict else (None, None)
+        if self.compute_metrics is not None and found is not None and labels is not None:
+            result |= denumpify_detensorize(self.compute_metrics(EvalPrediction(predictions=found, label_ids=labels)))
+        metrics = {
+            name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in result.items()
+        }
+        metrics[f"{prefix}_samples"] = loader.dataset.rows_seen
+        metrics[f"{prefix}_tokens"] = sum(parts["count"])
+        metrics[f"{prefix}_runtime"] = round(time.perf_counter() - started, 3)
+        metrics.update(throughput.figures(prefix))
+        return PredictionOutput(predictions=found, label_ids=labels, metrics=metrics)
+
+    def _predict_batch(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        real: Tensor,
+        ignore_keys: list[str] | None,
+        sums: TokenSums,
+        predictions: Predictions | None,
+    ) -> None:
+        """Run the model's own forward without labels, and add what it returns to the sums and predictions."""
+        labels = inputs.pop("labels", None)
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if "use_cache" in inspect.signature(base.forward).parameters:
+            inputs["use_cache"] = False
+        outputs = model(**inputs)
+        if labels is not None:
+            targets = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:] if self.causal else labels
+            count = (targets != IGNORE_INDEX).sum()
+            if self.compute_loss_func is None:
+                sums.add(*full_cross_entropy(outputs["logits"], targets), count)
+            else:
+                mean = self.compute_loss_func(outputs, labels, num_items_in_batch=count.clamp(min=1))
+                sums.add(torch.where(count > 0, mean * count, 0.0), torch.zeros_like(count), count)
+        if predictions is None:
+            return
+        if ignore_keys is None:
+            ignore_keys = getattr(base.config, "keys_to_ignore_at_inference", ["past_key_values"])
+        kept = tuple(value for name, value in outputs.items() if name not in {*ignore_keys, "loss"})
+        logits = as_float(kept[0] if len(kept) == 1 else kept)
+        if self.preprocess_logits_for_metrics is not None:
+            logits = self.preprocess_logits_for_metrics(logits, labels)
+        predictions.add(logits, labels, real)
+
+    def _evaluation_model(self) -> torch.nn.Module:
+        """The model in evaluation mode on the card, in HPU graphs where they are asked for and training is over."""
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            if is_deepspeed_zero3_enabled():
+                deepspeed_init(self, num_training_steps=0, inference=True)
+                self.deepspeed = self.model_wrapped = self.accelerator.prepare(self.model)
+            else:
+                self._move_model_to_device(self.model, self.args.device)
+        model = self.model
+        if not self.is_in_train and self.args.use_hpu_graphs_for_inference:
+            if self._graphed_model is None:
+                from habana_frameworks.torch.hpu import wrap_in_hpu_graph
+
+                self._graphed_model = wrap_in_hpu_graph(
+                    model,
+                    disable_tensor_cache=self.args.disable_tensor_cache_hpu_graphs,
+                    max_graphs=self.args.max_hpu_graphs,
+                )
+            model = self._graphed_model
+        model.eval()
+        return model

@@ -86,7 +86,8 @@ def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
     metrics.update(trainer.device_metrics.figures())
     metrics.update(highest_of_ranks(metrics))
     for name, value in sorted(metrics.items()):
-        logger.info("%s = %s", name, "nan" if math.isnan(value) else f"{value:.6g}")
+        number = isinstance(value, (int, float)) and not math.isnan(value)
+        logger.info("%s = %s", name, f"{value:.6g}" if number else value)
     for line in trainer.device_metrics.report_lines()[1:]:
         logger.warning(line)
     total = Path(trainer.args.output_dir) / "all_results.json"

@@ -69,6 +69,7 @@ class TrainingLoss(TrainerCallback, ExportableState):
         self._names: list[str] = []
         self._window: Tensor | None = None  # float32 [names], of this rank
         self._steps = 0  # in the window
+        self.batches = 0  # added by this process
         self._ranks: list[list[float]] = []  # the window at the last checkpoint
         self.total, self.total_steps = 0.0, 0  # of `loss`, over all ranks and all steps before the window
 
@@ -77,19 +78,22 @@ class TrainingLoss(TrainerCallback, ExportableState):
         """Optimizer steps since the last log line."""
         return self._steps
 
-    def add(self, loss: Tensor, outputs: TokenLossOutput, share: Tensor) -> None:
+    def add(self, loss: Tensor, outputs: TokenLossOutput | None = None, share: Tensor | None = None) -> None:
         """Add what one batch has in its step: `loss`, of the language model alone, and what is added to it.
 
         Args:
             loss: the batch's part of the step's loss, all together, detached.
-            outputs: of the model with an installed token loss.
+            outputs: of the model with an installed token loss; without, `loss` is all there is.
             share: of one label token in the step.
         """
-        figures = {"loss": outputs["loss_sum"] * share}
-        if outputs.get("aux_loss") is not None:
-            figures["aux_loss"] = outputs["aux_loss"] * outputs["count"] * share
-        if self.adds_orthogonality:
-            figures["orthogonality_loss"] = loss - sum(figures.values())
+        self.batches += 1
+        figures = {"loss": loss}
+        if outputs is not None:
+            figures["loss"] = outputs["loss_sum"] * share
+            if outputs.get("aux_loss") is not None:
+                figures["aux_loss"] = outputs["aux_loss"] * outputs["count"] * share
+            if self.adds_orthogonality:
+                figures["orthogonality_loss"] = loss - sum(figures.values())
         self._names = list(figures)
         values = torch.stack([figure.float() for figure in figures.values()])
         if self.skip_nan:

@@ -4,43 +4,41 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 from optimum.habana import GaudiTrainer
-from optimum.habana.transformers.trainer import _get_input_update_settings
 from peft import PeftType
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.trainer_utils import EvalPrediction, SaveStrategy, TrainOutput
 
 from gaudi_lm.arguments.definitions import TrainingArguments
 from gaudi_lm.arguments.gaudi_configs import gaudi_config
 from gaudi_lm.data.memory import host_copies
 from gaudi_lm.data.sampling import TrainingBatches, TrainingRows, count_tokens, loader_options, silence_padding_rows
+from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import RankReduction
 from gaudi_lm.modeling.attention import complete_generation_config
 from gaudi_lm.modeling.cpu_ranks import average_gradients
 from gaudi_lm.modeling.gradient_checkpointing import repair_gradient_checkpointing
 from gaudi_lm.modeling.loss import install_token_loss
 from gaudi_lm.training.device_metrics import DeviceMetrics
-from gaudi_lm.training.evaluation import evaluation_loader, weights_as
-from gaudi_lm.training.metrics import Throughput, token_metrics
+from gaudi_lm.training.evaluation import EvaluatingTrainer
+from gaudi_lm.training.metrics import Throughput
 from gaudi_lm.training.progress import LogLines, StepClock
-from gaudi_lm.training.saving import ResumableTrainer
-from gaudi_lm.training.sums import TokenSums, TrainingLoss
+from gaudi_lm.training.sums import TrainingLoss
 
 logger = logging.getLogger("gaudi_lm")
 
 
-class LMTrainer(ResumableTrainer):
+class LMTrainer(EvaluatingTrainer):
     """GaudiTrainer for models with :func:`gaudi_lm.modeling.loss.install_token_loss`.
 
     What differs from GaudiTrainer: the loss is a mean over the label tokens of the whole optimizer step, on all ranks
-    and for every architecture; the order of the data depends on seed and epoch alone, so a resumed run sees the same
-    batches; evaluation keeps sums, not logits; throughput counts what was executed.
+    and for every architecture (unless ``compute_loss_func`` takes its place); the order of the data depends on seed
+    and epoch alone, so a resumed run sees the same batches; evaluation keeps sums, not logits; throughput counts what
+    was executed.
     """
 
     def __init__(self, *args, objective: str, evaluation_collator=None, **kwargs):
@@ -48,12 +46,11 @@ class LMTrainer(ResumableTrainer):
         super().__init__(*args, **kwargs)
         # GaudiTrainer turns this on before transformers' own constructor turns it off: --bf16 did nothing on a CPU.
         self.use_cpu_amp = bf16 and self.args.half_precision_backend == "cpu_amp"
-        self.first_target = 1 if objective == "causal" else 0  # no token predicts the first one
+        self.causal = objective == "causal"
         self.evaluation_collator = evaluation_collator or self.data_collator
         self.model_accepts_loss_kwargs = True
         self.throughput = Throughput(self.args.throughput_warmup_steps, self._synchronise)
         self._window = (0, 0, 0)
-        self._graphed_model: torch.nn.Module | None = None
         self.device_metrics = DeviceMetrics(self.args.throughput_warmup_steps)
         adalora = getattr(self.model, "peft_type", None) == PeftType.ADALORA
         self.rank_reduction = RankReduction(self.model) if adalora else None
@@ -69,7 +66,8 @@ class LMTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
-        options = {**loader_options(args), "collate_fn": self.data_collator, "worker_init_fn": self.worker_init}
+        options = {**loader_options(args), "worker_init_fn": self.worker_init}
+        options["collate_fn"] = silence_padding_rows(self.data_collator, labels_from_inputs=self.causal)
         options["persistent_workers"] = args.dataloader_persistent_workers
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             # A second worker would read the same stream again.
@@ -84,7 +82,6 @@ class LMTrainer(ResumableTrainer):
             drop_last=args.dataloader_drop_last,
             group_by_length=args.group_by_length,
         )
-        options["collate_fn"] = silence_padding_rows(self.data_collator)
         loader = DataLoader(TrainingRows(self.train_dataset), batch_sampler=sampler, **options)
         loader.set_epoch = sampler.set_epoch
         return loader
@@ -98,7 +95,10 @@ class LMTrainer(ResumableTrainer):
         if not batches:
             return [], None
         # The batches are still in host memory: counting them waits for nothing.
-        labels = sum(int((batch["labels"][:, self.first_target :] != -100).sum()) for batch in batches)
+        if any(batch.get("labels") is None for batch in batches):
+            raise UserError("the collator makes no labels: a masked language model cannot be trained without")
+        first = 1 if self.causal else 0  # no token predicts the first one
+        labels = sum(int((batch["labels"][:, first:] != -100).sum()) for batch in batches)
         counts = [count_tokens(batch) for batch in batches]
         self._window = tuple(sum(column) for column in zip(*counts, strict=True))
         items = torch.tensor(labels, device=device)
@@ -112,15 +112,28 @@ class LMTrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # A mean over the batch, so that what wrappers add to it (AdaLoRA) gets the batch's share of the step too.
+        # Gradients are averaged over ranks, while label tokens are of all ranks.
+        ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
+        if self.compute_loss_func is not None:
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+            loss = loss if num_items_in_batch is None else loss * ranks
+            return (loss, outputs) if return_outputs else loss
         outputs = model(**inputs)
         loss = outputs["loss"]
         if num_items_in_batch is not None:
-            # Gradients are averaged over ranks, while label tokens are of all ranks.
-            ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
             share = ranks / num_items_in_batch.clamp(min=1)
             loss = loss * (outputs["count"] * share)
             self.training_loss.add(loss.detach(), outputs, share)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args, **kwargs):
+        batches = self.training_loss.batches
+        loss = super().training_step(*args, **kwargs)
+        if self.training_loss.batches == batches:  # a loss that is not the suite's
+            self.training_loss.add(loss)
+        return loss
 
     def train(self, *args, **kwargs) -> TrainOutput:
         output = super().train(*args, **kwargs)
@@ -185,64 +198,6 @@ class LMTrainer(ResumableTrainer):
         load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
         super()._issue_warnings_after_load(load_result)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Token-weighted loss, perplexity and accuracy, and the speed of the evaluation, over all ranks."""
-        args = self.args
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        place = (args.process_index, args.world_size)
-        options = {**loader_options(args), "worker_init_fn": self.worker_init}
-        loader = evaluation_loader(dataset, self.evaluation_collator, args.eval_batch_size, *place, **options)
-        model = self._evaluation_model()
-        self.callback_handler.eval_dataloader = loader
-        update, extra_inputs = _get_input_update_settings(self.model)
-        warmup = 0 if self.is_in_train else args.throughput_warmup_steps
-        throughput, sums, started = Throughput(warmup, self._synchronise), TokenSums(), time.perf_counter()
-        throughput.begin_step()
-        dtype = torch.bfloat16 if args.bf16_full_eval and not self.is_in_train else None
-        with weights_as(self.model, dtype, restore=args.do_train):
-            for batch in loader:
-                window = count_tokens(batch)
-                inputs = self._prepare_inputs({**batch, **extra_inputs} if update else batch)
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    outputs = model(**inputs)
-                sums.add(outputs["loss_sum"], outputs["correct"], outputs["count"])
-                if args.use_lazy_mode:
-                    self.htcore.mark_step()
-                self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
-                throughput.end_step(*window)
-                throughput.begin_step()
-        parts = sums.over_ranks()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in token_metrics(**parts).items()}
-        metrics[f"{metric_key_prefix}_samples"] = loader.dataset.rows_seen
-        metrics[f"{metric_key_prefix}_tokens"] = sum(parts["count"])
-        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
-        metrics.update(throughput.figures(metric_key_prefix))
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
-        return metrics
-
-    def _evaluation_model(self) -> torch.nn.Module:
-        """The model in evaluation mode on the card, in HPU graphs where they are asked for and training is over."""
-        if self.is_deepspeed_enabled and self.deepspeed is None:
-            if is_deepspeed_zero3_enabled():
-                deepspeed_init(self, num_training_steps=0, inference=True)
-                self.deepspeed = self.model_wrapped = self.accelerator.prepare(self.model)
-            else:
-                self._move_model_to_device(self.model, self.args.device)
-        model = self.model
-        if not self.is_in_train and self.args.use_hpu_graphs_for_inference:
-            if self._graphed_model is None:
-                from habana_frameworks.torch.hpu import wrap_in_hpu_graph
-
-                self._graphed_model = wrap_in_hpu_graph(
-                    model,
-                    disable_tensor_cache=self.args.disable_tensor_cache_hpu_graphs,
-                    max_graphs=self.args.max_hpu_graphs,
-                )
-            model = self._graphed_model
-        model.eval()
-        return model
-
 
 def build_trainer(
     model,
@@ -254,26 +209,42 @@ def build_trainer(
     eval_dataset=None,
     evaluation_collator: Callable[[list[dict]], dict] | None = None,
     callbacks: list[TrainerCallback] | None = None,
+    loss_func: Callable | None = None,
+    compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+    preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    trainer_class: type[LMTrainer] = LMTrainer,
     **loss_options,
 ) -> LMTrainer:
     """The trainer, with the token loss installed on the model.
 
     Args:
         objective: ``causal`` or ``masked``.
-        collator: from rows, whose ``draw`` is a number that is new for each row and epoch, to a batch with ``labels``.
+        collator: from rows to a batch, any of ``transformers`` included. One with a true attribute ``needs_sample_id``
+            finds ``sample_id`` in each row, a number that is new for each row and epoch. Labels of a causal model are
+            by default its tokens; the trainer counts them shifted by one.
         train_dataset: a ``datasets.Dataset``, or an iterable one of this rank's rows.
-        evaluation_collator: for evaluation, where it differs; ``draw`` is then the row's number.
+        eval_dataset: one, or a dict of several by name; the figures of each then have its name in theirs.
+        evaluation_collator: for evaluation, where it differs; ``sample_id`` is then the row's number.
+        loss_func: of ``(outputs, labels, num_items_in_batch)``, as the ``compute_loss_func`` of transformers' Trainer:
+            it gets the logits of the unchanged model, and divides a sum by the label tokens of the optimizer step.
+        compute_metrics, preprocess_logits_for_metrics: as for transformers' Trainer; without, logits are not kept.
+        trainer_class: a subclass of :class:`LMTrainer`.
         loss_options: passed to :func:`gaudi_lm.modeling.loss.install_token_loss`.
     """
     if training_args.gradient_checkpointing and training_args.device.type == "hpu":
         repair_gradient_checkpointing(model)
-    # Dynamo cannot follow a forward pass whose head is bypassed for the duration of the call.
-    chunked = training_args.chunked_loss and not training_args.torch_compile
-    loss_options["label_smoothing"] = training_args.label_smoothing_factor
-    logger.info(install_token_loss(model, objective, chunked=chunked, **loss_options))
+    if loss_func is None:
+        # Dynamo cannot follow a forward pass whose head is bypassed for the duration of the call.
+        chunked = training_args.chunked_loss and not training_args.torch_compile
+        loss_options["label_smoothing"] = training_args.label_smoothing_factor
+        logger.info(install_token_loss(model, objective, chunked=chunked, **loss_options))
+    elif training_args.label_smoothing_factor:
+        raise UserError("--label_smoothing_factor has no effect on a loss_func: leave it out, or smooth there")
+    else:
+        logger.info("Loss of %s language modelling by loss_func, from the full logits", objective)
     if training_args.device.type != "hpu":
         complete_generation_config()
-    trainer = LMTrainer(
+    trainer = trainer_class(
         model=model,
         objective=objective,
         gaudi_config=gaudi_config(training_args),
@@ -284,6 +255,9 @@ def build_trainer(
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         callbacks=callbacks,
+        compute_loss_func=loss_func,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=preprocess_logits_for_metrics,
     )
     if training_args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)

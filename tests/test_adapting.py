@@ -1,0 +1,97 @@
+"""docs/adapting.md: each diff applies to its script, and the result does what the page says."""
+
+import subprocess
+
+import pytest
+from documentation import REPOSITORY
+from running import copy_elsewhere, losses, results, run
+from test_clm import scratch
+from test_lora import common
+
+from documentation import code_blocks  # isort: skip
+
+DIFFS = code_blocks("diff")
+EVALUATE = ("--do_train", "--do_eval", "--max_steps", 4, "--max_eval_samples", 6)
+
+
+def adapted(folder, word: str):
+    """A copy of a script with the one diff that has this word applied."""
+    (diff,) = [diff for diff in DIFFS if word in diff]
+    script = copy_elsewhere(diff.split("\n")[0].removeprefix("--- a/"), folder)
+    done = subprocess.run(
+        ["patch", str(script)], input=diff + "\n", cwd=folder, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return script
+
+
+def test_each_diff_is_short():
+    assert len(DIFFS) == 6
+    for diff in DIFFS:
+        assert len(diff.splitlines()) <= 15, diff
+        assert (REPOSITORY / diff.split("\n")[0].removeprefix("--- a/")).exists()
+
+
+def test_other_data(instructions, tmp_path):
+    script = adapted(tmp_path / "mine", "format_example")
+    flags = [*common(instructions, tmp_path / "out"), "--do_train", "--max_steps", 2, "--use_cpu"]
+    log = run(script, *flags, "--train_on_inputs", "False").stderr
+    assert "Question: Explain" in log and ">>>" in log
+    assert results(tmp_path / "out")["train_loss"] > 0
+
+
+def test_another_loss(assets, tmp_path):
+    """The loss is above the ordinary one by its penalty, and means the same however a step is split."""
+    script = adapted(tmp_path / "mine", "loss_func")
+    steps = {"plain": ["run_clm.py", 8, 1], "own": [script, 8, 1], "split": [script, 2, 4]}
+    for name, (path, batch, accumulation) in steps.items():
+        more = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
+        log = run(path, *scratch(assets, tmp_path / name, *EVALUATE), *more).stderr
+        assert ("by loss_func, from the full logits" in log) == (name != "plain")
+    assert 0 < losses(tmp_path / "own")[0] - losses(tmp_path / "plain")[0] < 0.1
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "own"), rel=1e-4)
+    figures, plain = results(tmp_path / "own"), results(tmp_path / "plain")
+    assert 0 < figures["eval_loss"] - plain["eval_loss"] < 0.1
+    assert figures["eval_tokens"] == plain["eval_tokens"] and "eval_perplexity" not in figures
+
+
+def test_another_metric(assets, tmp_path):
+    script = adapted(tmp_path / "mine", "compute_metrics")
+    run("run_clm.py", *scratch(assets, tmp_path / "plain", *EVALUATE))
+    run(script, *scratch(assets, tmp_path / "own", *EVALUATE))
+    figures, plain = results(tmp_path / "own"), results(tmp_path / "plain")
+    assert losses(tmp_path / "own") == losses(tmp_path / "plain")
+    assert figures["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-6)
+    assert figures["eval_accuracy"] == plain["eval_accuracy"]
+    assert figures["eval_accuracy"] < figures["eval_top_5_accuracy"] < 1
+
+
+def test_another_collator(assets, masked_assets, tmp_path):
+    script = adapted(tmp_path / "mine", "DataCollatorForWholeWordMask")
+    texts = ["--train_file", assets.train, "--validation_file", assets.validation, "--max_seq_length", 32]
+    flags = [*masked_assets.scratch("bert"), *texts, "--line_by_line", "--use_cpu", "--logging_steps", 1, *EVALUATE]
+    run(script, *flags, "--output_dir", tmp_path / "out")
+    assert len(losses(tmp_path / "out")) == 4
+    assert 0 < results(tmp_path / "out")["eval_tokens"] < 6 * 32
+
+
+def test_another_trainer_and_several_evaluation_sets(assets, tmp_path):
+    script = adapted(tmp_path / "mine", "MyTrainer")
+    decay = ["--weight_decay", 0.9, "--learning_rate", 0.1]
+    run("run_clm.py", *scratch(assets, tmp_path / "plain", *EVALUATE, *decay))
+    run(script, *scratch(assets, tmp_path / "own", *EVALUATE, *decay))
+    figures = results(tmp_path / "own")
+    assert figures["eval_seen_samples"] == 4 and figures["eval_unseen_samples"] == 6
+    assert 0 < figures["eval_seen_loss"] != figures["eval_unseen_loss"] > 0
+    assert "eval_loss" not in figures
+    # GPT-2 has no matrix that transformers does not decay.
+    assert losses(tmp_path / "own") == losses(tmp_path / "plain")
+
+
+def test_callbacks(assets, tmp_path):
+    script = adapted(tmp_path / "mine", "EarlyStoppingCallback")
+    steps = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1, "--load_best_model_at_end"]
+    worse = ["--learning_rate", 100, "--metric_for_best_model", "eval_loss", "--max_grad_norm", 0, "--optim", "sgd"]
+    flags = scratch(assets, tmp_path / "out", *EVALUATE[:2], "--max_steps", 12, "--max_eval_samples", 2)
+    run(script, *flags, *steps, *worse)
+    assert len(losses(tmp_path / "out")) < 12
