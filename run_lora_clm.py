@@ -34,7 +34,6 @@ from gaudi_lm.modeling.adapters import (
     adapter_config,
     add_adapter,
     load_adapter,
-    patch_adapters,
 )
 from gaudi_lm.modeling.loading import length_limit, load_config, load_model, load_tokenizer
 from gaudi_lm.training.merging import check_mergeable, save_merged
@@ -180,8 +179,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = load_model(AutoModelForCausalLM, config, tokenizer, model_args, training_args, **device)
 
     # Adapter
-    if training_args.device.type == "hpu":
-        patch_adapters()
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()
     if model_args.adapter_name_or_path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -29,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gaudi_lm.device import UserError
 from gaudi_lm.modeling.adalora import load_adalora, refuse_deepspeed, saved_config
+from gaudi_lm.modeling.patches import complete_adapter
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -151,21 +151,6 @@ def adapter_config(args: AdapterArguments) -> PeftConfig:
         raise UserError(f"--peft_type {args.peft_type}: {error}") from error
 
 
-def patch_adapters() -> None:
-    """Let AdaLoRA and llama-adapter layers call optimum-habana's models as those want to be called."""
-    from optimum.habana.peft import (
-        GaudiAdaloraLayerSVDLinearForward,
-        GaudiAdaptedAttention_getattr,
-        GaudiAdaptedAttentionPreAttnForward,
-    )
-    from peft import tuners
-
-    tuners.adalora.SVDLinear.forward = GaudiAdaloraLayerSVDLinearForward
-    attention = tuners.adaption_prompt.AdaptedAttention
-    attention.pre_attn_forward = GaudiAdaptedAttentionPreAttnForward
-    attention.__getattr__ = GaudiAdaptedAttention_getattr
-
-
 def layer_names(model: torch.nn.Module, norms: bool = False) -> list[str]:
     """The last names of the linear layers, or of the norms, without the output embedding."""
     head = model.get_output_embeddings()
@@ -233,12 +218,7 @@ def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftMode
 
 
 def _announced(model: PeftModel) -> PeftModel:
-    if model.peft_type == "ADAPTION_PROMPT":
-        # Its wrapper keeps the model's forward method of this moment; the one that is there later must be called.
-        model.base_model.forward = partial(torch.nn.Module.__call__, model.base_model.model)
-    if model.peft_type == "ADALORA" and "trainable_adapter_name" not in vars(model.base_model):
-        # Its forward pass asks for this name whenever there is a loss, and sets it for training only.
-        model.base_model.trainable_adapter_name = model.active_adapter
+    complete_adapter(model)
     trained, total = model.get_nb_trainable_parameters()
     kind = model.active_peft_config.peft_type.lower().replace("adaption_prompt", "llama-adapter")
     logger.info("adapter: %s; %d of %d parameters are trained (%.4g%%)", kind, trained, total, 100 * trained / total)

@@ -8,21 +8,15 @@ import sys
 
 from optimum.habana.distributed import apply_zero3_leaf_promotion
 from optimum.habana.transformers.trainer import _get_input_update_settings
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from gaudi_lm.architectures import architecture_of
 from gaudi_lm.arguments.definitions import ModelArguments, TrainingArguments
 from gaudi_lm.device import UserError
+from gaudi_lm.modeling.patches import FLASH_ATTENTION
 
 logger = logging.getLogger("gaudi_lm")
-
-FLASH_ATTENTION = (
-    "flash_attention_recompute",
-    "flash_attention_causal_mask",
-    "flash_attention_fast_softmax",
-    "flash_attention_fp8",
-)
 
 
 def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training_args: TrainingArguments) -> None:
@@ -85,15 +79,6 @@ def check_attention(config: PretrainedConfig, training_args: TrainingArguments, 
         f"--attn_implementation sdpa: {whose}{config.model_type} does not have it; leave the flag out, or choose "
         f"eager{fused}"
     )
-
-
-def complete_generation_config() -> None:
-    """Give transformers' generation configuration the settings that GaudiTrainer reads from it, unset.
-
-    On a card, optimum-habana's own configuration has them. As class attributes they are not saved with a model.
-    """
-    for name in ("attn_softmax_bf16", "use_flash_attention", *FLASH_ATTENTION):
-        setattr(GenerationConfig, name, None)
 
 
 def promote_leaves(model: PreTrainedModel) -> None:

@@ -6,7 +6,6 @@ import logging
 from argparse import ArgumentTypeError
 
 import torch
-import transformers.modeling_utils
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -26,9 +25,6 @@ from gaudi_lm.modeling.activations import fuse_activations
 from gaudi_lm.modeling.attention import check_attention, hand_over_flags
 
 logger = logging.getLogger("gaudi_lm")
-
-# For a model whose weights are only there in pickled form, transformers would ask a public service to convert them.
-transformers.modeling_utils.auto_conversion = lambda *args, **kwargs: (None, None, None)
 
 
 def _hub_options(model_args: ModelArguments) -> dict:

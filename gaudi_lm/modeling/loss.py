@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 from gaudi_lm.architectures import architecture_of
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, select_targets
 from gaudi_lm.modeling.cross_entropy import chunked_cross_entropy, full_cross_entropy
+from gaudi_lm.modeling.patches import ignore_missing_mask
 
 
 @dataclass
@@ -124,8 +125,7 @@ def install_token_loss(
         [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *listed, extra]
     )
     base.forward = MethodType(forward, base)
-    # It reads the input ids back from the card in every step, to warn once of what our collators never do.
-    base.base_model.warn_if_padding_and_no_attention_mask = _no_warning
+    ignore_missing_mask(base)
 
     if reason:
         return f"Loss of {objective} language modelling from the full logits: {reason}"
@@ -164,10 +164,6 @@ def _run_without_head(model, run, kwargs, labels, entry, rows):
             if forward is not None:
                 module.forward = forward
     return outputs, captured[0], labels
-
-
-def _no_warning(input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    pass
 
 
 @contextmanager

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from optimum.habana.utils import set_seed
-from torch.utils.checkpoint import DefaultDeviceType
 from transformers.utils.logging import get_log_levels_dict
 
 from gaudi_lm.arguments.definitions import TrainingArguments
 from gaudi_lm.device import set_up_logging
+from gaudi_lm.modeling.patches import patch_libraries
 from gaudi_lm.training.agreement import gather
 from gaudi_lm.training.checkpoints import STATE
 from gaudi_lm.training.device_metrics import DEVICE_FIGURES
@@ -30,7 +30,7 @@ logger = logging.getLogger("gaudi_lm")
 
 
 def set_up(training_args: TrainingArguments) -> logging.Logger:
-    """Ranks that agree, logging, the words that the chosen card deserves, and the seed."""
+    """Ranks that agree, logging, the words that the chosen card deserves, patches of libraries, and the seed."""
     check_settings()
     main = training_args.process_index == 0
     name = training_args.log_level if main else training_args.log_level_replica
@@ -47,8 +47,7 @@ def set_up(training_args: TrainingArguments) -> logging.Logger:
     )
     if training_args.use_cpu and training_args.bf16:
         _warn_slow_bf16()
-    # optimum-habana makes gradient checkpointing look for an hpu device even where all tensors are on the CPU.
-    DefaultDeviceType.set_device_type(training_args.device.type)
+    patch_libraries(training_args.device.type)
     set_seed(training_args.seed)
     return logger
 

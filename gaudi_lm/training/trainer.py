@@ -19,10 +19,8 @@ from gaudi_lm.data.memory import host_copies
 from gaudi_lm.data.sampling import TrainingBatches, TrainingRows, count_tokens, loader_options, silence_padding_rows
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import RankReduction
-from gaudi_lm.modeling.attention import complete_generation_config
-from gaudi_lm.modeling.cpu_ranks import average_gradients
-from gaudi_lm.modeling.gradient_checkpointing import repair_gradient_checkpointing
 from gaudi_lm.modeling.loss import install_token_loss
+from gaudi_lm.modeling.patches import average_gradients, complete_generation_config, repair_gradient_checkpointing
 from gaudi_lm.training.device_metrics import DeviceMetrics
 from gaudi_lm.training.evaluation import EvaluatingTrainer
 from gaudi_lm.training.metrics import Throughput

@@ -15,8 +15,8 @@ from tiny_models import distance, gradients, make_batch, objective_of, tiny_mode
 from gaudi_lm.architectures import ARCHITECTURES, is_patched, packable
 from gaudi_lm.data.packing import PackedCollator
 from gaudi_lm.device import UserError
-from gaudi_lm.modeling.gradient_checkpointing import repair_gradient_checkpointing
 from gaudi_lm.modeling.loss import install_token_loss
+from gaudi_lm.modeling.patches import repair_gradient_checkpointing
 
 adapt_transformers_to_gaudi()
 MODELS = ["gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "opt", "bert", "roberta", "distilbert", "albert"]

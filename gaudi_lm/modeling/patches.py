@@ -1,0 +1,177 @@
+"""Every patch of a library, apart from the trainer's own overrides: the fault that it mends, and where it is needed.
+
+Nothing is patched by importing this. :func:`patch_libraries` is called once by a script's set-up, before a model is
+loaded; the others get the one object that they change, or are for :func:`gaudi_lm.training.trainer.build_trainer`.
+With a release of the library that a patch was not written for, the patch is left out; `tests/test_patches.py` has a
+test for each, which fails when the library no longer needs it. What the trainer overrides in GaudiTrainer is in
+`gaudi_lm/training/`, and when AdaLoRA's ranks are reduced in :mod:`gaudi_lm.modeling.adalora`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+import transformers.modeling_utils
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from peft import PeftModel, tuners
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import DefaultDeviceType, checkpoint
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+FLASH_ATTENTION = (
+    "flash_attention_recompute",
+    "flash_attention_causal_mask",
+    "flash_attention_fast_softmax",
+    "flash_attention_fp8",
+)
+
+
+def _needed_in(package: str, release: str) -> Callable[[Callable], Callable]:
+    """The decorated patch does nothing unless the installed version of ``package`` begins with ``release``."""
+
+    def decorate(patch: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(patch)
+        def applied(*args) -> None:
+            if f"{version(package)}.".startswith(f"{release}."):
+                patch(*args)
+
+        return applied
+
+    return decorate
+
+
+def patch_libraries(device_type: str) -> None:
+    """What is changed in this process as a whole, for a run on ``cpu`` or ``hpu``; repeating it changes nothing."""
+    keep_pickled_weights()
+    set_checkpoint_device(device_type)
+    if device_type == "hpu":
+        patch_adapter_layers()
+
+
+@_needed_in("transformers", "4.55")
+def keep_pickled_weights() -> None:
+    """Load weights that are only there in pickled form without asking a public service to convert them.
+
+    transformers 4.55 asks it from a thread while it loads such a model, and no setting turns that off.
+    """
+    transformers.modeling_utils.auto_conversion = _no_conversion
+
+
+def _no_conversion(*args, **kwargs) -> tuple[None, None, None]:
+    return None, None, None
+
+
+@_needed_in("optimum-habana", "1.21")
+def set_checkpoint_device(device_type: str) -> None:
+    """Let gradient checkpointing look for the device that the run is on, by PyTorch's own setting.
+
+    Importing optimum-habana 1.21 sets it to ``hpu``, also where all tensors are on the CPU.
+    """
+    DefaultDeviceType.set_device_type(device_type)
+
+
+@_needed_in("optimum-habana", "1.21")
+def complete_generation_config() -> None:
+    """Give transformers' generation configuration the settings that GaudiTrainer reads from it, unset.
+
+    GaudiTrainer (optimum-habana 1.21) reads them without asking whether they are there; on a card, optimum-habana's
+    own configuration has them. As class attributes they are not saved with a model.
+    """
+    for name in ("attn_softmax_bf16", "use_flash_attention", *FLASH_ATTENTION):
+        setattr(GenerationConfig, name, None)
+
+
+@_needed_in("optimum-habana", "1.21")
+def patch_adapter_layers() -> None:
+    """On a card, let AdaLoRA and llama-adapter layers call optimum-habana's models as those want to be called.
+
+    peft (0.17 to 0.21) divides a product in bf16 in a way that a Gaudi's batched product does not do, and calls
+    attention without the arguments of optimum-habana's. optimum-habana 1.21 has the layers, and leaves it to scripts
+    to put them in place.
+    """
+    from optimum.habana.peft import (
+        GaudiAdaloraLayerSVDLinearForward,
+        GaudiAdaptedAttention_getattr,
+        GaudiAdaptedAttentionPreAttnForward,
+    )
+
+    tuners.adalora.SVDLinear.forward = GaudiAdaloraLayerSVDLinearForward
+    attention = tuners.adaption_prompt.AdaptedAttention
+    attention.pre_attn_forward = GaudiAdaptedAttentionPreAttnForward
+    attention.__getattr__ = GaudiAdaptedAttention_getattr
+
+
+@_needed_in("optimum-habana", "1.21")
+def repair_gradient_checkpointing(model: Module) -> None:
+    """Make `gradient_checkpointing_enable` work on `model` on a card; call it before training starts.
+
+    Lazy mode's own `checkpoint` (optimum-habana 1.21) is PyTorch's non-reentrant one, but calls an internal function
+    of PyTorch whose parameters have changed since (`early_stop`), so that inputs are lost: the public one takes its
+    place. And GaudiGPT2Block leaves `GradientCheckpointingLayer` out, and so would keep all its activations.
+    """
+    # Imported here: a CPU run has no use for optimum-habana's models, which take seconds to import.
+    from optimum.habana.transformers import gradient_checkpointing as lazy_mode
+    from optimum.habana.transformers.models.gpt2.modeling_gpt2 import GaudiGPT2Block
+
+    lazy_mode.checkpoint = _checkpoint
+    for module in model.modules():
+        if type(module) is GaudiGPT2Block:
+            module.__class__ = type("CheckpointedGPT2Block", (GradientCheckpointingLayer, GaudiGPT2Block), {})
+
+
+def _checkpoint(function, *args, use_reentrant: bool | None = None, **kwargs):
+    return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+@_needed_in("optimum-habana", "1.21")
+def average_gradients(accelerator: Accelerator) -> None:
+    """Let ``accelerator`` wrap models in DistributedDataParallel when its ranks are CPU processes.
+
+    GaudiAccelerator (optimum-habana 1.21) wraps them on cards alone: on the CPU, each rank would train a model of its
+    own on its part of the data, and nothing would say so.
+    """
+    if accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return
+    prepare_alone = accelerator.prepare_model
+
+    def prepare_model(model: Module, device_placement: bool | None = None, evaluation_mode: bool = False) -> Module:
+        model = prepare_alone(model, device_placement, evaluation_mode)
+        if evaluation_mode:
+            return model
+        handler = accelerator.ddp_handler
+        return DistributedDataParallel(model, **(handler.to_kwargs() if handler else {}))
+
+    accelerator.prepare_model = prepare_model
+
+
+@_needed_in("transformers", "4.55")
+def ignore_missing_mask(model: PreTrainedModel) -> None:
+    """Do not look for padding in a batch without attention mask: collators of this suite never leave one out then.
+
+    transformers 4.55 reads the input ids back from the card in every step, for a warning that it gives once.
+    """
+    model.base_model.warn_if_padding_and_no_attention_mask = _no_warning
+
+
+def _no_warning(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    pass
+
+
+@_needed_in("peft", "0")
+def complete_adapter(model: PeftModel) -> None:
+    """Two things that peft (0.17 to 0.21) leaves open in an adapted model.
+
+    The wrapper of a llama-adapter keeps the model's forward method of the moment when it was made; the one that is
+    there later, with this suite's loss, must be called. And AdaLoRA's forward pass asks for the name of the adapter in
+    training whenever there is a loss, but has one in training only.
+    """
+    if model.peft_type == "ADAPTION_PROMPT":
+        model.base_model.forward = functools.partial(Module.__call__, model.base_model.model)
+    if model.peft_type == "ADALORA" and "trainable_adapter_name" not in vars(model.base_model):
+        model.base_model.trainable_adapter_name = model.active_adapter

@@ -1,0 +1,163 @@
+"""Each patch of a library is needed: a test that fails here says that the library has mended what the patch is for.
+
+The libraries' own code is read where the fault shows on a card alone.
+"""
+
+import ast
+import importlib.util
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.utils.checkpoint
+import transformers.modeling_utils
+from optimum.habana import GaudiTrainer
+from optimum.habana.accelerate import GaudiAccelerator
+from optimum.habana.transformers.trainer import _get_input_update_settings
+from peft import AdaLoraConfig, AdaptionPromptConfig, get_peft_model
+from peft.tuners.adalora import SVDLinear
+from peft.tuners.adaption_prompt import AdaptedAttention
+from running import ROOT
+from tiny_models import tiny_model
+from transformers import GenerationConfig, Trainer
+from transformers.safetensors_conversion import auto_conversion
+
+from gaudi_lm.modeling import patches
+
+HABANA = Path(next(iter(importlib.util.find_spec("optimum.habana").submodule_search_locations)))
+
+
+def definition(file: str, name: str) -> str:
+    """The source of a class or function of optimum-habana, unimported: its models want a card's packages."""
+    source = (HABANA / file).read_text()
+    found = [node for node in ast.parse(source).body if getattr(node, "name", None) == name]
+    return ast.get_source_segment(source, found[0])
+
+
+@pytest.fixture
+def unpatched(monkeypatch):
+    """transformers as it comes, whatever other tests have patched in this process."""
+    for name in ("attn_softmax_bf16", "use_flash_attention", *patches.FLASH_ATTENTION):
+        monkeypatch.delattr(GenerationConfig, name, raising=False)
+    monkeypatch.setattr(transformers.modeling_utils, "auto_conversion", auto_conversion)
+    default = torch.utils.checkpoint.DefaultDeviceType.get_device_type()
+    yield
+    torch.utils.checkpoint.DefaultDeviceType.set_device_type(default)
+
+
+def test_importing_the_suite_patches_nothing():
+    modules = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "gaudi_lm" / "modeling").glob("[a-z]*.py")]
+    code = [
+        "import torch, transformers.modeling_utils, peft",
+        "attention, layer = peft.tuners.adaption_prompt.AdaptedAttention, peft.tuners.adalora.SVDLinear",
+        "places = [torch.nn.functional, transformers.modeling_utils, transformers.GenerationConfig, attention, layer]",
+        "before = [dict(vars(place)) for place in places]",
+        *(f"import {'.'.join(module.parts)}" for module in modules),
+        "for place, names in zip(places, before):",
+        "    changed = [name for name, value in names.items() if vars(place)[name] is not value]",
+        "    assert not changed, (place, changed)",
+        "    assert vars(place).keys() == names.keys(), place",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_patch_is_left_out_with_another_release(unpatched, monkeypatch):
+    for release, applied in (("4.55.4", True), ("4.55", True), ("4.550.1", False), ("4.56.0", False)):
+        monkeypatch.setattr(transformers.modeling_utils, "auto_conversion", auto_conversion)
+        monkeypatch.setattr(patches, "version", {"transformers": release}.__getitem__)
+        patches.keep_pickled_weights()
+        assert (transformers.modeling_utils.auto_conversion is not auto_conversion) == applied, release
+
+
+def test_no_setting_keeps_weights_from_being_converted(unpatched):
+    source = inspect.getsource(transformers.modeling_utils)
+    assert "target=auto_conversion" in source and "DISABLE_SAFETENSORS_CONVERSION" not in source
+    patches.keep_pickled_weights()
+    assert transformers.modeling_utils.auto_conversion("a/model", revision="main") == (None, None, None)
+
+
+def test_checkpointing_looks_for_a_card(unpatched):
+    source = (HABANA / "transformers" / "gradient_checkpointing.py").read_text()
+    assert '    DefaultDeviceType.set_device_type("hpu")' in source
+    patches.set_checkpoint_device("cpu")
+    assert torch.utils.checkpoint.DefaultDeviceType.get_device_type() == "cpu"
+
+
+def test_the_trainer_reads_settings_that_are_not_there(unpatched):
+    model = tiny_model("llama")
+    with pytest.raises(AttributeError):
+        _get_input_update_settings(model)
+    patches.complete_generation_config()
+    assert not _get_input_update_settings(model)[0]
+    assert "use_flash_attention" not in model.generation_config.to_dict()
+
+
+def test_adapter_layers_are_not_those_of_a_card():
+    assert "* scaling / ranknum" in inspect.getsource(SVDLinear)
+    assert "pre_attn_forward" not in inspect.getsource(AdaptedAttention)
+    assert "pre_attn_forward" in (HABANA / "transformers" / "models" / "llama" / "modeling_llama.py").read_text()
+    assert not [path for path in HABANA.rglob("*.py") if "SVDLinear.forward = " in path.read_text()]
+
+
+def test_checkpointing_of_lazy_mode_loses_inputs():
+    called = inspect.signature(torch.utils.checkpoint._checkpoint_without_reentrant_generator).parameters
+    own = definition("transformers/gradient_checkpointing.py", "checkpoint")
+    assert "early_stop" in called
+    assert "function, preserve, context_fn, determinism_check, debug, *args, **kwargs" in own
+    block = definition("transformers/models/gpt2/modeling_gpt2.py", "GaudiGPT2Block")
+    assert block.startswith("class GaudiGPT2Block(torch.nn.Module):")
+
+
+def test_ranks_on_the_cpu_are_left_alone():
+    source = inspect.getsource(GaudiAccelerator.prepare_model)
+    assert "DistributedType.MULTI_HPU" in source and "MULTI_CPU" not in source
+
+
+def test_the_warning_reads_the_card():
+    """On the device `meta`, nothing can be read back."""
+    model, input_ids = tiny_model("roberta"), torch.ones(2, 3, dtype=torch.long, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        model.base_model.warn_if_padding_and_no_attention_mask(input_ids, None)
+    patches.ignore_missing_mask(model)
+    model.base_model.warn_if_padding_and_no_attention_mask(input_ids, None)
+
+
+def test_a_llama_adapter_keeps_an_old_forward():
+    adapted = get_peft_model(
+        tiny_model("llama"), AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM")
+    )
+    old = adapted.base_model.model.forward
+    adapted.base_model.model.forward = lambda *args, **kwargs: "new"
+    assert adapted.base_model.forward == old
+    patches.complete_adapter(adapted)
+    assert adapted.base_model.forward() == "new"
+
+
+def test_adalora_has_no_name_outside_of_training():
+    config = AdaLoraConfig(
+        init_r=4, target_r=2, total_step=9, target_modules=["q_proj"], task_type="CAUSAL_LM", inference_mode=True
+    )
+    adapted = get_peft_model(tiny_model("llama"), config)
+    batch = {name: torch.tensor([[3, 4, 5]]) for name in ("input_ids", "labels")}
+    with pytest.raises(AttributeError, match="trainable_adapter_name"):
+        adapted(**batch)
+    patches.complete_adapter(adapted)
+    assert torch.isfinite(adapted(**batch).loss)
+
+
+def test_ranks_are_reduced_after_each_batch():
+    """What :class:`gaudi_lm.modeling.adalora.RankReduction` mends."""
+    assert "self.model.base_model.update_and_allocate(self.state.global_step)" in inspect.getsource(
+        GaudiTrainer.training_step
+    )
+
+
+def test_bf16_on_the_cpu_is_turned_off_again():
+    """What the constructor of LMTrainer mends: that of transformers comes after what GaudiTrainer has set."""
+    source = inspect.getsource(GaudiTrainer.__init__)
+    assert source.index("self.use_cpu_amp = True") < source.index("super().__init__(")
+    assert "self.use_cpu_amp = False" in inspect.getsource(Trainer.__init__)
