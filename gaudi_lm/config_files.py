@@ -9,8 +9,6 @@ from pathlib import Path
 from gaudi_lm.errors import UserError
 
 ENDINGS = (".json", ".yaml", ".yml")
-# YAML 1.1 reads these as booleans; within a mapping they still are, as a flag's value they are what was written.
-_YAML_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
 # PyYAML takes a number with an exponent for text, unless it has both a point and a sign.
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 

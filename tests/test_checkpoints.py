@@ -20,7 +20,6 @@ FILES = [
     "scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json", "training_args.bin",
     "manifest.json",
 ]  # fmt: skip
-NEEDED = ["model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"]
 DAMAGES = ["deleted", "emptied", "halved", "zeroed", "tail zeroed"]
 STEPS = (3, 6)
 

@@ -182,9 +182,9 @@ class Resumption:
         elif trainer.args.use_habana and self.changed.get("use_habana"):
             logger.warning("%s holds no random state of a card: it is drawn anew", self.checkpoint)
         if self.run:
-            self._say_order(trainer, Resumption.facts(trainer))
+            self._say_order(Resumption.facts(trainer))
 
-    def _say_order(self, trainer: GaudiTrainer, now: dict) -> None:
+    def _say_order(self, now: dict) -> None:
         then, step = self.run, self.step
         if now["data"] != then["data"] or now["rows"] != then["rows"]:
             rows = "" if now["rows"] == then["rows"] else f" ({now['rows']} rows, {then['rows']} before)"
