@@ -8,8 +8,9 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from inspect import get_annotations
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from gaudi_lm.arguments.model_files import check_model_folders
@@ -69,9 +70,21 @@ def _reader(kind: Callable) -> Callable:
     return json_mapping if getattr(kind, "__origin__", kind) is dict else kind
 
 
+class _Help(argparse.HelpFormatter):
+    """Each flag once: the spellings with dashes and ``--no_...`` are taken, and not shown."""
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"
+
+
 def build_parser(*dataclass_types: type) -> argparse.ArgumentParser:
-    """A parser for these dataclasses whose errors are one line."""
-    parser = _Parser(dataclass_types, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    """A parser for these dataclasses whose errors are one line; ``--help`` has a group for each of them.
+
+    Flags that only a library defines come last, under headings of their own.
+    """
+    parser = _Parser(dataclass_types, allow_abbrev=False, formatter_class=_Help, usage="%(prog)s [FILE] [FLAGS]")
     for action in parser._actions:
         action.type = _reader(action.type)
         if action.type is parse_bool and action.nargs is None:
@@ -81,7 +94,32 @@ def build_parser(*dataclass_types: type) -> argparse.ArgumentParser:
             action.help = action.help.replace("%", "%%").replace("%%(", "%(").replace("%%%%", "%%")
         else:
             action.help = f"See {action.dest} in the documentation of transformers.TrainingArguments."
+    _group(parser, dataclass_types)
     return parser
+
+
+def _group(parser: argparse.ArgumentParser, dataclass_types: tuple[type, ...]) -> None:
+    """Put each flag under the subject of the class that defines it, those of libraries after all others.
+
+    `HfArgumentParser` adds all flags to one group, and argparse has no public way to move them.
+    """
+    upstream = {field.name for field in fields(TrainingArguments)}
+    headings = {}
+    for kind in (base for whole in dataclass_types for base in reversed(whole.__mro__)):
+        package = kind.__module__.partition(".")[0]
+        if package not in ("builtins", "transformers", "optimum"):
+            subject = kind.__name__.removesuffix("Arguments").removeprefix("LM").lower()
+            heading = subject if package == "gaudi_lm" else "this script"
+            headings |= dict.fromkeys(get_annotations(kind), heading)
+    titles = [*dict.fromkeys(headings.values()), "Gaudi (optimum-habana)", "training (transformers)"]
+    actions = [action for action in parser._actions if action.dest != "help"]
+    for group in parser._action_groups:
+        group._group_actions = [action for action in group._group_actions if action.dest == "help"]
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    for action in actions:
+        if action.nargs != 0:  # not --no_..., a second name of another flag
+            title = headings.get(action.dest, titles[-1 if action.dest in upstream else -2])
+            groups[title]._group_actions.append(action)
 
 
 def _full_names(words: list[str], known: list[str]) -> list[str]:

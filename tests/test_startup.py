@@ -1,0 +1,48 @@
+"""What a user sees first: nothing that only the libraries have to say, and a help text in groups."""
+
+import re
+
+import pytest
+from running import ROOT, run
+
+SCRIPTS = {
+    "run_clm.py": ["model", "data", "this script", "training"],
+    "run_mlm.py": ["model", "data", "this script", "training"],
+    "run_lora_clm.py": ["model", "data", "this script", "adapter", "training"],
+}
+LIBRARIES = ["Gaudi (optimum-habana)", "training (transformers)"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_in_groups_and_names_each_flag_once(script):
+    result = run(ROOT / script, "--help", fresh=True)
+    assert result.stderr == ""
+    first, _, rest = result.stdout.partition("\n\n")
+    assert first == f"usage: {script} [FILE] [FLAGS]"
+    headings = re.findall(r"^(\S.*):$", rest, re.MULTILINE)
+    assert headings[0] == "options" and headings[-2:] == LIBRARIES
+    assert set(SCRIPTS[script]) <= set(headings[1:-2])
+    of_data = rest.partition("\ndata:\n")[2].partition(":\n")[0]
+    assert "--train_file" in of_data and "--learning_rate" not in of_data
+    flags = re.findall(r"^  (--\S+)", rest, re.MULTILINE)
+    assert len(flags) == len(set(flags)) > 100
+    assert not [flag for flag in flags if "-" in flag.removeprefix("--")], "one spelling is shown"
+    assert not re.search(r"^  --\w+.*, --", rest, re.MULTILINE)
+    assert "--use_fast_tokenizer" in flags and "--no_use_fast_tokenizer" not in flags
+
+
+def test_an_error_is_all_that_is_printed(tmp_path):
+    result = run("run_clm.py", "--use_cpu", "--output_dir", tmp_path / "out", code=2, fresh=True)
+    assert result.stdout == ""
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr)
+
+
+def test_a_run_on_the_cpu_prints_only_its_own_log(assets, tmp_path):
+    result = run(
+        "run_clm.py", "--model_name_or_path", assets.gpt2, "--train_file", assets.train, "--block_size", 32,
+        "--max_train_samples", 16, "--max_steps", 2, "--do_train", "--use_cpu", "--output_dir", tmp_path / "out",
+        fresh=True,
+    )  # fmt: skip
+    odd = [line for line in result.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line)]
+    assert not odd
+    assert not [line for line in result.stdout.splitlines() if not re.match(r"\{'\w+': |\*+ |  \w+ +=|$", line)]
