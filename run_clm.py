@@ -50,7 +50,8 @@ class ScriptArguments:
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
     """Blocks to a batch: ``input_ids`` and ``labels``, int64 of shape ``[rows, block]``."""
     input_ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
-    return {"input_ids": input_ids, "labels": input_ids.clone()}
+    labels = input_ids.clone()
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def make_blocks(

@@ -4,9 +4,13 @@ import subprocess
 
 import pytest
 from documentation import REPOSITORY
-from running import copy_elsewhere, losses, results, run
+from running import copy_elsewhere, losses, results, run, run_ranks
 from test_clm import scratch
 from test_lora import common
+
+from gaudi_lm.arguments.definitions import TrainingArguments
+from gaudi_lm.errors import UserError
+from gaudi_lm.training.trainer import build_trainer
 
 from documentation import code_blocks  # isort: skip
 
@@ -50,9 +54,18 @@ def test_another_loss(assets, tmp_path):
         assert ("by loss_func, from the full logits" in log) == (name != "plain")
     assert 0 < losses(tmp_path / "own")[0] - losses(tmp_path / "plain")[0] < 0.1
     assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "own"), rel=1e-4)
+    run_ranks(2, script, *scratch(assets, tmp_path / "ranks", *EVALUATE), "--per_device_train_batch_size", 4)
+    assert losses(tmp_path / "ranks") == pytest.approx(losses(tmp_path / "own"), rel=1e-4)
+    assert results(tmp_path / "ranks")["eval_loss"] == pytest.approx(results(tmp_path / "own")["eval_loss"], rel=1e-4)
     figures, plain = results(tmp_path / "own"), results(tmp_path / "plain")
     assert 0 < figures["eval_loss"] - plain["eval_loss"] < 0.1
     assert figures["eval_tokens"] == plain["eval_tokens"] and "eval_perplexity" not in figures
+
+
+def test_label_smoothing_is_of_the_ordinary_loss(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True, label_smoothing_factor=0.1)
+    with pytest.raises(UserError, match="--label_smoothing_factor"):
+        build_trainer(None, "causal", args, None, None, loss_func=print)
 
 
 def test_another_metric(assets, tmp_path):
