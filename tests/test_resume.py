@@ -34,6 +34,16 @@ def test_resume_is_exact(script, case, assets, masked_assets, instructions, tmp_
     assert steps == [2, 4, 6, 8]
 
 
+def test_processes_that_stay_resume_exactly(assets, masked_assets, instructions, tmp_path):
+    """They start once in a whole run and once more in a resumed one, which changed the dropout after it."""
+    flags = [*script_flags("run_mlm.py", assets, masked_assets, instructions), *CPU, "--line_by_line"]
+    flags += ["--group_by_length", "--dataloader_num_workers", 2, "--dataloader_persistent_workers"]
+    start("run_mlm.py", 1, tmp_path / "whole", *flags)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    start("run_mlm.py", 1, tmp_path / "again", *flags)
+    assert essence(tmp_path / "again") == essence(tmp_path / "whole")
+
+
 def test_a_new_model_begins_alike_with_and_without_zero_3(assets, masked_assets, instructions, tmp_path):
     """Divided weights are empty to what initialises them: they kept torch's defaults, with a loss far above chance."""
     flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *CARD]

@@ -146,8 +146,12 @@ def test_a_rank_of_blank_rows():
 
 
 @pytest.mark.slow
-def test_a_stream_resumes_exactly(assets, masked_assets, tmp_path):
-    """Over the end of the text and of the cap: 10 steps at once are 10 steps with a break, masks included."""
+@pytest.mark.parametrize("workers", (0, 1))
+def test_a_stream_resumes_exactly(workers, assets, masked_assets, tmp_path):
+    """Over the end of the text and of the cap: 10 steps at once are 10 steps with a break, masks included.
+
+    A process that reads the stream is forked after tokenizers has started its threads, which waited for ever there.
+    """
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
@@ -156,7 +160,7 @@ def test_a_stream_resumes_exactly(assets, masked_assets, tmp_path):
             "run_mlm.py", *masked_assets.scratch("bert"), "--train_file", assets.train, "--do_train", "--use_cpu",
             "--streaming", "--output_dir", output, "--per_device_train_batch_size", 4, "--max_steps", 10,
             "--logging_steps", 1, "--max_train_samples", 11, "--line_by_line", "--max_seq_length", 32,
-            "--save_steps", 6,
+            "--save_steps", 6, "--dataloader_num_workers", workers, seconds=50,
         )  # fmt: skip
 
     train(whole)

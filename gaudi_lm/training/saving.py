@@ -26,7 +26,7 @@ from gaudi_lm.training import checkpoints
 from gaudi_lm.training.agreement import from_main, gather
 from gaudi_lm.training.resume import clear_the_way
 from gaudi_lm.training.resumed_state import Resumption, data_digest
-from gaudi_lm.training.signals import SaveOnSignal, outlive_signals
+from gaudi_lm.training.signals import SaveOnSignal, begin_loading
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -88,8 +88,8 @@ class ResumableTrainer(GaudiTrainer):
         self.resumption = Resumption()
         self.loading = contextlib.ExitStack()
         self.signals = SaveOnSignal(self.args.process_index == 0)
-        self.worker_init = (
-            functools.partial(outlive_signals, self.signals.stopping) if self.args.save_on_signal else None
+        self.worker_init = functools.partial(
+            begin_loading, self.signals.stopping if self.args.save_on_signal else None
         )
         self.add_callback(self.signals)
         self.add_callback(SavingSteps(self))  # has the last word about the end of an epoch

@@ -24,13 +24,18 @@ logger = logging.getLogger("gaudi_lm")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-def outlive_signals(stopping, worker: int) -> None:
+def begin_loading(stopping, worker: int) -> None:
     """For a process that loads data: a signal to all processes, as Slurm sends it, leaves it at work for a last step.
 
     Args:
-        stopping: a shared number, not 0 where the main process has got a signal too and ends this one by SIGKILL.
+        stopping: a shared number, not 0 where the main process has got a signal too and ends this one by SIGKILL;
+            None leaves signals as they are.
         worker: its number among those processes.
     """
+    # The threads of tokenizers are not there after a fork, and a call that wants them would wait for ever.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if stopping is None:
+        return
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Only this process may be meant, by the main one at its end: that shows a moment later.

@@ -66,7 +66,10 @@ class LMTrainer(EvaluatingTrainer):
         args = self.args
         options = {**loader_options(args), "worker_init_fn": self.worker_init}
         options["collate_fn"] = silence_padding_rows(self.data_collator, labels_from_inputs=self.causal)
-        options["persistent_workers"] = args.dataloader_persistent_workers
+        if args.dataloader_persistent_workers:
+            options["persistent_workers"] = True
+            # They are started once in a whole run and again in a resumed one: dropout is not to depend on that.
+            options["generator"] = torch.Generator().manual_seed(args.seed)
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             # A second worker would read the same stream again.
             options["num_workers"] = min(options["num_workers"], 1)
