@@ -79,6 +79,36 @@ def test_another_metric(assets, tmp_path):
     assert figures["eval_accuracy"] < figures["eval_top_5_accuracy"] < 1
 
 
+SHARE_RIGHT = """
+import datasets
+import evaluate
+
+class ShareRight(evaluate.Metric):
+    def _info(self):
+        numbers = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(description="-", citation="-", inputs_description="-", features=numbers)
+
+    def _compute(self, predictions, references):
+        return {"share_right": sum(a == b for a, b in zip(predictions, references)) / len(references)}
+"""
+
+
+def test_a_metric_of_evaluate(assets, tmp_path):
+    (tmp_path / "share_right.py").write_text(SHARE_RIGHT)
+    script = adapted(tmp_path / "mine", "compute_metrics")
+    text = script.read_text()
+    top_5 = 'return {"top_5_accuracy": (best == labels[..., None]).any(-1)[labels != -100].mean()}'
+    assert top_5 in text
+    load = f"evaluate.load({str(tmp_path / 'share_right.py')!r})"
+    own = f"return {load}.compute(predictions=best[..., 0][labels != -100], references=labels[labels != -100])"
+    script.write_text(
+        text.replace(top_5, own).replace("import numpy as np\n", "import evaluate\nimport numpy as np\n")
+    )
+    run(script, *scratch(assets, tmp_path / "own", *EVALUATE), env={"HF_HOME": str(tmp_path / "home")}, fresh=True)
+    figures = results(tmp_path / "own")
+    assert figures["eval_share_right"] == pytest.approx(figures["eval_accuracy"])
+
+
 def test_another_collator(assets, masked_assets, tmp_path):
     script = adapted(tmp_path / "mine", "DataCollatorForWholeWordMask")
     texts = ["--train_file", assets.train, "--validation_file", assets.validation, "--max_seq_length", 32]

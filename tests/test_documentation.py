@@ -14,6 +14,7 @@ PACKAGES = [
     "optimum-habana",
     "transformers",
     "datasets",
+    "evaluate",
     "accelerate",
     "deepspeed",
     "peft",
