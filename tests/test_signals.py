@@ -112,7 +112,10 @@ def test_signals_can_be_left_alone(assets, masked_assets, instructions, tmp_path
 
 def test_a_signal_outside_of_training(assets, masked_assets, instructions, tmp_path):
     """While data are read, or a model is evaluated: nothing is lost, nothing is traced."""
-    flags = script_flags("run_clm.py", assets, masked_assets, instructions)
+    flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), "--do_train", "False"]
+    # An evaluation that takes a while, row by row.
+    flags += ["--eval_strategy", "no", "--validation_file", assets.train, "--max_eval_samples", 100_000]
+    flags += ["--per_device_eval_batch_size", 1]
     for number, words in (
         (signal.SIGTERM, "SIGTERM: ended"),
         (signal.SIGUSR1, "SIGUSR1: ended"),
@@ -120,10 +123,19 @@ def test_a_signal_outside_of_training(assets, masked_assets, instructions, tmp_p
     ):
         (end,) = run_interrupted(
             0, "run_clm.py", *flags, *CPU, *batch(1), "--output_dir", tmp_path / "out",
-            meanwhile=lambda pids, number=number: (time.sleep(0.3), os.kill(pids[0], number)),
+            meanwhile=lambda pids, number=number: (wait_for_handlers(pids[0]), os.kill(pids[0], number)),
         )  # fmt: skip
         assert end.returncode == 128 + number, end.stderr
         assert "Traceback" not in end.stderr and words in end.stderr
+
+
+def wait_for_handlers(pid: int) -> None:
+    """Until the script has begun: the kernel lists SIGUSR1, which Python leaves alone, as caught."""
+    deadline = time.monotonic() + 60
+    while not int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16) >> 9 & 1:
+        assert time.monotonic() < deadline, "the script has not begun"
+        time.sleep(0.005)
+    time.sleep(0.3)  # somewhere in the midst of it
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
