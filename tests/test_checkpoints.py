@@ -135,6 +135,21 @@ def seal_again(folder: Path) -> None:
     checkpoints.seal(folder, run)
 
 
+@pytest.mark.parametrize(
+    "text", ['{"files": {}}', '{"files": {}, "run": {}}', '{"files": {"trainer_state.json": 3}, "run": {}}']
+)
+def test_a_manifest_that_says_nothing_vouches_for_nothing(output, caplog, text):
+    (output / "checkpoint-6" / "manifest.json").write_text(text)
+    assert find_checkpoint(arguments(output)) == str(output / "checkpoint-3")
+    assert "manifest.json is damaged" in caplog.text
+
+
+def test_a_checkpoint_under_the_name_of_another_step(output, caplog):
+    (output / "checkpoint-6").rename(output / "checkpoint-99")
+    assert find_checkpoint(arguments(output)) == str(output / "checkpoint-3")
+    assert "trainer_state.json is of step 6" in caplog.text
+
+
 @pytest.mark.parametrize("sealed", [True, False], ids=["manifest", "no manifest"])
 @pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])

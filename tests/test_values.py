@@ -95,6 +95,7 @@ REFUSED = {
     "--save_strategy best": ["--save_strategy best", "--eval_strategy"],
     "--dataloader_persistent_workers": ["--dataloader_persistent_workers", "--dataloader_num_workers"],
     "--dataloader_prefetch_factor 2": ["--dataloader_prefetch_factor", "--dataloader_num_workers"],
+    "--streaming --max_steps 2 --group_by_length": ["--group_by_length", "--streaming"],
     "--dataloader_num_workers -1": ["--dataloader_num_workers -1", "between 0 and 1024"],
     "--learning_rate -1e-5": ["--learning_rate -1e-05", "between 0 and 1000000"],
     "--learning_rate nan": ["--learning_rate nan"],

@@ -154,6 +154,8 @@ def check_flags(values: dict[str, object], defaults: dict[str, object]) -> None:
     for name, other in NEEDS.items():
         if is_given(name) and not _is_on(other, values) and not (values.get("use_cpu") and name in CARD_ONLY):
             raise UserError(f"--{name} needs --{other}, which is not set")
+    if values.get("group_by_length") and values.get("streaming"):
+        raise UserError("--group_by_length cannot be combined with --streaming: it sorts all rows by length")
 
 
 def check_folders(values: dict[str, object]) -> None:

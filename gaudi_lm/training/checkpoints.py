@@ -162,8 +162,13 @@ def read_manifest(folder: Path) -> dict | None:
     if not path.exists():
         return None
     manifest = json.loads(path.read_text())
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("run"), dict):
+        raise ValueError("nothing about the run")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or STATE not in files:
         raise ValueError("no list of files")
+    if not all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in files.values()):
+        raise ValueError("a file without size or checksum")
     return manifest
 
 
@@ -191,7 +196,13 @@ def faults(folder: Path) -> list[str]:
                 found.append(f"{name} has {path.stat().st_size} bytes, not {wanted['size']}")
             elif _digest(path) != wanted["sha256"]:
                 found.append(f"{name} is damaged: its checksum differs")
-    return found or _missing(folder) + _unreadable(folder, verified=manifest is not None)
+    return found or _missing(folder) + _unreadable(folder, verified=manifest is not None) or _renamed(folder)
+
+
+def _renamed(folder: Path) -> list[str]:
+    """Which checkpoint is the newest, and which of them are of another course, is told by their names."""
+    named, step = checkpoint_step(folder), json.loads((folder / STATE).read_text())["global_step"]
+    return [] if named in (None, step) else [f"{STATE} is of step {step}, which is not that of the folder's name"]
 
 
 def _missing(folder: Path) -> list[str]:
