@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
@@ -468,6 +468,9 @@ FRAGMENTS = [
 
 @pytest.mark.parametrize("template", [CHATML, REASONING])
 @settings(max_examples=150)
+@example(said=["", "<think>\n</think>\n\n"])
+@example(said=["", " \n</think>\n\nhi"])
+@example(said=["<|im_start|>assistant\n", " \n</think>\n\n"])
 @given(said=st.lists(st.lists(st.sampled_from(FRAGMENTS), max_size=4).map("".join), min_size=2, max_size=6))
 def test_places_are_those_of_marks(tokenizer, template, said):
     """Whatever is said: found without marks as with the marks that the same template could have had."""
@@ -479,6 +482,11 @@ def test_places_are_those_of_marks(tokenizer, template, said):
     found = {}
     for name, written in ("plain", plain), ("marked", with_marks(plain, split, "+ '<|im_end|>' }}")):
         tokenizer.chat_template = written
-        found[name] = ChatTemplate(tokenizer).answers(messages)
+        try:
+            found[name] = ChatTemplate(tokenizer).answers(messages)
+        except ConversationError:
+            # Left out with a word, where somebody quotes the head of an answer and the answer is but reasoning.
+            assert name == "plain" and "<|im_start|>assistant" in "".join(said)
+            return
     assert "{% generation %}" in written
     assert found["plain"] == found["marked"]

@@ -26,8 +26,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from gaudi_lm.data.conversations import (
     FIRST_MARK,
     LAST_MARK,
+    PIECES,
     REASONING,
     ConversationError,
+    common_pieces,
     mark_answers,
     one_line,
     variants,
@@ -38,18 +40,7 @@ logger = logging.getLogger("gaudi_lm")
 
 MARKS = re.compile(f"([{chr(FIRST_MARK)}-{chr(LAST_MARK)}])")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-PIECES = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\s+|[^\s<\[]+|.")  # control tokens, white space, words
 CONTROL = re.compile(r"\s*(<[^<>\s]*>|\[[^\[\]\s]*\])")
-
-
-def common_pieces(left: str, right: str) -> str:
-    """The longest start of both that does not end within a control token or a word."""
-    length = 0
-    for one, other in zip(PIECES.findall(left), PIECES.findall(right), strict=False):
-        if one != other:
-            break
-        length += len(one)
-    return left[:length]
 
 
 class ChatTemplate:
@@ -87,12 +78,9 @@ class ChatTemplate:
             Exception: of any kind that the template's code may raise.
         """
         if self.in_parts:
-            messages = [
-                {**message, "content": [{"type": "text", "text": message["content"]}]}
-                if isinstance(message.get("content"), str)
-                else message
-                for message in messages
-            ]
+            texts = [message.get("content") for message in messages]
+            parts = [{"content": [{"type": "text", "text": text}]} if isinstance(text, str) else {} for text in texts]
+            messages = [{**message, **part} for message, part in zip(messages, parts, strict=True)]
         template = self.tokenizer.get_chat_template(tools=tools)
         texts, marked = render_jinja_template(
             [messages],
@@ -111,9 +99,9 @@ class ChatTemplate:
         for before, self.in_parts in product(([], [{"role": "system", "content": "a"}]), (False, True)):
             try:
                 text, _ = self.render([*before, *turns])
-            except TemplateSyntaxError:
-                raise
-            except Exception:  # of the template's own code, where it reads parts only, or wants a system message
+            except Exception as error:  # of the template's own code: it reads parts only, or wants a system message
+                if isinstance(error, TemplateSyntaxError):
+                    raise
                 continue
             if marks[1] in text:
                 break
@@ -257,8 +245,8 @@ class ChatTemplate:
 
     def _after_prompt(self, text: str, done: int, limit: int) -> int | None:
         """Where the next generation prompt ends."""
-        found = [(text.find(prompt, done, limit), -len(prompt)) for prompt in self._prompts()]
-        return next((head - length for head, length in sorted(found) if head >= 0), None)
+        found = sorted((text.find(prompt, done, limit), -len(prompt)) for prompt in self._prompts())
+        return next((head - length for head, length in found if head >= 0), None)
 
     def _prompts(self) -> list[str]:
         """The generation prompt, and starts of it that still name who speaks, the longest first."""
@@ -289,17 +277,23 @@ class ChatTemplate:
     def _search(self, text: str, messages: list[dict]) -> list[tuple[int, int, int]]:
         """As :meth:`_locate`, by looking for what the answers say, one after the other."""
         spans, done = [], 0
+        heads = [text.count(prompt) for prompt in self._prompts()]
+        if heads and heads[-1] > sum(message["role"] == "assistant" for message in messages):
+            raise ConversationError("it quotes what the chat template writes before an answer, so none can be told")
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             content = message.get("content") or ""
-            said = [content, content.strip(), REASONING.split(content)[-1].strip()]
-            start = self._after_prompt(text, done, len(text))
-            found = [(text.find(words, done if start is None else start), -len(words)) for words in said]
-            place, length = min((pair for pair in found if pair[0] >= 0), default=(-1, 0))
-            if place < 0 or message.get("tool_calls"):
+            start, last = self._after_prompt(text, done, len(text)), number == len(messages) - 1
+            end = re.escape((self.last_end if last else self.end).lstrip())
+            behind = rf"\s*{end}(?!.*{end})" if last and end else rf"\s*{end}"  # as "hi" is found in "<think>" too
+            said = {content, content.strip(), REASONING.split(content)[-1].strip()}
+            begin = done if start is None else start
+            found = [re.compile(f"({re.escape(words)}){behind}", re.DOTALL).search(text, begin) for words in said]
+            place = min((match.span(1) for match in found if match), default=None)
+            if place is None or message.get("tool_calls"):
                 raise ConversationError(f"the chat template changes what message {number + 1} says")
-            start = place if start is None else start
-            done = self._end(text, place - length, len(text), last=number == len(messages) - 1)
+            start = place[0] if start is None else start
+            done = self._end(text, place[1], len(text), last)
             spans.append((number, start, done))
         return spans

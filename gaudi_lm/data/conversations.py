@@ -16,6 +16,17 @@ ROLES = {
     "function_call": "assistant",
     **dict.fromkeys(("function_response", "observation", "tool_response"), "tool"),
 }
+PIECES = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\s+|[^\s<\[]+|.")  # control tokens, white space, words
+
+
+def common_pieces(left: str, right: str) -> str:
+    """The longest start of both that does not end within a control token or a word."""
+    length = 0
+    for one, other in zip(PIECES.findall(left), PIECES.findall(right), strict=False):
+        if one != other:
+            break
+        length += len(one)
+    return left[:length]
 
 
 class ConversationError(ValueError):
