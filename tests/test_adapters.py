@@ -29,6 +29,7 @@ def evaluation(*flags, card: str) -> dict:
     return json.loads((output / "all_results.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "card"), KINDS)
 def test_a_saved_adapter_is_evaluated_trained_further_and_merged(instructions, tmp_path, kind, card):
     flags, env = CARDS[card]
@@ -133,6 +134,7 @@ def test_what_cannot_be_merged_is_said_before_training(instructions, tmp_path):
         assert "error: --" in log and "Traceback" not in log and not (tmp_path / name).exists()
 
 
+@pytest.mark.slow
 def test_adalora_under_deepspeed_is_refused(instructions, tmp_path):
     """Under ZeRO-2 the gradients are gone when ranks are chosen, and masks are overwritten by DeepSpeed's own copy."""
     flags = [*paths(instructions, tmp_path / "out"), "--do_train", "--max_steps", 1, "--use_habana", "--use_lazy_mode"]

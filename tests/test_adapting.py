@@ -93,6 +93,7 @@ class ShareRight(evaluate.Metric):
 """
 
 
+@pytest.mark.slow
 def test_a_metric_of_evaluate(assets, tmp_path):
     (tmp_path / "share_right.py").write_text(SHARE_RIGHT)
     script = adapted(tmp_path / "mine", "compute_metrics")

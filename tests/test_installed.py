@@ -77,6 +77,7 @@ def test_a_copied_script_needs_no_file_of_the_repository(card, installed, assets
         assert written["use_fused_adam"] and written["use_torch_autocast"], "as in the bundled configuration"
 
 
+@pytest.mark.slow
 def test_the_report_of_an_installed_simulator(installed, tmp_path):
     files, report = opened(installed, "-m", "gaudi_simulator", "--report", cwd=tmp_path)
     assert "Not simulated" in report

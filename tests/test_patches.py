@@ -48,6 +48,7 @@ def unpatched(monkeypatch):
     torch.utils.checkpoint.DefaultDeviceType.set_device_type(default)
 
 
+@pytest.mark.slow
 def test_importing_the_suite_patches_nothing():
     modules = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "gaudi_lm" / "modeling").glob("[a-z]*.py")]
     code = [

@@ -56,6 +56,7 @@ def test_one_process_and_two(assets, tmp_path):
     assert np.allclose(one["logits"], two["logits"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_on_a_card_with_graphs(assets, tmp_path):
     script = predicting(tmp_path / "mine")
     flags = [flag for flag in scratch(assets, tmp_path / "card", *FLAGS) if flag != "--use_cpu"]

@@ -13,6 +13,7 @@ SCRIPTS = {
 LIBRARIES = ["Gaudi (optimum-habana)", "training (transformers)"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_in_groups_and_names_each_flag_once(script):
     result = run(ROOT / script, "--help", fresh=True)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from cards import card_environment
 from habana_names import names_in, used_names
 from running import environment
@@ -35,6 +36,7 @@ print(json.dumps(missing))
 """
 
 
+@pytest.mark.slow
 def test_every_name_is_there_or_listed_as_absent():
     used = used_names()
     assert len(used) > 80 and "habana_frameworks.torch.core.step_closure._mark_step_if_lazy" in used
