@@ -252,6 +252,11 @@ def set_up_logging(main_rank: bool, level: int | None = None) -> logging.Logger:
     libraries = level or (logging.WARNING if main_rank else logging.ERROR)
     transformers.utils.logging.set_verbosity(libraries)
     datasets.utils.logging.set_verbosity(libraries)
+    # Both come through our handler; left alone, transformers prints twice where CI is set.
+    for library in (transformers, datasets):
+        library.utils.logging.enable_propagation()
+        for handler in logging.getLogger(library.__name__).handlers[:]:
+            logging.getLogger(library.__name__).removeHandler(handler)
     if not (main_rank and sys.stderr.isatty()):
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()

@@ -96,8 +96,8 @@ class Host:
         members = processes.reports(self.folder)  # all that they had to say before that
         for name, member in members.items():
             if "status" not in member and not os.path.exists(f"/proc/{member['pid']}"):
-                killed = {"status": 137, "what": f"{name} was killed, {processes.named(137)}", "stopped": self.number}
-                member |= killed | processes.reports(self.folder)[name]  # unless it has told its end just now
+                what = f"{name} was killed, {processes.named(137)}"  # perhaps by a backend that tears down
+                member |= {"status": 137, "what": what, "stopped": True} | processes.reports(self.folder)[name]
         failed = sorted((m["time"], m["stopped"], m["what"], m["status"]) for m in members.values() if m.get("status"))
         for _, stopped, *failure in failed:
             if not stopped:

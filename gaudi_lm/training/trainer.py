@@ -193,6 +193,9 @@ class LMTrainer(EvaluatingTrainer):
         if self.rank_reduction and checkpoint is not None:
             self.rank_reduction.load(checkpoint)
 
+    def compare_trainer_and_checkpoint_args(self, training_args, trainer_state) -> None:
+        """Nothing: :class:`gaudi_lm.training.resumed_state.Resumption` has said what counts."""
+
     def _issue_warnings_after_load(self, load_result):
         # Checkpoints leave out tied weights; a model that ties them misses nothing.
         tied = set(self.model._tied_weights_keys or ()) if hasattr(self.model, "_tied_weights_keys") else set()

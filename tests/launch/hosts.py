@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,15 +26,21 @@ SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 def require_programs() -> None:
     """Install what is missing, or fail and say by name what to install."""
-    missing = {package for program, package in PROGRAMS.items() if not shutil.which(program, path=SEARCH)}
-    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
-        subprocess.run(["apt-get", "update", "-q"], capture_output=True, check=False)
-        subprocess.run(["apt-get", "install", "-qy", *missing], capture_output=True, check=False)
-        missing = {package for program, package in PROGRAMS.items() if not shutil.which(program, path=SEARCH)}
-    if missing:
-        raise RuntimeError(f"two hosts on one machine need the Debian packages {', '.join(sorted(missing))}")
     if os.geteuid() != 0:
         raise RuntimeError("two hosts on one machine need network namespaces: run these tests as root")
+    said = ""
+    # Another worker may be installing just now: a program is there before its package is set up.
+    with open(Path(tempfile.gettempdir(), "gaudi-lm-packages.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        missing = {package for program, package in PROGRAMS.items() if not shutil.which(program, path=SEARCH)}
+        if missing and shutil.which("apt-get"):
+            for command in (["update", "-q"], ["install", "-qy", "-oDPkg::Lock::Timeout=120", *missing]):
+                done = subprocess.run(["apt-get", *command], capture_output=True, text=True, check=False)
+                said += done.stderr
+            missing = {package for program, package in PROGRAMS.items() if not shutil.which(program, path=SEARCH)}
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise RuntimeError(f"two hosts on one machine need the Debian packages {names}\n{said}")
 
 
 @dataclass
