@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from gaudi_lm.arguments.definitions import DataArguments, ModelArguments, TrainingArguments
+from gaudi_lm.arguments.definitions import DataArguments, LMTrainingArguments, ModelArguments
 from gaudi_lm.arguments.parsing import parse
 from gaudi_lm.data.blocks import group_into_blocks, tokenise
 from gaudi_lm.data.columns import text_column
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns all metrics."""
     # Arguments
     model_args, data_args, script_args, training_args = parse(
-        argv, ModelArguments, DataArguments, ScriptArguments, TrainingArguments
+        argv, ModelArguments, DataArguments, ScriptArguments, LMTrainingArguments
     )
     data_args.check(training_args.max_steps)
 

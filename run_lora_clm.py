@@ -21,7 +21,7 @@ choose_card(sys.argv[1:])  # sets the environment that torch reads when it is im
 from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from gaudi_lm.arguments.definitions import DataArguments, ModelArguments, TrainingArguments
+from gaudi_lm.arguments.definitions import DataArguments, LMTrainingArguments, ModelArguments
 from gaudi_lm.arguments.parsing import parse
 from gaudi_lm.data.instructions import collate_examples, show_targets, tokenise_examples
 from gaudi_lm.data.loading import load_raw
@@ -77,7 +77,7 @@ class LoraDataArguments(DataArguments):
     validation_split_percentage: int = field(
         default=0, metadata={"help": "Percentage of the training rows kept for validation where there is no such set."}
     )
-    max_seq_length: int = field(default=512, metadata={"help": "Tokens in a row; longer examples are shortened."})
+    max_seq_length: int = field(default=512, metadata={"help": "Tokens in a row; longer examples are truncated."})
     pad_to_max_length: bool = field(
         default=False,
         metadata={
@@ -104,7 +104,7 @@ class LoraDataArguments(DataArguments):
     output_column_name: str | None = field(default=None, metadata={"help": "Column of the answers, if not `output`."})
     dataset_seed: int = field(default=42, metadata={"help": "Seed of the split by --validation_split_percentage."})
     dataset_cache_directory: str | None = field(
-        default=None, metadata={"help": "Where data sets are cached; by default as --cache_dir says."}
+        default=None, metadata={"help": "Where datasets are cached; by default as --cache_dir says."}
     )
     keep_in_memory: bool = field(default=False, metadata={"help": "Keep tokenised data in memory, not on disk."})
     pack_sequences: bool = field(
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns all metrics."""
     # Arguments
     model_args, data_args, adapter_args, training_args = parse(
-        argv, LoraModelArguments, LoraDataArguments, AdapterArguments, TrainingArguments
+        argv, LoraModelArguments, LoraDataArguments, AdapterArguments, LMTrainingArguments
     )
     data_args.check(training_args.max_steps)
     model_args.check(adapter_args.peft_type, training_args.do_train)
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # Data
     cache = replace(model_args, cache_dir=data_args.dataset_cache_directory or model_args.cache_dir)
     raw = load_raw(data_args, cache, training_args.do_train, training_args.do_eval, data_args.dataset_seed)
-    forms = {
+    formats = {
         split: find_format(
             examples, sql_prompt=data_args.sql_prompt, chat_prompt=data_args.chat_prompt,
             text_column=data_args.text_column_name, instruction=data_args.instruction_column_name,
@@ -146,13 +146,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )
         for split, examples in raw.items()
     }  # fmt: skip
-    logger.info("examples: %s", "; ".join(dict.fromkeys(map(str, forms.values()))))
+    logger.info("examples: %s", "; ".join(dict.fromkeys(map(str, formats.values()))))
 
     # Tokenizer and model
     config = load_config(model_args)
     tokenizer = load_tokenizer(model_args)
-    for form in forms.values():
-        check_tokenizer(form, tokenizer, data_args.train_on_inputs)
+    for example_format in formats.values():
+        check_tokenizer(example_format, tokenizer, data_args.train_on_inputs)
     max_length = length_limit("--max_seq_length", data_args.max_seq_length, tokenizer, config)
 
     # Preprocessing
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with training_args.main_process_first(desc="preprocessing"):
         for split, examples in raw.items():
             rows[split] = tokenise_examples(
-                examples, forms[split], tokenizer, max_length,
+                examples, formats[split], tokenizer, max_length,
                 train_on_inputs=data_args.train_on_inputs,
                 concatenate=data_args.dataset_concatenation,
                 limit=limits[split],

@@ -21,12 +21,12 @@ choose_card(sys.argv[1:])  # sets the environment that torch reads when it is im
 from datasets import Dataset
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from gaudi_lm.arguments.definitions import DataArguments, ModelArguments, TrainingArguments
+from gaudi_lm.arguments.definitions import DataArguments, LMTrainingArguments, ModelArguments
 from gaudi_lm.arguments.parsing import parse
 from gaudi_lm.data.blocks import group_into_blocks, tokenise
 from gaudi_lm.data.columns import text_column
 from gaudi_lm.data.loading import load_raw
-from gaudi_lm.data.masked_token_budget import prediction_rows
+from gaudi_lm.data.masked_token_budget import default_budget
 from gaudi_lm.data.masking import MaskingCollator, make_lines, sequence_ends
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
 from gaudi_lm.data.ragged import padded_lengths
@@ -82,10 +82,10 @@ class ScriptArguments:
         if self.pack_sequences and streaming:
             raise UserError("--pack_sequences cannot be combined with --streaming: it sorts all lines by length")
 
-    def rows_predicted(self, rows: int, length: int) -> int:
+    def masked_token_budget(self, rows: int, length: int) -> int:
         """How many masked tokens of a batch of this shape the head is computed for."""
         if self.max_predictions_per_seq is None:
-            return prediction_rows(rows, length, self.mlm_probability)
+            return default_budget(rows, length, self.mlm_probability)
         return min(rows * self.max_predictions_per_seq, rows * length)
 
 
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns all metrics."""
     # Arguments
     model_args, data_args, script_args, training_args = parse(
-        argv, ModelArguments, DataArguments, ScriptArguments, TrainingArguments
+        argv, ModelArguments, DataArguments, ScriptArguments, LMTrainingArguments
     )
     data_args.check(training_args.max_steps)
     script_args.check(data_args.streaming)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         script_args.mlm_probability,
         # Ranks of a stream number their rows alike.
         seed=(training_args.seed, training_args.process_index if data_args.streaming else 0),
-        rows_predicted=None if script_args.max_predictions_per_seq == 0 else script_args.rows_predicted,
+        masked_token_budget=None if script_args.max_predictions_per_seq == 0 else script_args.masked_token_budget,
     )
     if script_args.pack_sequences:
         collator.assemble = PackedCollator.for_model(model, tokenizer.pad_token_id, max_length)
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_dataset=rows.get("train"),
         eval_dataset=rows.get("validation"),
         evaluation_collator=replace(collator, seed=(EVALUATION_SEED,)),
-        max_predictions_per_seq=collator.rows_predicted,
+        max_predictions_per_seq=collator.masked_token_budget,
     )
 
     # Train

@@ -34,8 +34,8 @@ def hand_written(pace: Pace) -> None:
     step = 0
     while True:
         pace.lap(tokens=BATCH * LENGTH)
-        place = step * BATCH % len(data)
-        input_ids = data[place : place + BATCH].long()
+        index = step * BATCH % len(data)
+        input_ids = data[index : index + BATCH].long()
         logits = model(input_ids=input_ids, use_cache=False).logits
         loss = functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), input_ids[:, 1:].reshape(-1))
         loss.backward()
@@ -48,7 +48,7 @@ def hand_written(pace: Pace) -> None:
 def trainer(pace: Pace) -> None:
     """A contender: the trainer that run_clm.py builds, with its defaults."""
     sys.argv = ["run_clm.py", "--use_cpu"]
-    from gaudi_lm.arguments.definitions import TrainingArguments
+    from gaudi_lm.arguments.definitions import LMTrainingArguments
     from gaudi_lm.training.trainer import build_trainer
     from run_clm import collate_blocks
 
@@ -62,7 +62,7 @@ def trainer(pace: Pace) -> None:
     model = gpt2()
     fuse_activations(model)  # as load_model does
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        arguments = LMTrainingArguments(
             output_dir=folder,
             use_cpu=True,
             do_train=True,
@@ -145,19 +145,19 @@ def lora_packed(rounds: int = 9) -> None:
     data = Dataset.from_dict({"input_ids": texts, "labels": labels})
     packed = pack_sequences(data, LENGTH).shuffle(seed=0).with_format("numpy")
     collate = PackedCollator.for_model(llama_100m(), 0, LENGTH)
-    rows = [packed[place] for place in range(len(packed))]
+    rows = [packed[index] for index in range(len(packed))]
     ours, theirs = [], []
-    for place in range(0, len(rows) - BATCH, BATCH):
-        chosen = rows[place : place + BATCH]
+    for index in range(0, len(rows) - BATCH, BATCH):
+        chosen = rows[index : index + BATCH]
         ours.append(collate(chosen) | {"tokens": int(sum(len(row["input_ids"]) for row in chosen))})
-    for place in range(0, len(texts) - BATCH, BATCH):
+    for index in range(0, len(texts) - BATCH, BATCH):
         input_ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
         targets = torch.full((BATCH, LENGTH), -100)
         attention_mask = torch.zeros(BATCH, LENGTH, dtype=torch.long)
         for row in range(BATCH):
-            length = len(texts[place + row])
-            input_ids[row, :length] = torch.from_numpy(texts[place + row])
-            targets[row, :length] = torch.from_numpy(labels[place + row])
+            length = len(texts[index + row])
+            input_ids[row, :length] = torch.from_numpy(texts[index + row])
+            targets[row, :length] = torch.from_numpy(labels[index + row])
             attention_mask[row, :length] = 1
         tokens = int(attention_mask.sum())
         theirs.append({"input_ids": input_ids, "attention_mask": attention_mask, "labels": targets, "tokens": tokens})

@@ -6,7 +6,7 @@ from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 
-from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, limit_predictions, prediction_rows
+from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, default_budget, limit_predictions
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
 from gaudi_lm.modeling.loss import install_token_loss
 
@@ -21,7 +21,7 @@ PAD, MASK, FIRST_WORD = 1, 50264, 5
 def lines() -> Dataset:
     """Lines of about 100 tokens, special tokens included: three paragraphs of the Python manual to a line."""
     texts = paragraphs()
-    texts = [" ".join(texts[place : place + 3]) for place in range(0, len(texts), 3)]
+    texts = [" ".join(texts[index : index + 3]) for index in range(0, len(texts), 3)]
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, vocab_size=8000, min_frequency=2)
     rows = [[0, *(token + FIRST_WORD for token in row.ids[: LENGTH - 2]), 2] for row in tokenizer.encode_batch(texts)]
@@ -44,7 +44,7 @@ def train(pace: Pace, batches: list[dict], masked_head: bool) -> None:
     """A contender: training steps on these batches in turn, dynamic masking included."""
     model = roberta_base()
     shape = tuple(batches[0]["input_ids"].shape)
-    limit = prediction_rows(*shape, PROBABILITY) if masked_head else None
+    limit = default_budget(*shape, PROBABILITY) if masked_head else None
     if masked_head:
         install_token_loss(model, "masked", max_predictions_per_seq=lambda batch, length: limit)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -84,7 +84,7 @@ def mlm_head(rounds: int = 7, batch: int = 4) -> None:
     """Masked head against full head on concatenated blocks."""
     tokens = np.concatenate(lines().with_format("numpy")[:]["input_ids"])
     blocks = torch.from_numpy(tokens[: len(tokens) // LENGTH * LENGTH].reshape(-1, LENGTH)).long()
-    batches = [{"input_ids": blocks[place : place + batch]} for place in range(0, len(blocks) - batch, batch)]
+    batches = [{"input_ids": blocks[index : index + batch]} for index in range(0, len(blocks) - batch, batch)]
     turns = race(
         {
             "masked_head": (train, {"batches": batches, "masked_head": True}),
@@ -93,7 +93,7 @@ def mlm_head(rounds: int = 7, batch: int = 4) -> None:
         },
         rounds,
     )
-    share = prediction_rows(batch, LENGTH, PROBABILITY) / (batch * LENGTH)
+    share = default_budget(batch, LENGTH, PROBABILITY) / (batch * LENGTH)
     _report("mlm_head", turns, "masked_head", "full_head", 1.3, {"batch": batch, "head_rows_share": share})
 
 
@@ -103,13 +103,13 @@ def mlm_packed(rounds: int = 9, batch: int = 4) -> None:
     lengths = np.array([len(row) for row in texts["input_ids"]])
     packed = pack_sequences(texts, LENGTH).shuffle(seed=0).with_format("numpy")
     collate = PackedCollator.for_model(roberta_base(), PAD, LENGTH)
-    rows = [packed[place] for place in range(len(packed))]
-    ours = [collate(rows[place : place + batch]) for place in range(0, len(rows) - batch, batch)]
+    rows = [packed[index] for index in range(len(packed))]
+    ours = [collate(rows[index : index + batch]) for index in range(0, len(rows) - batch, batch)]
     theirs = []
     order = texts.shuffle(seed=0).with_format("numpy")
-    for place in range(0, len(order) - batch, batch):
+    for index in range(0, len(order) - batch, batch):
         input_ids = torch.full((batch, LENGTH), PAD)
-        for row, ids in enumerate(order[place : place + batch]["input_ids"]):
+        for row, ids in enumerate(order[index : index + batch]["input_ids"]):
             input_ids[row, : len(ids)] = torch.from_numpy(ids)
         theirs.append({"input_ids": input_ids, "attention_mask": (input_ids != PAD).long()})
     turns = race(
@@ -120,7 +120,7 @@ def mlm_packed(rounds: int = 9, batch: int = 4) -> None:
         },
         rounds,
     )
-    share = prediction_rows(batch, LENGTH, PROBABILITY) / (batch * LENGTH)
+    share = default_budget(batch, LENGTH, PROBABILITY) / (batch * LENGTH)
     extra = {
         "batch": batch,
         "mean_tokens_per_line": float(lengths.mean()),

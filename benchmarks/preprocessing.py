@@ -110,7 +110,7 @@ def alpaca_like(rows: int) -> dict[str, list[str]]:
     sentences = [text[:400] for text in paragraphs()]
     generator = np.random.default_rng(0)
     question, extra, answer = (
-        [sentences[place] for place in column] for column in generator.integers(len(sentences), size=(3, rows))
+        [sentences[index] for index in column] for column in generator.integers(len(sentences), size=(3, rows))
     )
     extra = [text if with_input else "" for text, with_input in zip(extra, generator.random(rows) < 0.4, strict=True)]
     return {"instruction": question, "input": extra, "output": answer}
@@ -128,13 +128,13 @@ def instructions(rows: int = 200_000, rounds: int = 1) -> None:
     disable_progress_bars()
     tokenizer = make_tokenizer()
     dataset = Dataset.from_dict(alpaca_like(rows))
-    form = find_format(dataset)
-    prompts = fill_prompts(dataset.with_format("arrow")[:], form)
+    example_format = find_format(dataset)
+    prompts = fill_prompts(dataset.with_format("arrow")[:], example_format)
     answers = dataset["output"][:]
 
     def ours():
         options = INSTRUCTIONS | {"num_proc": None, "use_cache": False, "keep_in_memory": True}
-        tokenise_examples(dataset, form, tokenizer, 512, **options)
+        tokenise_examples(dataset, example_format, tokenizer, 512, **options)
 
     def encode_batch():
         for texts in (prompts, answers):

@@ -144,8 +144,8 @@ def real_frameworks() -> bool:
     spec = importlib.util.find_spec("habana_frameworks")
     if spec is None:
         return False
-    places = [*(spec.submodule_search_locations or []), spec.origin or ""]
-    return not any(place.startswith(gaudi_simulator.STAND_IN) for place in places)
+    locations = [*(spec.submodule_search_locations or []), spec.origin or ""]
+    return not any(location.startswith(gaudi_simulator.STAND_IN) for location in locations)
 
 
 def add_stand_in() -> None:
@@ -229,7 +229,7 @@ def choose_card(argv: list[str]) -> None:
             # Where there is no Gaudi, a warning at every start that hl-smi is missing says nothing new.
             logging.getLogger("optimum.habana.utils.misc").setLevel(logging.ERROR)
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        # Otherwise `datasets` reports each use of a hub data set to an address outside the hub.
+        # Otherwise `datasets` reports each use of a hub dataset to an address outside the hub.
         os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 

@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset
 from tiny_models import CAUSAL, VOCABULARY, tiny_model
 
-from gaudi_lm.arguments.definitions import TrainingArguments
+from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.modeling.adapters import AdapterArguments, adapter_config, add_adapter
 from gaudi_lm.training.trainer import build_trainer
 
@@ -61,7 +61,7 @@ def train(family: str, batch: int, accumulation: int, **changes) -> dict:
     data = np.random.default_rng(0).integers(3, VOCABULARY, (ROWS, LENGTH), dtype=np.int32)
     if family.startswith(EXPERTS):
         data[:] = data[0]
-    args = TrainingArguments(**{
+    args = LMTrainingArguments(**{
         "output_dir": tempfile.mkdtemp(), "use_cpu": True, "do_train": True, "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation, "num_train_epochs": 2, "logging_steps": 1, "optim": "sgd",
         "save_strategy": "no", "learning_rate": 0.1, "max_grad_norm": 1.0, "disable_tqdm": True, **changes,

@@ -8,7 +8,7 @@ from running import copy_elsewhere, losses, results, run, run_ranks
 from test_clm import scratch
 from test_lora import common
 
-from gaudi_lm.arguments.definitions import TrainingArguments
+from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.errors import UserError
 from gaudi_lm.training.trainer import build_trainer
 
@@ -63,7 +63,7 @@ def test_another_loss(assets, tmp_path):
 
 
 def test_label_smoothing_is_of_the_ordinary_loss(tmp_path):
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True, label_smoothing_factor=0.1)
+    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True, label_smoothing_factor=0.1)
     with pytest.raises(UserError, match="--label_smoothing_factor"):
         build_trainer(None, "causal", args, None, None, loss_func=print)
 

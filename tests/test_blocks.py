@@ -11,13 +11,13 @@ from gaudi_lm.data.blocks import cut, group_into_blocks, to_list_array
 from gaudi_lm.data.loading import split_rows
 from gaudi_lm.data.sampling import TrainingBatches, TrainingRows
 from gaudi_lm.device import UserError
-from gaudi_lm.training.evaluation import PADDING_ROW, EvaluationRows
+from gaudi_lm.training.evaluation import FILLER_SAMPLE, EvaluationRows
 
 rows_of_tokens = st.lists(st.lists(st.integers(0, 999), max_size=30), max_size=40)
 
 
 def tokenised(rows: list[list[int]], chunks: int) -> Dataset:
-    """A data set of token rows whose Arrow column is in several chunks."""
+    """A dataset of token rows whose Arrow column is in several chunks."""
     lengths = [
         np.array([len(row) for row in part])
         for part in np.array_split(np.arange(len(rows)), chunks)
@@ -47,7 +47,7 @@ def test_blocks_equal_the_oracle(rows, size, chunks, limit):
 
 @given(rows=rows_of_tokens, start=st.integers(0, 20), stop=st.integers(0, 40), size=st.integers(1, 20))
 def test_blocks_of_a_slice(rows, start, stop, size):
-    """A sliced data set shares its buffers with the whole; only the rows of the slice count."""
+    """A sliced dataset shares its buffers with the whole; only the rows of the slice count."""
     part = rows[start:stop]
     flat = [token for row in part for token in row]
     if len(flat) < size or not rows:
@@ -93,7 +93,7 @@ def test_rows_carry_their_draw():
     data = Dataset.from_dict({"input_ids": [[1, 2], [3, 4], [5, 6]]})
     rows = TrainingRows(data).__getitems__([4, 2])
     assert [(row["sample_id"], row["input_ids"].tolist()) for row in rows] == [(4, [3, 4]), (2, [5, 6])]
-    assert [PADDING_ROW in row for row in TrainingRows(data).__getitems__([0, ~0])] == [False, True]
+    assert [FILLER_SAMPLE in row for row in TrainingRows(data).__getitems__([0, ~0])] == [False, True]
 
 
 @given(rows=st.integers(1, 30), batch=st.integers(1, 5), world=st.integers(1, 4), sized=st.booleans())
@@ -103,5 +103,5 @@ def test_evaluation_takes_each_row_once(rows, batch, world, sized):
         data = data.to_iterable_dataset()
     parts = [list(EvaluationRows(data, batch, rank, world)) for rank in range(world)]
     assert len({len(part) for part in parts}) == 1 and len(parts[0]) % batch == 0
-    real = [row["input_ids"][0] for part in parts for row in part if PADDING_ROW not in row]
+    real = [row["input_ids"][0] for part in parts for row in part if FILLER_SAMPLE not in row]
     assert sorted(real) == list(range(rows))

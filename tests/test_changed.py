@@ -1,4 +1,4 @@
-"""What has changed since a checkpoint is said, and counts; what cannot be gone on with is refused."""
+"""What has changed since a checkpoint is said, and counts; what cannot be resumed with is refused."""
 
 import json
 import shutil
@@ -67,8 +67,8 @@ CHANGES = {
 def ends(base, whole, tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("changed")
     runs = []
-    for place, (flags, _, _) in enumerate(CHANGES.values()):
-        output = root / str(place)
+    for index, (flags, _, _) in enumerate(CHANGES.values()):
+        output = root / str(index)
         output.mkdir()
         shutil.copytree(whole / "checkpoint-3", output / "checkpoint-3")
         runs.append([*base, *batch(1), "--output_dir", output, *flags])
@@ -141,7 +141,7 @@ def test_from_the_cpu_to_a_card_and_back(base, tmp_path):
     (tmp_path / "gaudi.json").write_text('{"use_fused_adam": false, "use_fused_clip_norm": false}')
     on_card = [*base[: -len(CPU)], *CARD, "--max_steps", 6]
     said = start("run_clm.py", 2, tmp_path / "card", *on_card, "--gaudi_config_name", tmp_path / "gaudi.json")[0]
-    assert "--use_habana True (was False)" in said and "holds no random state of a card" in said
+    assert "--use_habana True (was False)" in said and "has no RNG state of a card" in said
     # By default a card has an optimizer of its own, whose state is another one.
     shutil.copytree(tmp_path / "cpu" / "checkpoint-3", tmp_path / "fused" / "checkpoint-3")
     flags = [*on_card, *batch(1), "--output_dir", tmp_path / "fused"]
@@ -172,7 +172,7 @@ def test_what_is_evaluated_at_the_end_of_an_epoch_is_in_its_checkpoint(base, tmp
 
 
 def test_overwriting_removes_what_was_there(base, whole, tmp_path):
-    """Its checkpoints would be gone on from after an interruption, or be kept in place of the new ones."""
+    """Its checkpoints would be resumed from after an interruption, or be kept in place of the new ones."""
     shutil.copytree(whole, tmp_path / "out")
     flags = ["--overwrite_output_dir", "--max_steps", 4, "--save_total_limit", 1, "--seed", 3]
     start("run_clm.py", 1, tmp_path / "out", *base, *flags)

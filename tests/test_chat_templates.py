@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from gaudi_lm.data.chat_templates import ChatTemplate
-from gaudi_lm.data.completions import encode_with_places
+from gaudi_lm.data.completions import encode_with_offsets
 from gaudi_lm.data.conversations import ConversationError, read_messages
 from gaudi_lm.data.instructions import tokenise_examples
 from gaudi_lm.data.prompts import find_format
@@ -362,13 +362,13 @@ def test_a_token_across_the_border_is_learnt(tokenizer):
     assert any(len(token) > 2 for token in tokens), tokens
     for start in range(len(text)):
         for end in range(start + 1, len(text) + 1):
-            (_, [(first, stop)]), *_ = encode_with_places(tokenizer, [text], [[(start, end)]])
+            (_, [(first, stop)]), *_ = encode_with_offsets(tokenizer, [text], [[(start, end)]])
             places = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-            place, expected = 0, []
+            reached, expected = 0, []
             for number, (_, last) in enumerate(places):
-                if place < end and last > start:
+                if reached < end and last > start:
                     expected.append(number)
-                place = last
+                reached = last
             assert list(range(first, stop)) == expected, (start, end)
 
 

@@ -82,7 +82,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(output, capl
         assert taken == str(output / "checkpoint-6") and "no manifest.json" in caplog.text
         return
     assert taken == str(output / "checkpoint-3")
-    (line,) = (record.getMessage() for record in caplog.records if "cannot be gone on from" in record.getMessage())
+    (line,) = (record.getMessage() for record in caplog.records if "cannot be resumed from" in record.getMessage())
     assert str(output / "checkpoint-6") in line and name in line
     for wanted in (output / "checkpoint-6", output):
         shutil.rmtree(output / "checkpoint-3", ignore_errors=True)
@@ -187,11 +187,11 @@ def test_a_folder_is_begun_in_that_holds_no_more_than_what_an_interrupted_run_le
 
 def test_results_that_were_being_moved_are_moved(output):
     """Killed between two renames, the folder holds all of the results or gets them at the next start."""
-    place = output / "incomplete-files"
-    (place / "merged").mkdir(parents=True)
+    staging = output / "incomplete-files"
+    (staging / "merged").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "merged/config.json"):
-        (place / name).write_text(name)
-    os.rename(place, output / "complete-files")
+        (staging / name).write_text(name)
+    os.rename(staging, output / "complete-files")
     os.replace(output / "complete-files" / "config.json", output / "config.json")
     assert find_checkpoint(arguments(output)) == str(output / "checkpoint-6")
     for name in ("config.json", "model.safetensors", "merged/config.json"):

@@ -7,7 +7,7 @@ import torch
 from running import losses, run, run_many
 from safetensors.torch import load_file
 
-from gaudi_lm.arguments.definitions import TrainingArguments
+from gaudi_lm.arguments.definitions import LMTrainingArguments
 
 SMALL = {
     "gpt2": "n_embd=32,n_layer=1,n_head=2,n_positions=64,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
@@ -63,14 +63,14 @@ def test_on_a_card_optimizer_and_attention_are_those_asked_for(assets, tmp_path)
 @pytest.mark.parametrize("given", [{"torch_compile": True}, {"torch_compile_mode": "default"}])
 def test_the_backend_of_a_cpu_is_not_that_of_the_card(given, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))  # they tell accelerate by variables
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True, **given)
+    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True, **given)
     assert args.torch_compile and args.torch_compile_backend == "inductor"
     card = {"torch_compile_backend": "hpu_backend", **given}
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True, **card)
-    assert args.torch_compile_backend == "inductor" and "--torch_compile_backend hpu_backend" in args.set_aside
+    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True, **card)
+    assert args.torch_compile_backend == "inductor" and "--torch_compile_backend hpu_backend" in args.overridden_flags
     own = {**given, "torch_compile_backend": "aot_eager"}
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True, **own)
-    assert args.torch_compile_backend == "aot_eager" and not args.set_aside
+    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True, **own)
+    assert args.torch_compile_backend == "aot_eager" and not args.overridden_flags
 
 
 @pytest.mark.slow

@@ -96,10 +96,10 @@ def test_equals_a_plain_loop(assets, tmp_path):
     while len(expected) < 20:
         order = np.random.default_rng([42, epoch]).permutation(84)
         batches = [train[order[start : start + 4]] for start in range(0, 84, 4)]
-        for place, batch in enumerate(batches):
+        for index, batch in enumerate(batches):
             window.append(batch)
             # 21 batches: the last step of an epoch has one batch, not two.
-            if len(window) == 2 or place == len(batches) - 1:
+            if len(window) == 2 or index == len(batches) - 1:
                 for group in optimizer.param_groups:
                     group["lr"] = 1e-3 * (1 - len(expected) / 20)
                 loss = sum(summed_loss(part) for part in window) / sum(part[:, 1:].numel() for part in window)
@@ -161,7 +161,7 @@ def test_evaluation_alone_and_flags_for_the_card(assets, tmp_path):
         "--gaudi_config_name", "Habana/gpt2", "--use_habana", "--use_lazy_mode", "--use_hpu_graphs_for_inference",
         "--use_cpu",
     )  # fmt: skip
-    assert "--use_cpu wins over --use_habana" in result.stderr
+    assert "--use_cpu overrides --use_habana" in result.stderr
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"all_results.json", "eval_results.json"}, "inference writes figures, and no model"
     assert results(tmp_path / "out")["eval_loss"] > 0

@@ -6,7 +6,7 @@ from running import copy_elsewhere, losses, results, run
 from test_clm import scratch
 from transformers import default_data_collator
 
-from gaudi_lm.data.sampling import PADDING_ROW, REAL_ROWS, SAMPLE_ID, silence_padding_rows
+from gaudi_lm.data.sampling import FILLER_SAMPLE, REAL_SAMPLES, SAMPLE_ID, ignore_filler_samples
 
 TRAINING = ("--do_train", "--do_eval", "--max_steps", 3, "--gradient_accumulation_steps", 2, "--max_eval_samples", 6)
 
@@ -54,7 +54,7 @@ def test_standard_collator_of_masks(assets, masked_assets, tmp_path):
          "DataCollatorForLanguageModeling,"),
         ("        collator,\n", "        DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3),\n"),
         ("        evaluation_collator=replace(collator, seed=(EVALUATION_SEED,)),\n"
-         "        max_predictions_per_seq=collator.rows_predicted,\n", ""),
+         "        max_predictions_per_seq=collator.masked_token_budget,\n", ""),
     )  # fmt: skip
     texts = ["--train_file", assets.train, "--validation_file", assets.validation, "--max_seq_length", 32]
     flags = [*masked_assets.scratch("bert"), *texts, "--line_by_line", "--use_cpu", "--logging_steps", 1, *TRAINING]
@@ -76,18 +76,18 @@ class Recorder:
 
 @pytest.mark.parametrize("needs", [False, True])
 def test_the_sample_id_reaches_a_collator_that_asks(needs):
-    rows = [{"input_ids": [1, 2], SAMPLE_ID: 7}, {"input_ids": [3, 4], SAMPLE_ID: 8, PADDING_ROW: True}]
+    rows = [{"input_ids": [1, 2], SAMPLE_ID: 7}, {"input_ids": [3, 4], SAMPLE_ID: 8, FILLER_SAMPLE: True}]
     recorder = Recorder(needs)
-    batch = silence_padding_rows(recorder, labels_from_inputs=True)(rows)
+    batch = ignore_filler_samples(recorder, labels_from_inputs=True)(rows)
     assert [row.get(SAMPLE_ID) for row in recorder.rows] == ([7, 8] if needs else [None, None])
-    assert set(batch) == {"input_ids", "labels", REAL_ROWS} and batch["labels"].dtype == torch.int64
-    assert batch["labels"].tolist() == [[1, 2], [-100, -100]] and batch[REAL_ROWS].tolist() == [True, False]
+    assert set(batch) == {"input_ids", "labels", REAL_SAMPLES} and batch["labels"].dtype == torch.int64
+    assert batch["labels"].tolist() == [[1, 2], [-100, -100]] and batch[REAL_SAMPLES].tolist() == [True, False]
 
 
 def test_padding_is_no_label():
     def collate(rows):
         return default_data_collator([{**row, "attention_mask": [1, 0]} for row in rows])
 
-    batch = silence_padding_rows(collate, labels_from_inputs=True)([{"input_ids": [1, 2], SAMPLE_ID: 0}])
+    batch = ignore_filler_samples(collate, labels_from_inputs=True)([{"input_ids": [1, 2], SAMPLE_ID: 0}])
     assert batch["labels"].tolist() == [[1, -100]]
-    assert "labels" not in silence_padding_rows(collate)([{"input_ids": [1, 2]}])
+    assert "labels" not in ignore_filler_samples(collate)([{"input_ids": [1, 2]}])

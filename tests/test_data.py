@@ -56,7 +56,7 @@ def test_every_kind_of_file(tmp_path, kind, streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_glob_and_a_split(tmp_path, streaming):
-    """Many files are one data set; without a validation file, each row is in exactly one of the two splits."""
+    """Many files are one dataset; without a validation file, each row is in exactly one of the two splits."""
     for part in range(3):
         folder = tmp_path / f"part{part}"
         folder.mkdir()

@@ -112,8 +112,8 @@ def test_files_and_commands_parse_to_the_same_arguments(tmp_path: Path):
     asked = []
     for name in COMMANDS:
         command = words(documented(name))
-        place = next(index for index, word in enumerate(command) if word.startswith("run_"))
-        asked.append([Path(command[place]).stem, f"configs/{name}.json", command[place + 1 :]])
+        index = next(number for number, word in enumerate(command) if word.startswith("run_"))
+        asked.append([Path(command[index]).stem, f"configs/{name}.json", command[index + 1 :]])
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "GAUDI_SIMULATOR": "1"}
     launched = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run(
@@ -167,7 +167,7 @@ class Sandbox:
         """
         needed = [path for path in (REPOSITORY, Path(sys.prefix), *needed) if path.is_relative_to("/tmp")]
         places = {str(path): f"{self.root}/{path.relative_to('/tmp')}" for path in needed}
-        again = [f"mkdir -p {place}; mount --rbind {path} {place}" for path, place in places.items()]
+        again = [f"mkdir -p {target}; mount --rbind {path} {target}" for path, target in places.items()]
         return "; ".join(["set -e", *again, f"mount --rbind {self.root} /tmp"])
 
     def run(self, command: str, seconds: int, host: SimulatedHost | None = None) -> subprocess.CompletedProcess:
@@ -350,7 +350,7 @@ def test_use_cpu_appended(name: str, sandbox: Sandbox):
     script = "python " + command[command.index("run_") :] + " --use_cpu --max_steps 2"
     done = sandbox.run(script, 600)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert "--use_cpu wins over --use_habana" in done.stderr
+    assert "--use_cpu overrides --use_habana" in done.stderr
     assert "SIMULATED" not in done.stderr
     check_output(script, sandbox, ranks=1)
 

@@ -27,7 +27,7 @@ def read(folder, streaming: bool = False, validation: bool = False, **flags) -> 
 
 
 def train_texts(folder, streaming: bool = False, column: str | None = None, **flags) -> list[str]:
-    """The texts that a script would train on, read from a data set or a stream."""
+    """The texts that a script would train on, read from a dataset or a stream."""
     train = read(folder, streaming, **flags)["train"]
     column = text_column(train, column)
     if streaming:
@@ -351,7 +351,7 @@ def test_a_single_line_of_many_megabytes(assets, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_scripts_read_them(assets, masked_assets, instructions, tmp_path):
-    """The three scripts on odd files, and a data set of the hub with a validation file beside it."""
+    """The three scripts on odd files, and a dataset of the hub with a validation file beside it."""
     (tmp_path / "notes[1].txt").write_text("\n".join(WORDS * 60))
     rows = [{"id": n, "text": WORDS[n % 3]} for n in range(150)]
     train = write_jsonl(tmp_path / "train.jsonl", rows)

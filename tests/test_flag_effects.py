@@ -277,8 +277,8 @@ def test_reporting(clm, tmp_path, assets):
 @flags_shown("group_by_length")
 def test_group_by_length(masked_assets, assets, tmp_path):
     shares = []
-    for place, flags in enumerate(([], ["--group_by_length"])):
-        output = tmp_path / str(place)
+    for index, flags in enumerate(([], ["--group_by_length"])):
+        output = tmp_path / str(index)
         run(
             "run_mlm.py", *masked_assets.scratch("bert"), "--train_file", assets.train, "--max_seq_length", 64,
             "--line_by_line", "--do_train", "--use_cpu", "--max_train_samples", 64, "--num_train_epochs", 1,
@@ -370,7 +370,7 @@ RESOLVED = {
 
 @pytest.mark.parametrize("name", RESOLVED)
 def test_resolved(name, tmp_path, monkeypatch):
-    from gaudi_lm.arguments.definitions import TrainingArguments
+    from gaudi_lm.arguments.definitions import LMTrainingArguments
     from gaudi_lm.arguments.parsing import parse
 
     for variable in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_IPEX"):
@@ -380,8 +380,8 @@ def test_resolved(name, tmp_path, monkeypatch):
     config = torch._dynamo.config
     kept = {key: getattr(config, key) for key in RESOLVED if hasattr(config, key)}
     try:
-        before = read(parse(base, TrainingArguments)[0])
-        assert read(parse([*base, *flags], TrainingArguments)[0]) != before
+        before = read(parse(base, LMTrainingArguments)[0])
+        assert read(parse([*base, *flags], LMTrainingArguments)[0]) != before
     finally:
         torch._C._set_math_sdp_allow_fp16_bf16_reduction(False)
         for key, value in kept.items():

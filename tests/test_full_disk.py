@@ -44,7 +44,7 @@ def test_every_size(assets, masked_assets, instructions, tmp_path):
             failed_at.add(re.search("checkpoint-[368]|results", line)[0])
             assert end["second"][0] == 0, end["second"][1]
             if last:
-                assert f"going on from {tmp_path}/disk/out/{last}" in end["second"][1]
+                assert f"Resuming from {tmp_path}/disk/out/{last}" in end["second"][1]
         weights.add(end["weights"])
     assert failed_at == {"checkpoint-3", "checkpoint-6", "checkpoint-8", "results"}
     assert len(weights) == 1

@@ -53,10 +53,10 @@ def tokenizer(instructions):
 def test_columns(tokenizer, case):
     row, columns, learnt = CASES[case]
     data = Dataset.from_list([json.loads(json.dumps(row).replace("part {}", f"part {number}")) for number in range(3)])
-    form = find_format(data)
-    assert str(form).startswith(columns)
+    example_format = find_format(data)
+    assert str(example_format).startswith(columns)
     rows = tokenise_examples(
-        data, form, tokenizer, 128, train_on_inputs=False, concatenate=False, limit=None, split="train"
+        data, example_format, tokenizer, 128, train_on_inputs=False, concatenate=False, limit=None, split="train"
     )
     assert len(rows) == 3
     for number, found in enumerate(rows.with_format("numpy")):

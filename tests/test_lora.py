@@ -70,9 +70,9 @@ def test_adapters(instructions, tmp_path):
             assert (folder / name).is_file(), f"{kind}: {name}"
         assert not (folder / "model.safetensors").exists()
         assert "library_name: peft" in (folder / "README.md").read_text()
-        trained = re.search(r"adapter: \S+ (\d+) of (\d+) parameters are trained \(([\d.e-]+)%\)", end.log)
-        assert trained and 0 < int(trained[1]) < int(trained[2])
-        assert float(trained[3]) == pytest.approx(100 * int(trained[1]) / int(trained[2]), rel=1e-3)
+        said = re.search(r"trainable params: ([\d,]+) \|\| all params: ([\d,]+) \|\| trainable%: ([\d.]+)", end.log)
+        trained, total = (int(said[group].replace(",", "")) for group in (1, 2))
+        assert 0 < trained < total and float(said[3]) == pytest.approx(100 * trained / total, abs=1e-4)
         assert f"examples: {STYLE.get(kind, 'instruction')} (" in end.log and ">>>" in end.log
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         before = next(row["eval_loss"] for row in history if "eval_loss" in row)

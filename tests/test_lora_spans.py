@@ -96,10 +96,10 @@ def test_instruction(pad):
 def test_padded(pad):
     """The EOS is learnt, and padding is not, also where they are one token."""
     tokenizer = make_tokenizer(pad)
-    form = ExampleFormat("instruction", {"instruction": "instruction", "input": "input", "output": "output"})
+    example_format = ExampleFormat("instruction", {"instruction": "instruction", "input": "input", "output": "output"})
     rows = tokenise_examples(
         Dataset.from_list(ALPACA),
-        form,
+        example_format,
         tokenizer,
         200,
         train_on_inputs=False,
@@ -110,11 +110,11 @@ def test_padded(pad):
     padding = tokenizer.pad_token_id if pad else tokenizer.eos_token_id
     batch = collate_examples(list(rows), padding, lengths=[40])
     filler = tokenizer.convert_ids_to_tokens(padding)
-    for place, row in enumerate(EXPECTED):
+    for index, row in enumerate(EXPECTED):
         used = len(row.split())
-        shown = words(tokenizer, batch["input_ids"][place], batch["labels"][place])
+        shown = words(tokenizer, batch["input_ids"][index], batch["labels"][index])
         assert shown == " ".join([row, *[filler] * (40 - used)])
-        assert batch["attention_mask"][place].tolist() == [1] * used + [0] * (40 - used)
+        assert batch["attention_mask"][index].tolist() == [1] * used + [0] * (40 - used)
     longest = collate_examples(list(rows), padding, lengths=[])
     assert longest["input_ids"].shape[1] == max(len(row.split()) for row in EXPECTED)
     # Where all is learnt, the first token still is no target: nothing predicts it.
@@ -160,7 +160,7 @@ def test_shortened(caplog):
     prompt = len(EXPECTED[0].split()) - 3
     with caplog.at_level("INFO", logger="gaudi_lm"):
         assert spans(tokenizer, ALPACA[:1], max_length=prompt + 2) == [EXPECTED[0].replace(" *d*", "")]
-    assert "1 examples; 1 shortened" in caplog.text and "0 left out" in caplog.text
+    assert "1 examples; 1 truncated" in caplog.text and "0 left out" in caplog.text
     with caplog.at_level("INFO", logger="gaudi_lm"):
         assert spans(tokenizer, ALPACA, max_length=prompt + 2) == [EXPECTED[0].replace(" *d*", ""), EXPECTED[2]]
     assert "1 left out" in caplog.text
@@ -238,9 +238,9 @@ def test_formats():
             columns(*names, **flags)
     assert columns("instruction", "context", "response", "category") == "instruction"
     for names in (["prompt", "completion"], ["prompt", "response"], ["question", "answer"], ["query", "response"]):
-        form = find_format(Dataset.from_dict({name: ["a"] for name in [*names, "text", "id"]}))
-        assert form.columns == {"instruction": names[0], "output": names[1]}
-        assert str(form) == f"instruction (instruction from {names[0]!r}, output from {names[1]!r})"
+        example_format = find_format(Dataset.from_dict({name: ["a"] for name in [*names, "text", "id"]}))
+        assert example_format.columns == {"instruction": names[0], "output": names[1]}
+        assert str(example_format) == f"instruction (instruction from {names[0]!r}, output from {names[1]!r})"
     assert find_format(Dataset.from_dict({"instruction": [1], "output": ["a"]})).style == "instruction"
     for value, kind in (["a"], "list"), ({"a": 1}, "dict"), (b"a", "bytes"):
         with pytest.raises(UserError, match=f"--output_column_name output, row 2: a {kind}, not text"):

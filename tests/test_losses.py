@@ -21,7 +21,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gaudi_lm.architectures import ARCHITECTURES
-from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, limit_predictions, prediction_rows, select_targets
+from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, default_budget, limit_predictions, select_targets
 from gaudi_lm.device import run_script
 from gaudi_lm.modeling import cross_entropy
 from gaudi_lm.modeling.cross_entropy import _highest, chunked_cross_entropy
@@ -150,8 +150,8 @@ def test_chunked_cross_entropy(rows, vocabulary, chunk, ignored, bias, scale, so
 def test_argmax_takes_the_first_of_equals(classes, rows, values, seed):
     logits = torch.randint(values, (classes, rows), generator=torch.Generator().manual_seed(seed)).float()
     wanted = (logits == logits.amax(0)).int().argmax(0)
-    for highest, place in (_highest(logits, 0, group=4), _highest(logits.t().contiguous(), 1)):
-        assert torch.equal(place, wanted)
+    for highest, index in (_highest(logits, 0, group=4), _highest(logits.t().contiguous(), 1)):
+        assert torch.equal(index, wanted)
         assert torch.equal(highest, logits.amax(0))
 
 
@@ -518,8 +518,8 @@ def test_limit_predictions_favours_no_sequence():
 
 
 @pytest.mark.parametrize("batch, length, probability", [(1, 16, 0.15), (8, 128, 0.4), (32, 512, 0.15), (2, 8, 0.9)])
-def test_prediction_rows_is_the_smallest_that_overflows_once_in_a_million(batch, length, probability):
-    rows, tokens = prediction_rows(batch, length, probability), batch * length
+def test_the_default_budget_is_the_smallest_that_overflows_once_in_a_million(batch, length, probability):
+    rows, tokens = default_budget(batch, length, probability), batch * length
     pmf = torch.distributions.Binomial(tokens, torch.tensor(probability, dtype=torch.float64)).log_prob(
         torch.arange(tokens + 1, dtype=torch.float64)
     )

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import ROOT
 
-from gaudi_lm.data.sampling import PADDING_ROW, count_tokens, silence_padding_rows
+from gaudi_lm.data.sampling import FILLER_SAMPLE, count_tokens, ignore_filler_samples
 from gaudi_lm.training import metrics, outputs
 from gaudi_lm.training.metrics import Throughput, save_loss_curve, token_metrics
 from gaudi_lm.training.sums import TokenSums
@@ -109,7 +109,7 @@ def test_a_row_that_only_completes_a_batch_is_no_sample():
         ids = torch.tensor([row["input_ids"] for row in rows])
         return {"input_ids": ids, "labels": ids.clone()}
 
-    batch = silence_padding_rows(collate)([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6], PADDING_ROW: True}])
+    batch = ignore_filler_samples(collate)([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6], FILLER_SAMPLE: True}])
     assert batch["labels"].tolist() == [[1, 2, 3], [-100] * 3]
     assert count_tokens({**batch, "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}) == (1, 2, 6)
     assert count_tokens(batch) == (1, 3, 6)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from running import copy_elsewhere, environment, losses, results, run, run_many, run_several
 from transformers import AutoTokenizer
 
-from gaudi_lm.data.masked_token_budget import prediction_rows
+from gaudi_lm.data.masked_token_budget import default_budget
 from gaudi_lm.data.masking import MaskingCollator, encode_lines, make_lines, sequence_ends
-from gaudi_lm.data.ragged import choose_lengths, join_rows, pad_rows, shorten_rows
+from gaudi_lm.data.ragged import bucket_lengths, join_rows, pad_rows, shorten_rows
 
 FAMILIES = ["bert", "roberta", "distilbert", "albert"]
 
@@ -52,12 +52,12 @@ def test_special_tokens_and_padding_are_never_masked(tokenizer):
     rows = [{**row, "input_ids": row["input_ids"][: 3 + 2 * n]} for n, row in enumerate(rows_of(tokenizer, 9, 30))]
     batch = MaskingCollator(tokenizer, 1.0, seed=(1,), start=start, end=end)(rows)
     assert (start, end) == ([0], [2])
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         length = len(row["input_ids"])
-        assert batch["labels"][place].tolist() == [-100, *row["input_ids"], *[-100] * (20 - length)]
-        assert batch["attention_mask"][place].tolist() == [1] * (length + 2) + [0] * (19 - length)
-        assert batch["input_ids"][place, 0] == 0 and batch["input_ids"][place, length + 1] == 2
-        assert (batch["input_ids"][place, length + 2 :] == tokenizer.pad_token_id).all()
+        assert batch["labels"][index].tolist() == [-100, *row["input_ids"], *[-100] * (20 - length)]
+        assert batch["attention_mask"][index].tolist() == [1] * (length + 2) + [0] * (19 - length)
+        assert batch["input_ids"][index, 0] == 0 and batch["input_ids"][index, length + 1] == 2
+        assert (batch["input_ids"][index, length + 2 :] == tokenizer.pad_token_id).all()
 
 
 def test_a_mask_depends_on_seed_and_draw_alone(tokenizer):
@@ -65,9 +65,9 @@ def test_a_mask_depends_on_seed_and_draw_alone(tokenizer):
     collator = MaskingCollator(tokenizer, 0.3, seed=(7,))
     together = collator(rows)
     alone = [MaskingCollator(tokenizer, 0.3, seed=(7,), lengths=[64])([row]) for row in reversed(rows)]
-    for place, batch in enumerate(reversed(alone)):
-        assert torch.equal(batch["input_ids"][0, :40], together["input_ids"][place])
-        assert torch.equal(batch["labels"][0, :40], together["labels"][place])
+    for index, batch in enumerate(reversed(alone)):
+        assert torch.equal(batch["input_ids"][0, :40], together["input_ids"][index])
+        assert torch.equal(batch["labels"][0, :40], together["labels"][index])
     next_epoch = collator([{**row, "sample_id": row["sample_id"] + 6} for row in rows])
     other_seed = MaskingCollator(tokenizer, 0.3, seed=(8,))(rows)
     for other in (next_epoch, other_seed):
@@ -77,14 +77,14 @@ def test_a_mask_depends_on_seed_and_draw_alone(tokenizer):
 def test_surplus_masks_are_undone_and_counted(tokenizer):
     rows = rows_of(tokenizer, 8, 100)
     whole = MaskingCollator(tokenizer, 0.15, seed=(1,))(rows)
-    collator = MaskingCollator(tokenizer, 0.15, seed=(1,), rows_predicted=lambda rows, length: 5 * rows)
+    collator = MaskingCollator(tokenizer, 0.15, seed=(1,), masked_token_budget=lambda rows, length: 5 * rows)
     batch, again = collator(rows), collator(rows)
     assert (batch["labels"] != -100).sum() == 40
     assert torch.equal(batch["labels"], again["labels"]) and torch.equal(batch["input_ids"], again["input_ids"])
     assert collator.undone == 2 * ((whole["labels"] != -100).sum() - 40)
     original = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
     assert torch.equal(batch["input_ids"][batch["labels"] == -100], original[batch["labels"] == -100])
-    assert prediction_rows(8, 100, 0.15) > 120
+    assert default_budget(8, 100, 0.15) > 120
 
 
 def test_lines_are_whole_sequences(tokenizer):
@@ -128,7 +128,7 @@ def test_rows_against_lists(first, data, limit):
 @given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=40), batch=st.integers(1, 4))
 def test_chosen_lengths_waste_least(lengths, batch):
     lengths = np.array(lengths)
-    chosen = choose_lengths(lengths, batch, 64)
+    chosen = bucket_lengths(lengths, batch, 64)
     ends = sorted({min(-(-length // 8) * 8, 64) for length in lengths.tolist()})
 
     def waste(ends):

@@ -28,7 +28,7 @@ def test_resume_is_exact(script, case, assets, masked_assets, instructions, tmp_
     # As a kill in step 4 or 5 leaves it: logged and evaluated beyond the checkpoint, in the midst of an epoch.
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", again / "checkpoint-3")
     said = start(script, ranks, again, *flags)
-    assert f"going on from {again / 'checkpoint-3'}" in said[0]
+    assert f"Resuming from {again / 'checkpoint-3'}" in said[0]
     assert essence(again) == essence(tmp_path / "whole")
     steps = [row["step"] for row in essence(again)[1] if "loss" in row]
     assert steps == [2, 4, 6, 8]

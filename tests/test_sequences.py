@@ -29,7 +29,7 @@ def make_texts(lengths, seed=0):
 
 def packed_rows(texts, length=LENGTH):
     packed = pack_sequences(Dataset.from_dict({"input_ids": texts}), length).with_format("numpy")
-    return [packed[place] for place in range(len(packed))]
+    return [packed[index] for index in range(len(packed))]
 
 
 def token_losses(logits, input_ids, causal):
@@ -51,14 +51,14 @@ def worst_difference(model, device="cpu"):
     with torch.no_grad():
         logits = model(**{k: v.to(device) for k, v in batch.items()}, **options).logits.cpu()
         assert torch.isfinite(logits).all()
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             start = 0
             for length in row["sequence_lengths"].tolist():
                 ids = torch.from_numpy(row["input_ids"][start : start + length]).long().unsqueeze(0)
                 alone = model(
                     input_ids=ids.to(device), attention_mask=torch.ones_like(ids).to(device), **options
                 ).logits.cpu()
-                together = logits[place : place + 1, start : start + length]
+                together = logits[index : index + 1, start : start + length]
                 difference = token_losses(alone, ids, causal) - token_losses(together, ids, causal)
                 worst = max(worst, difference.abs().max().item()) if difference.numel() else worst
                 start += length
@@ -171,8 +171,8 @@ def test_packing_loses_and_mixes_nothing(lengths, skipped, pieces, with_labels):
     packed = pack_sequences(dataset, LENGTH).with_format("numpy")
     wanted = sorted(tuple(text.tolist()) for text in texts[skipped:] if len(text))
     got, labels = [], []
-    for place in range(len(packed)):
-        row = packed[place]
+    for index in range(len(packed)):
+        row = packed[index]
         assert row["sequence_lengths"].sum() == len(row["input_ids"]) <= LENGTH
         ends = np.cumsum(row["sequence_lengths"])[:-1]
         got += [tuple(piece.tolist()) for piece in np.split(row["input_ids"], ends)]
@@ -216,7 +216,7 @@ def test_a_text_longer_than_a_row_is_refused():
 
 def test_lines_of_real_text_fill_their_rows():
     texts = [" ".join(part.split()) for text in topics.values() for part in text.split("\n\n")]
-    lines = [" ".join(texts[place : place + 3]) for place in range(0, len(texts), 3)]
+    lines = [" ".join(texts[index : index + 3]) for index in range(0, len(texts), 3)]
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(lines, vocab_size=2000)
     lengths = np.array([min(512, len(row.ids) + 2) for row in tokenizer.encode_batch(lines)])

@@ -1,4 +1,4 @@
-"""A signal ends a run with a checkpoint, the next start goes on from it, and nothing of it is seen in the result."""
+"""A signal ends a run with a checkpoint, the next start resumes from it, and nothing of it is seen in the result."""
 
 import os
 import re
@@ -76,7 +76,7 @@ def test_a_signal_saves_and_ends(script, ranks, card, number, to, assets, masked
     assert WAIT_FOR < step < STEPS and folder == output / f"checkpoint-{step}" and folder.is_dir()
     assert not (output / "trainer_state.json").exists()
     resumed = start(script, ranks, output, *flags)
-    assert f"going on from {folder}" in resumed[0]
+    assert f"Resuming from {folder}" in resumed[0]
     assert essence(output) == essence(tmp_path / "whole")
     if "--use_habana" in card:
         assert "--deepspeed" in card or results(tmp_path / "whole")["host_syncs_per_step"] == 0

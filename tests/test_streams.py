@@ -195,4 +195,4 @@ def test_two_ranks_train_on_a_stream(assets, tmp_path):
 
 
 def validation_rows(lines: list[str], shard: int) -> list[str]:
-    return [line for place, line in enumerate(lines) if (61 * shard + 5 * place) % 100 < 5]
+    return [line for index, line in enumerate(lines) if (61 * shard + 5 * index) % 100 < 5]

@@ -86,8 +86,8 @@ class Warm:
                 texts.append(file.read().decode(errors="replace"))
                 file.close()
         return [
-            subprocess.CompletedProcess(run["argv"], status, texts[2 * place], texts[2 * place + 1])
-            for place, (run, status) in enumerate(zip(runs, statuses, strict=True))
+            subprocess.CompletedProcess(run["argv"], status, texts[2 * index], texts[2 * index + 1])
+            for index, (run, status) in enumerate(zip(runs, statuses, strict=True))
         ]
 
 
@@ -124,7 +124,7 @@ def run(
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
         meeting["LOCAL_WORLD_SIZE"] = str(ranks)
         places = [{**late, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-        runs = [{**runs[0], "env": place} for place in places]
+        runs = [{**runs[0], "env": environ} for environ in places]
     return warm.run(runs, seconds, meanwhile)
 
 
@@ -158,11 +158,11 @@ def _serve(connection: socket.socket) -> dict | None:
             file.seek(0)
             runs = json.load(file)
         pids = []
-        for place, run in enumerate(runs):
+        for index, run in enumerate(runs):
             pid = os.fork()
             if not pid:
                 connection.close()
-                _begin(run, *descriptors[1 + 2 * place : 3 + 2 * place])
+                _begin(run, *descriptors[1 + 2 * index : 3 + 2 * index])
                 for descriptor in descriptors[1:]:
                     os.close(descriptor)
                 return run

@@ -35,23 +35,23 @@ def read_mapping(flag: str, value: str | dict | None, is_file: bool) -> dict | N
     """
     if value is None or isinstance(value, dict):
         return value
-    text, place = value, f"--{flag}"
+    text, where = value, f"--{flag}"
     if not value.lstrip().startswith("{"):
         if not is_file:
             raise UserError(f"--{flag} {value}: it takes a mapping in JSON, such as '{{\"key\": 1}}'")
-        place = f"--{flag} {value}"
+        where = f"--{flag} {value}"
         try:
             text = Path(value).read_text(encoding="utf-8-sig")
         except FileNotFoundError:
-            raise UserError(f"{place}: no such file") from None
+            raise UserError(f"{where}: no such file") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{place}: cannot be read ({error})") from error
+            raise UserError(f"{where}: cannot be read ({error})") from error
     try:
         mapping = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not valid JSON: {error.msg}, line {error.lineno} column {error.colno}") from error
+        raise UserError(f"{where}: not valid JSON: {error.msg}, line {error.lineno} column {error.colno}") from error
     if not isinstance(mapping, dict):
-        raise UserError(f"{place}: it holds a {type(mapping).__name__}, not a mapping")
+        raise UserError(f"{where}: it holds a {type(mapping).__name__}, not a mapping")
     return mapping
 
 
@@ -59,7 +59,7 @@ def check_together(args) -> None:
     """Refuse training arguments that contradict one another, or that nothing here can serve.
 
     Args:
-        args: :class:`gaudi_lm.arguments.definitions.TrainingArguments`, before its own defaults are resolved.
+        args: :class:`gaudi_lm.arguments.definitions.LMTrainingArguments`, before its own defaults are resolved.
 
     Raises:
         UserError: see the message.

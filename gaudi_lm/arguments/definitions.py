@@ -69,8 +69,8 @@ class ModelArguments:
 class DataArguments:
     """Which text, how much of it, and how it is read."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the hub, or a local folder of one."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the hub, or a local folder of one."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
     train_file: str | None = field(
         default=None,
         metadata={
@@ -139,8 +139,8 @@ class DataArguments:
 
 
 @dataclass
-class TrainingArguments(GaudiTrainingArguments):
-    """GaudiTrainingArguments with defaults that depend on the card; --use_cpu wins over the Gaudi flags."""
+class LMTrainingArguments(GaudiTrainingArguments):
+    """GaudiTrainingArguments with defaults that depend on the card; --use_cpu overrides the Gaudi flags."""
 
     optim: str | None = field(
         default=None,
@@ -180,7 +180,7 @@ class TrainingArguments(GaudiTrainingArguments):
     )
 
     def __post_init__(self):
-        self.set_aside: list[str] = []
+        self.overridden_flags: list[str] = []
         if self.use_cpu:
             self._prefer_cpu()
         elif not self.use_habana:
@@ -197,7 +197,7 @@ class TrainingArguments(GaudiTrainingArguments):
         check_together(self)
         if self.gaudi_config_name is not None:
             self.gaudi_config_name = resolve_gaudi_config(self.gaudi_config_name)
-        # The data sets hold only what the model takes.
+        # The datasets hold only what the model takes.
         self.remove_unused_columns = False
         try:
             super().__post_init__()
@@ -225,13 +225,13 @@ class TrainingArguments(GaudiTrainingArguments):
         for name, value in CARD_ONLY.items():
             # --use_lazy_mode is on by default: only what the user typed is worth a word.
             if getattr(self, name) not in (value, None) and getattr(self, name) != defaults[name]:
-                self.set_aside.append(f"--{name}")
+                self.overridden_flags.append(f"--{name}")
             setattr(self, name, value)
         if self.attn_implementation == "gaudi_fused_sdpa":
-            self.set_aside.append("--attn_implementation gaudi_fused_sdpa")
+            self.overridden_flags.append("--attn_implementation gaudi_fused_sdpa")
             self.attn_implementation = None
         if self.torch_compile_backend == CARD_BACKEND:
-            self.set_aside.append(f"--torch_compile_backend {CARD_BACKEND}")
+            self.overridden_flags.append(f"--torch_compile_backend {CARD_BACKEND}")
             self.torch_compile_backend = None
         if self.torch_compile or self.torch_compile_mode or self.torch_compile_backend:
             # GaudiTrainingArguments would take the backend of the card, and ask for its mode.

@@ -69,6 +69,6 @@ def gaudi_config(training_args: GaudiTrainingArguments) -> GaudiConfig:
         on_card = training_args.use_habana
         config = GaudiConfig(use_fused_adam=on_card, use_fused_clip_norm=on_card)
     if config.use_fused_adam and "optim" in training_args.chosen:
-        logger.info("--optim %s wins over the fused AdamW of the Gaudi configuration", training_args.optim.value)
+        logger.info("--optim %s overrides the fused AdamW of the Gaudi configuration", training_args.optim.value)
         config.use_fused_adam = False
     return config

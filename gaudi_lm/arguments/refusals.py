@@ -95,7 +95,7 @@ NEEDS: dict[str, str] = {
     "use_zero3_leaf_promotion": "deepspeed",
 }
 
-# What only a Gaudi has, with the value that stands for its absence: --use_cpu wins over these.
+# What only a Gaudi has, with the value that stands for its absence: --use_cpu overrides these.
 CARD_ONLY: dict[str, object] = {
     "use_habana": False,
     "use_lazy_mode": False,

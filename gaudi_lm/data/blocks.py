@@ -1,6 +1,6 @@
 """Texts to blocks of a fixed length: tokenise, concatenate, cut.
 
-Tokens live in Arrow buffers from the tokenizer to the collator: int32, memory-mapped where the data set is cached, and
+Tokens live in Arrow buffers from the tokenizer to the collator: int32, memory-mapped where the dataset is cached, and
 a block is a view of them.
 """
 
@@ -50,7 +50,7 @@ def map_rows(
 
     Args:
         encode_rows: from an Arrow table of some rows to one of the new columns, of any number of rows.
-        wanted: stop after the rows whose results measure so much; the rest of the data set is not encoded.
+        wanted: stop after the rows whose results measure so much; the rest of the dataset is not encoded.
         measure: what a part of the result counts for.
         num_proc: processes; one process already uses all threads of a fast tokenizer.
         use_cache: take a cached result, if there is one.
@@ -108,7 +108,7 @@ def tokenise(
     """Tokenise a text column into ``input_ids`` (``list<int32>``), the only column of the result; cached on disk.
 
     Args:
-        max_tokens: stop after the rows that hold so many tokens; the rest of the data set is not tokenised.
+        max_tokens: stop after the rows that hold so many tokens; the rest of the dataset is not tokenised.
         options: passed to :func:`map_rows`.
     """
 
@@ -120,7 +120,7 @@ def tokenise(
 
 
 def token_chunks(dataset: Dataset, column: str = "input_ids") -> Iterator[np.ndarray]:
-    """The values of a column of lists, row after row, in int32 arrays that are views of the data set's buffers."""
+    """The values of a column of lists, row after row, in int32 arrays that are views of the dataset's buffers."""
     # flatten() respects the offsets of a sliced array; .values would not.
     for chunk in dataset.with_format("arrow")[:][column].chunks:
         yield chunk.flatten().to_numpy(zero_copy_only=False)
@@ -158,7 +158,7 @@ def group_into_blocks(
     """Concatenate all rows of ``input_ids`` and cut them into blocks: ``input_ids``, fixed-size lists of int32.
 
     So are ``labels``, if there are any. Only the last, partial block of the split is dropped. Blocks are views of the
-    tokenised data set, except the one that straddles the border between two of its chunks.
+    tokenised dataset, except the one that straddles the border between two of its chunks.
 
     Args:
         block_size: tokens in a block.

@@ -194,13 +194,13 @@ class ChatTemplate:
                 break
         else:
             return self._search(text, messages)
-        places, place = {}, 0
+        positions, position = {}, 0
         for piece, mark in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
-            place += len(piece)
-            places.setdefault(mark, place)
+            position += len(piece)
+            positions.setdefault(mark, position)
         anchors = []
         for number, own in marks.items():
-            found = [places[mark] for mark in own if mark in places]
+            found = [positions[mark] for mark in own if mark in positions]
             if found:
                 anchors.append((number, min(found), max(found)))
             elif messages[number].get("tool_calls"):
@@ -290,10 +290,10 @@ class ChatTemplate:
             said = {content, content.strip(), REASONING.split(content)[-1].strip()}
             begin = done if start is None else start
             found = [re.compile(f"({re.escape(words)}){behind}", re.DOTALL).search(text, begin) for words in said]
-            place = min((match.span(1) for match in found if match), default=None)
-            if place is None or message.get("tool_calls"):
+            position = min((match.span(1) for match in found if match), default=None)
+            if position is None or message.get("tool_calls"):
                 raise ConversationError(f"the chat template changes what message {number + 1} says")
-            start = place[0] if start is None else start
-            done = self._end(text, place[1], len(text), last)
+            start = position[0] if start is None else start
+            done = self._end(text, position[1], len(text), last)
             spans.append((number, start, done))
         return spans

@@ -1,4 +1,4 @@
-"""The column of a data set that is read as text, and its values as text."""
+"""The column of a dataset that is read as text, and its values as text."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def text_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
         columns = dataset.column_names or dict.fromkeys(column for row in rows for column in row)
         sample = {column: [row.get(column) for row in rows] for column in columns}
     if not sample:
-        raise UserError("the data set has no columns, or no rows")
+        raise UserError("the dataset has no columns, or no rows")
     if name is not None and name not in sample:
         raise UserError(f"--text_column_name {name}: no such column; there are {', '.join(sample)}")
     column = name or ("text" if "text" in sample else None)

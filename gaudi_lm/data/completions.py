@@ -43,7 +43,7 @@ class EncodedRows:
 
 def encode_examples(
     table: pa.Table,
-    form: ExampleFormat,
+    example_format: ExampleFormat,
     tokenizer: PreTrainedTokenizerBase,
     features: Features,
     template: ChatTemplate | None = None,
@@ -54,18 +54,23 @@ def encode_examples(
         features: of the columns of the table.
         template: the tokenizer's, for the styles ``chat`` and ``messages``.
     """
-    if form.style in ("chat", "messages"):
-        return encode_conversations(table, form, tokenizer, features, template)
+    if example_format.style in ("chat", "messages"):
+        return encode_conversations(table, example_format, tokenizer, features, template)
     start = [~token for token in special_ends(tokenizer)[0]]
-    if form.style == "text":
-        tokens, lengths = join_rows(start, encode(tokenizer, text_of(table, form.columns["text"]).to_pylist(), False))
+    if example_format.style == "text":
+        tokens, lengths = join_rows(
+            start, encode(tokenizer, text_of(table, example_format.columns["text"]).to_pylist(), False)
+        )
     else:
-        prompts, answers = fill_prompts(table, form), text_of(table, form.columns["output"]).to_pylist()
+        prompts, answers = (
+            fill_prompts(table, example_format),
+            text_of(table, example_format.columns["output"]).to_pylist(),
+        )
         tokens, lengths = encode(tokenizer, prompts + answers, add_special_tokens=False)
         border = int(lengths[: len(prompts)].sum())
         prompt, answer = (~tokens[:border], lengths[: len(prompts)]), (tokens[border:], lengths[len(prompts) :])
         tokens, lengths = join_rows(start, prompt, answer)
-    problems = refused_values(table, form)
+    problems = refused_values(table, example_format)
     read = np.array([problem is None for problem in problems])
     if not read.all():
         tokens, lengths = tokens[np.repeat(read, lengths)], np.where(read, lengths, 0)
@@ -75,16 +80,16 @@ def encode_examples(
 
 def encode_conversations(
     table: pa.Table,
-    form: ExampleFormat,
+    example_format: ExampleFormat,
     tokenizer: PreTrainedTokenizerBase,
     features: Features,
     template: ChatTemplate,
 ) -> EncodedRows:
     """Render and tokenise conversations; what follows the last answer of each is left out."""
-    names = list(form.columns.values())
-    if form.style == "chat":
+    names = list(example_format.columns.values())
+    if example_format.style == "chat":
         columns = {name: text_of(table, name).to_pylist() for name in names}
-        problems = refused_values(table, form)
+        problems = refused_values(table, example_format)
     else:
         # Json values are text in Arrow, at any depth.
         columns = Features({name: features[name] for name in names}).decode_batch(table.select(names).to_pydict())
@@ -92,19 +97,19 @@ def encode_conversations(
     rendered = []
     for row in range(len(table)):
         try:
-            messages, tools, first = conversation({name: columns[name][row] for name in names}, form)
+            messages, tools, first = conversation({name: columns[name][row] for name in names}, example_format)
             text, spans, closed = template.answers(messages, tools, first)
             if not spans:
                 raise ConversationError("it has no message of the assistant")
         except ConversationError as error:
             problems[row] = problems[row] or str(error)
         rendered.append((text, spans, closed) if problems[row] is None else ("", [], False))
-    encoded = encode_with_places(tokenizer, [text for text, _, _ in rendered], [spans for _, spans, _ in rendered])
+    encoded = encode_with_offsets(tokenizer, [text for text, _, _ in rendered], [spans for _, spans, _ in rendered])
     ends = np.full(len(table), tokenizer.eos_token_id, np.int32)
     rows = []
-    for row, ((_, _, closed), (tokens, places)) in enumerate(zip(rendered, encoded, strict=True)):
+    for row, ((_, _, closed), (tokens, positions)) in enumerate(zip(rendered, encoded, strict=True)):
         targets = np.zeros(len(tokens), bool)
-        for begin, end in places:
+        for begin, end in positions:
             targets[begin:end] = True
         used = int(targets.nonzero()[0].max(initial=-1)) + 1
         if closed:
@@ -115,7 +120,7 @@ def encode_conversations(
     return EncodedRows(tokens, lengths, ends, np.array([closed for _, _, closed in rendered]), problems)
 
 
-def encode_with_places(
+def encode_with_offsets(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], spans: list[list[tuple[int, int]]]
 ) -> list[tuple[np.ndarray, list[tuple[int, int]]]]:
     """Tokenise each text as a whole, and find the tokens that hold anything of its spans of characters.
@@ -134,10 +139,10 @@ def encode_with_places(
         starts, ends = np.array(row.offsets, np.int64).reshape(-1, 2).T
         # A token of spaces alone may be given as empty, at its end.
         starts = np.where(starts == ends, np.concatenate([[0], ends[:-1]]), starts)
-        places = [
+        positions = [
             (int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(starts, end))) for start, end in own
         ]
-        found.append((np.array(row.ids, np.int32), places))
+        found.append((np.array(row.ids, np.int32), positions))
     return found
 
 
@@ -153,8 +158,8 @@ def _encode_by_parts(
         differ = np.flatnonzero(start[:size] != tokens[:size])
         return (int(differ[0]), False) if len(differ) else (size, True)
 
-    places = []
+    positions = []
     for start, end in spans:
         stop, whole = shared(end)
-        places.append((shared(start)[0], stop if whole else stop + 1))
-    return tokens, places
+        positions.append((shared(start)[0], stop if whole else stop + 1))
+    return tokens, positions

@@ -56,18 +56,18 @@ def finish_rows(
     closed = np.broadcast_to(closed, lengths.shape)
     kept, add_end = lengths, ~closed
     row = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    position = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     if max_length is not None:
         cut = lengths + ~closed > max_length
-        within = place < max_length - 1
+        within = position < max_length - 1
         answered = np.zeros(len(lengths), np.int64)  # tokens through the last target that is kept
-        answered[row[within & (tokens >= 0)]] = place[within & (tokens >= 0)] + 1
+        answered[row[within & (tokens >= 0)]] = position[within & (tokens >= 0)] + 1
         broken = np.zeros(len(lengths), bool)  # whether the first token that is not kept is a target
-        broken[row[(place == max_length - 1) & (tokens >= 0)]] = True
+        broken[row[(position == max_length - 1) & (tokens >= 0)]] = True
         broken &= cut & (answered == max_length - 1)
         kept = np.where(cut, np.where(broken, max_length - 1, answered), lengths)
         add_end = np.where(cut, broken, ~closed)
-    inside = place < kept[row]
+    inside = position < kept[row]
     tokens, row = tokens[inside], row[inside]
     targets = np.bincount(row[tokens >= 0], minlength=len(lengths))
     # An empty answer is an answer: its end alone. One that was cut off entirely is not.
@@ -81,7 +81,7 @@ def finish_rows(
 
 def tokenise_examples(
     dataset: Dataset,
-    form: ExampleFormat,
+    example_format: ExampleFormat,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     *,
@@ -105,13 +105,13 @@ def tokenise_examples(
     """
     longest = None if concatenate else max_length
 
-    template = ChatTemplate(tokenizer, stop_ids) if form.style in ("chat", "messages") else None
+    template = ChatTemplate(tokenizer, stop_ids) if example_format.style in ("chat", "messages") else None
     features = dataset.features
 
     def encode_rows(table: pa.Table) -> pa.Table:
-        encoded = encode_examples(table, form, tokenizer, features, template)
+        encoded = encode_examples(table, example_format, tokenizer, features, template)
         tokens, lengths = finish_rows(
-            encoded.tokens, encoded.lengths, encoded.ends, longest, train_on_inputs, form.style != "text",
+            encoded.tokens, encoded.lengths, encoded.ends, longest, train_on_inputs, example_format.style != "text",
             encoded.closed,
         )  # fmt: skip
         whole = pa.array(encoded.lengths + ~encoded.closed, pa.int32())
@@ -142,7 +142,7 @@ def tokenise_examples(
     if named:
         logger.warning("%s: %d of %d examples left out: %s", split, unread.sum(), len(kept), "; ".join(named))
     logger.info(
-        "%s: %d examples; %d shortened to --max_seq_length %d (their EOS is kept), %d left out since no token of an "
+        "%s: %d examples; %d truncated to --max_seq_length %d (their EOS is kept), %d left out since no token of an "
         "answer is within it",
         split, int(kept.sum()), int(cut.sum()), max_length, int((~kept & ~unread).sum()),
     )  # fmt: skip

@@ -109,7 +109,7 @@ def json_table(path: str, number: int, block: bytes) -> pa.Table:
 
 def _is_guessed(kind: pa.DataType) -> bool:
     """Whether pyarrow read texts that look like a point in time as such, which loses how they were written."""
-    parts = [kind.field(place).type for place in range(kind.num_fields)] if pa.types.is_nested(kind) else []
+    parts = [kind.field(index).type for index in range(kind.num_fields)] if pa.types.is_nested(kind) else []
     return pa.types.is_temporal(kind) or any(map(_is_guessed, parts))
 
 

@@ -63,7 +63,7 @@ def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDi
 
 
 def _files_of_folder(config: BuilderConfig, split: str) -> FileSet | None:
-    """The files of a split of a local data set, where they are of a kind with columns and are nothing special."""
+    """The files of a split of a local dataset, where they are of a kind with columns and are nothing special."""
     paths = tuple((config.data_files or {}).get(split, ()))
     kinds = {kind_of(path) if Path(path).is_file() else None for path in paths}
     if len(kinds) != 1 or not kinds <= {"csv", "json", "parquet"} or getattr(config, "field", None):
@@ -97,7 +97,7 @@ def load_raw(
     pa.default_memory_pool().release_unused()
     forget_mapped_pages(file["filename"] for split in splits.values() for file in getattr(split, "cache_files", ()))
     if need_train and "train" not in splits:
-        raise UserError("--do_train needs --train_file, or a data set that has a split named train")
+        raise UserError("--do_train needs --train_file, or a dataset that has a split named train")
     if "validation" not in splits and data_args.validation_split_percentage and "train" in splits and need_validation:
         train, percentage = splits["train"], data_args.validation_split_percentage
         splits["train"], splits["validation"] = (

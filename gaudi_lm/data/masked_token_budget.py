@@ -16,7 +16,7 @@ IGNORE_INDEX = -100
 
 
 @lru_cache
-def prediction_rows(batch: int, length: int, probability: float, overflow: float = 1e-6) -> int:
+def default_budget(batch: int, length: int, probability: float, overflow: float = 1e-6) -> int:
     """The smallest number of masked tokens that a batch (batch, length) exceeds with a chance below `overflow`.
 
     Each token is masked on its own with `probability`, so the number in a whole batch is binomial. One limit for the

@@ -89,12 +89,12 @@ class MaskingCollator:
         seed: whole numbers that are the same for a whole run.
         start, end: tokens put around each row, where the rows do not have them yet.
         lengths: rising lengths of which the smallest that fits is padded to; none to pad to the longest row.
-        rows_predicted: from (rows, length) of a batch, how many masked tokens the model's head takes; masks beyond are
-            undone. None if it takes them all.
+        masked_token_budget: from (rows, length) of a batch, how many masked tokens the model's head takes; masks
+            beyond are undone. None if it takes them all.
         assemble: makes ``input_ids`` and what goes with them from rows, where it is not plain padding.
     """
 
-    needs_sample_id = True  # see gaudi_lm.data.sampling.silence_padding_rows
+    needs_sample_id = True  # see gaudi_lm.data.sampling.ignore_filler_samples
 
     tokenizer: PreTrainedTokenizerBase
     probability: float
@@ -102,7 +102,7 @@ class MaskingCollator:
     start: list[int] = field(default_factory=list)
     end: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    rows_predicted: Callable[[int, int], int] | None = None
+    masked_token_budget: Callable[[int, int], int] | None = None
     assemble: Callable[[list[dict]], dict[str, torch.Tensor]] | None = None
 
     def __post_init__(self):
@@ -125,10 +125,10 @@ class MaskingCollator:
         original = batch["input_ids"]
         masked, labels = self._mask(original.numpy(), [row["sample_id"] for row in rows])
         batch["input_ids"], batch["labels"] = torch.from_numpy(masked), torch.from_numpy(labels)
-        if self.rows_predicted is not None:
+        if self.masked_token_budget is not None:
             generator = torch.Generator().manual_seed(int(rows[0]["sample_id"]))
             batch["input_ids"], batch["labels"], undone = limit_predictions(
-                batch["input_ids"], batch["labels"], original, self.rows_predicted(*original.shape), generator
+                batch["input_ids"], batch["labels"], original, self.masked_token_budget(*original.shape), generator
             )
             self._undone += undone
         return batch

@@ -12,7 +12,7 @@ MADV_DONTNEED = 4  # of Linux's <sys/mman.h>
 def forget_mapped_pages(files: Iterable[str]) -> None:
     """Let go of the pages of these files, where they are mapped for reading; what is used again is mapped again.
 
-    They stay in the kernel's cache. But a data set that is read from end to end would count as a whole as memory of
+    They stay in the kernel's cache. But a dataset that is read from end to end would count as a whole as memory of
     this process, for which a job scheduler may end it.
     """
     library, wanted = ctypes.CDLL(None), set(map(os.path.realpath, files))

@@ -1,6 +1,6 @@
 """Several texts in a row of fixed length, none of which sees another.
 
-Texts of a data set read line by line, or of instructions, fill a fifth of a row of 512 tokens; the rest is padding
+Texts of a dataset read line by line, or of instructions, fill a fifth of a row of 512 tokens; the rest is padding
 that is computed and thrown away. Here whole texts share a row (Krell et al. 2021, "Efficient sequence packing without
 cross-contamination"): attention is block-diagonal, positions start anew with each text, and no text predicts the
 first token of the next. So each text's loss is what it is when it stands alone.
@@ -74,7 +74,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 def pack_sequences(
     dataset: Dataset, length: int, *, split: str = "train", rows_per_step: int | None = None
 ) -> Dataset:
-    """Pack the texts of a tokenised data set into rows of at most `length` tokens.
+    """Pack the texts of a tokenised dataset into rows of at most `length` tokens.
 
     Args:
         dataset: `input_ids`, lists of int, and perhaps `labels`, lists of the same lengths (-100: no target). Other
@@ -149,9 +149,9 @@ def _gather(views, texts: np.ndarray, tokens_before: np.ndarray) -> np.ndarray:
     firsts, tokens, starts = views
     gathered = np.empty(int(tokens_before[-1]), dtype=np.int32)
     chunks = (np.searchsorted(firsts, texts, side="right") - 1).tolist()
-    places = tokens_before.tolist()
+    offsets = tokens_before.tolist()
     for text, chunk, start in zip(range(len(texts)), chunks, starts[texts].tolist(), strict=True):
-        begin, end = places[text], places[text + 1]
+        begin, end = offsets[text], offsets[text + 1]
         gathered[begin:end] = tokens[chunk][start : start + end - begin]
     return gathered
 
@@ -243,15 +243,15 @@ class PackedCollator:
         positions = np.full(shape, self.pad_position, dtype=np.int64)
         texts = np.zeros(shape, dtype=np.int32)  # which text of its row a token belongs to, from 1; 0 is padding
         labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             lengths = np.asarray(row["sequence_lengths"])
             used = int(lengths.sum())
             starts = np.cumsum(lengths) - lengths
-            input_ids[place, :used] = row["input_ids"]
-            positions[place, :used] = np.arange(used) - np.repeat(starts, lengths) + self.first_position
-            texts[place, :used] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-            labels[place, :used] = row.get("labels", row["input_ids"])
-            labels[place, starts] = IGNORE_INDEX
+            input_ids[index, :used] = row["input_ids"]
+            positions[index, :used] = np.arange(used) - np.repeat(starts, lengths) + self.first_position
+            texts[index, :used] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+            labels[index, :used] = row.get("labels", row["input_ids"])
+            labels[index, starts] = IGNORE_INDEX
         batch = {
             "input_ids": torch.from_numpy(input_ids),
             "position_ids": torch.from_numpy(positions),

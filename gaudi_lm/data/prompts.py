@@ -1,4 +1,4 @@
-"""What an example of an instruction data set says: its format, its prompt, and the turns of a conversation."""
+"""What an example of an instruction dataset says: its format, its prompt, and the turns of a conversation."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def find_format(
     input: str | None = None,
     output: str | None = None,
 ) -> ExampleFormat:
-    """The format of a data set, by the flags or else by its columns.
+    """The format of a dataset, by the flags or else by its columns.
 
     Args:
         instruction, input, output: names of the columns, where they are not the usual ones.
@@ -77,9 +77,9 @@ def find_format(
     if text_column and (sql_prompt or chat_prompt or named):
         raise UserError("--text_column_name excludes --sql_prompt, --chat_prompt and --*_column_name")
     if not (sql_prompt or named or text_column):
-        form = _find_conversations(dataset)
-        if form:
-            return form
+        example_format = _find_conversations(dataset)
+        if example_format:
+            return example_format
     usual = {"instruction": INSTRUCTIONS, "input": INPUTS, "output": OUTPUTS}
     found = {part: next((name for name in names if name in there), None) for part, names in usual.items()}
     if text_column or not (sql_prompt or chat_prompt or named or (found["instruction"] and found["output"])):
@@ -88,7 +88,7 @@ def find_format(
                 f"no columns instruction and output, messages or text, but {', '.join(there)}: name them with "
                 "--instruction_column_name, --input_column_name and --output_column_name, or --text_column_name"
             )
-        form = ExampleFormat("text", {"text": text_column or "text"})
+        example_format = ExampleFormat("text", {"text": text_column or "text"})
     else:
         missing = {part: part for part in usual}
         if sql_prompt and "question" in there:
@@ -98,12 +98,12 @@ def find_format(
         columns = {part: given[part] or found[part] or missing[part] for part in usual}
         if not sql_prompt and columns["input"] not in there and not input:
             del columns["input"]
-        form = ExampleFormat("sql" if sql_prompt else "chat" if chat_prompt else "instruction", columns)
-    for part, column in form.columns.items():
+        example_format = ExampleFormat("sql" if sql_prompt else "chat" if chat_prompt else "instruction", columns)
+    for part, column in example_format.columns.items():
         if column not in there:
             raise UserError(f"--{part}_column_name {column}: no such column; there are {', '.join(there)}")
         _check_text(dataset, column, f"--{part}_column_name")
-    return form
+    return example_format
 
 
 def _find_conversations(dataset: Dataset) -> ExampleFormat | None:
@@ -137,14 +137,18 @@ def _check_text(dataset: Dataset, column: str, flag: str) -> None:
     raise UserError(f"{flag} {column}, row {row}: a {type(value).__name__}, not text")
 
 
-def check_tokenizer(form: ExampleFormat, tokenizer: PreTrainedTokenizerBase, train_on_inputs: bool) -> None:
+def check_tokenizer(example_format: ExampleFormat, tokenizer: PreTrainedTokenizerBase, train_on_inputs: bool) -> None:
     """Raise a UserError where the tokenizer lacks what the format needs, or the format what the flags need."""
-    if form.style == "text" and not train_on_inputs:
+    if example_format.style == "text" and not train_on_inputs:
         raise UserError("--train_on_inputs False: a single text column does not tell prompts from answers")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, with which answers end: set eos_token in it")
-    if form.style in ("chat", "messages") and not tokenizer.chat_template:
-        flag = "--chat_prompt" if form.style == "chat" else f"the column {next(iter(form.columns.values()))!r}"
+    if example_format.style in ("chat", "messages") and not tokenizer.chat_template:
+        flag = (
+            "--chat_prompt"
+            if example_format.style == "chat"
+            else f"the column {next(iter(example_format.columns.values()))!r}"
+        )
         raise UserError(f"{flag} needs a chat template, which the tokenizer does not have: name a tokenizer that does")
 
 
@@ -160,10 +164,10 @@ def text_of(table: pa.Table, name: str) -> pa.Array:
     return pa.array(values, pa.large_string())
 
 
-def refused_values(table: pa.Table, form: ExampleFormat) -> list[str | None]:
+def refused_values(table: pa.Table, example_format: ExampleFormat) -> list[str | None]:
     """For each row, why it cannot be read as text, or None."""
     problems: list[str | None] = [None] * len(table)
-    for name in form.columns.values():
+    for name in example_format.columns.values():
         column = table.column(name)
         if isinstance(column.type, pa.JsonType):
             for row, value in enumerate(values_of(table, name)):
@@ -172,35 +176,35 @@ def refused_values(table: pa.Table, form: ExampleFormat) -> list[str | None]:
     return problems
 
 
-def fill_prompts(table: pa.Table, form: ExampleFormat) -> list[str]:
+def fill_prompts(table: pa.Table, example_format: ExampleFormat) -> list[str]:
     """The prompts of a table in the style ``instruction`` or ``sql``; a blank input counts as none."""
 
     def fill(template: str, **columns: pa.Array) -> pa.Array:
         pieces = template.replace("}", "{").split("{")
         texts = [pa.scalar(piece, pa.large_string()) for piece in [*pieces, ""]]
         return pc.binary_join_element_wise(
-            *(columns[piece] if place % 2 else texts[place] for place, piece in enumerate(pieces)), texts[-1]
+            *(columns[piece] if index % 2 else texts[index] for index, piece in enumerate(pieces)), texts[-1]
         )
 
-    instruction = text_of(table, form.columns["instruction"])
-    if "input" not in form.columns:
+    instruction = text_of(table, example_format.columns["instruction"])
+    if "input" not in example_format.columns:
         return fill(WITHOUT_INPUT, instruction=instruction).to_pylist()
-    given = text_of(table, form.columns["input"])
-    if form.style == "sql":
+    given = text_of(table, example_format.columns["input"])
+    if example_format.style == "sql":
         return fill(SQL, instruction=instruction, input=given).to_pylist()
     blank = pc.equal(pc.utf8_trim_whitespace(given), "")
     without = fill(WITHOUT_INPUT, instruction=instruction)
     return pc.if_else(blank, without, fill(WITH_INPUT, instruction=instruction, input=given)).to_pylist()
 
 
-def conversation(row: dict[str, Any], form: ExampleFormat) -> tuple[list[dict], list[dict] | None, int]:
+def conversation(row: dict[str, Any], example_format: ExampleFormat) -> tuple[list[dict], list[dict] | None, int]:
     """The messages of a row, the tools that it names, and the number of the first message that may be an answer.
 
     Raises:
         ConversationError: there is no conversation, or it cannot be read.
     """
-    parts = {part: row[column] for part, column in form.columns.items()}
-    if form.style == "chat":
+    parts = {part: row[column] for part, column in example_format.columns.items()}
+    if example_format.style == "chat":
         question, more = parts["instruction"], parts.get("input", "")
         question = f"{question}\n\n{more}" if more.strip() else question
         return [{"role": "user", "content": question}, {"role": "assistant", "content": parts["output"]}], None, 0

@@ -26,20 +26,20 @@ def join_rows(*parts: tuple[np.ndarray, np.ndarray] | list[int]) -> tuple[np.nda
     ]
     lengths = sum(part[1] for part in parts)
     joined = np.empty(int(lengths.sum()), dtype=np.int32)
-    place = np.cumsum(lengths) - lengths
+    position = np.cumsum(lengths) - lengths
     for tokens, own in parts:
-        joined[np.repeat(place - (np.cumsum(own) - own), own) + np.arange(len(tokens))] = tokens
-        place = place + own
+        joined[np.repeat(position - (np.cumsum(own) - own), own) + np.arange(len(tokens))] = tokens
+        position = position + own
     return joined, lengths
 
 
 def shorten_rows(tokens: np.ndarray, lengths: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """The first ``limit`` tokens of each row, as ``(tokens, lengths)``."""
-    place = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return tokens[place < limit], np.minimum(lengths, limit)
+    position = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return tokens[position < limit], np.minimum(lengths, limit)
 
 
-def choose_lengths(lengths: np.ndarray, batch_size: int, max_length: int, count: int = 4, multiple: int = 8) -> list:
+def bucket_lengths(lengths: np.ndarray, batch_size: int, max_length: int, count: int = 4, multiple: int = 8) -> list:
     """The few lengths to pad batches to that waste the least, for these row lengths.
 
     A batch of random rows is padded to the smallest chosen length that holds its longest row. Exact, by dynamic
@@ -76,12 +76,12 @@ def padded_lengths(splits: Iterable, batch_size: int, max_length: int) -> list[i
     """At most four lengths to pad batches to, so that a card compiles few graphs.
 
     Args:
-        splits: data sets with ``input_ids``, or streams, whose lengths are not known.
+        splits: datasets with ``input_ids``, or streams, whose lengths are not known.
     """
     if not all(isinstance(split, Dataset) for split in splits):
         return sorted({-(-max_length * part // 4) for part in (1, 2, 3, 4)})
     lengths = [pc.list_value_length(split.with_format("arrow")[:]["input_ids"]).to_numpy() for split in splits]
-    return choose_lengths(np.concatenate(lengths), batch_size, max_length)
+    return bucket_lengths(np.concatenate(lengths), batch_size, max_length)
 
 
 def pad_rows(
@@ -98,8 +98,8 @@ def pad_rows(
     used = np.array([len(row) + len(start) + len(end) for row in rows])
     length = next((length for length in lengths if length >= used.max()), int(used.max()))
     tokens = np.full((len(rows), length), padding, dtype=np.int64)
-    for place, row in enumerate(rows):
-        tokens[place, len(start) : used[place] - len(end)] = row
-        tokens[place, : len(start)] = start
-        tokens[place, used[place] - len(end) : used[place]] = end
+    for position, row in enumerate(rows):
+        tokens[position, len(start) : used[position] - len(end)] = row
+        tokens[position, : len(start)] = start
+        tokens[position, used[position] - len(end) : used[position]] = end
     return tokens, used

@@ -1,4 +1,4 @@
-"""Text, JSON, csv and parquet files to data sets, whatever each of their parts looks like.
+"""Text, JSON, csv and parquet files to datasets, whatever each of their parts looks like.
 
 A column need not be in every file, nor in the first megabytes, and may hold values of several kinds: such a column is
 kept as JSON, and only who uses it needs to mind.
@@ -168,13 +168,13 @@ def _plain(kind: pa.DataType) -> pa.DataType:
         return pa.list_(_plain(kind.value_type))
     if pa.types.is_struct(kind):
         return pa.struct(
-            [(kind.field(place).name, _plain(kind.field(place).type)) for place in range(kind.num_fields)]
+            [(kind.field(index).name, _plain(kind.field(index).type)) for index in range(kind.num_fields)]
         )
     return kind
 
 
 def read_files(files: FileSet, cache_dir: str | None) -> Dataset:
-    """The rows of the files as one data set, cached until a file, its reading or a library of it changes.
+    """The rows of the files as one dataset, cached until a file, its reading or a library of it changes.
 
     Raises:
         UserError: what :meth:`FileSet.tables` raises.

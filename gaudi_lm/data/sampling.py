@@ -11,12 +11,12 @@ import torch
 from datasets import Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from gaudi_lm.arguments.definitions import TrainingArguments
+from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.device import UserError
 
-PADDING_ROW = "padding_row"
+FILLER_SAMPLE = "padding_row"
 SAMPLE_ID = "sample_id"
-REAL_ROWS = "real_rows"
+REAL_SAMPLES = "real_rows"
 
 
 class TrainingRows(torch.utils.data.Dataset):
@@ -36,16 +36,16 @@ class TrainingRows(torch.utils.data.Dataset):
         own = [number if number >= 0 else ~number for number in numbers]
         columns = self.dataset[[number % len(self.dataset) for number in own]]
         rows = [
-            {**{name: column[place] for name, column in columns.items()}, SAMPLE_ID: number}
-            for place, number in enumerate(own)
+            {**{name: column[index] for name, column in columns.items()}, SAMPLE_ID: number}
+            for index, number in enumerate(own)
         ]
         for row, number in zip(rows, numbers, strict=True):
             if number < 0:
-                row[PADDING_ROW] = True
+                row[FILLER_SAMPLE] = True
         return rows
 
 
-def loader_options(args: TrainingArguments) -> dict:
+def loader_options(args: LMTrainingArguments) -> dict:
     """Options of a ``DataLoader`` by the flags, in training and evaluation alike."""
     return {
         "num_workers": args.dataloader_num_workers,
@@ -54,7 +54,7 @@ def loader_options(args: TrainingArguments) -> dict:
     }
 
 
-def silence_padding_rows(
+def ignore_filler_samples(
     collator: Callable[[list[dict]], dict], labels_from_inputs: bool = False
 ) -> Callable[[list[dict]], dict]:
     """Any collator of ``transformers`` or of one's own, for the batches of a trainer.
@@ -77,8 +77,8 @@ def _needs_sample_id(collator: Callable) -> bool:
 
 
 def _collate(collator: Callable[[list[dict]], dict], labels_from_inputs: bool, rows: list[dict]) -> dict:
-    completing = torch.tensor([row.get(PADDING_ROW, False) for row in rows])
-    hidden = {PADDING_ROW} if _needs_sample_id(collator) else {PADDING_ROW, SAMPLE_ID}
+    completing = torch.tensor([row.get(FILLER_SAMPLE, False) for row in rows])
+    hidden = {FILLER_SAMPLE} if _needs_sample_id(collator) else {FILLER_SAMPLE, SAMPLE_ID}
     batch = dict(collator([{name: value for name, value in row.items() if name not in hidden} for row in rows]))
     if labels_from_inputs and batch.get("labels") is None:
         batch["labels"] = batch["input_ids"].clone()
@@ -90,7 +90,7 @@ def _collate(collator: Callable[[list[dict]], dict], labels_from_inputs: bool, r
             batch[name] = batch[name].long()
     if batch.get("labels") is not None:
         batch["labels"][completing] = -100
-    batch[REAL_ROWS] = ~completing
+    batch[REAL_SAMPLES] = ~completing
     return batch
 
 
@@ -162,7 +162,7 @@ def count_tokens(batch: dict[str, torch.Tensor]) -> tuple[int, int, int]:
     ``real_rows``, which tells them and is not for the model, is taken out of the batch.
     """
     rows, length = batch["input_ids"].shape
-    real = batch.pop(REAL_ROWS, torch.ones(rows, dtype=torch.bool))
+    real = batch.pop(REAL_SAMPLES, torch.ones(rows, dtype=torch.bool))
     mask = batch.get("attention_mask")
     if mask is None:
         return int(real.sum()), int(real.sum()) * length, rows * length

@@ -47,7 +47,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
     """Rows made while they are asked for, from a stream of texts.
 
     Args:
-        texts: a streamed data set; for training, the rows of one rank.
+        texts: a streamed dataset; for training, the rows of one rank.
         size: tokens in a row, at most.
         repeat: start over at the end of the stream, so that --max_steps is always reached.
         max_rows: stop after so many, or with ``repeat`` start over.

@@ -25,7 +25,7 @@ def encode(
     Returns:
         ``(tokens, lengths)``: int32 of shape ``[sum(lengths)]`` and int64 of shape ``[len(texts)]``.
     """
-    long = [place for place, text in enumerate(texts) if len(text) > PIECE]
+    long = [index for index, text in enumerate(texts) if len(text) > PIECE]
     if not long and sum(map(len, texts)) <= CHARACTERS:
         return _encode_at_once(tokenizer, texts, add_special_tokens)
     tokens, lengths = [], []
@@ -45,11 +45,11 @@ def encode(
 def _groups(texts: list[str]) -> Iterator[slice]:
     """Slices of texts that are together no longer than what is tokenised at a time; a text over a piece is alone."""
     start, characters = 0, 0
-    for place, text in enumerate(texts):
+    for index, text in enumerate(texts):
         alone = len(text) > PIECE
-        if place > start and (alone or characters + len(text) > CHARACTERS or len(texts[start]) > PIECE):
-            yield slice(start, place)
-            start, characters = place, 0
+        if index > start and (alone or characters + len(text) > CHARACTERS or len(texts[start]) > PIECE):
+            yield slice(start, index)
+            start, characters = index, 0
         characters += len(text)
     if start < len(texts):
         yield slice(start, len(texts))
@@ -68,7 +68,7 @@ def _pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[str]
         if end < len(text):
             window = text[end - WINDOW : end + 1]
             found = [match.start() for match in WORD_BEGINS.finditer(window)]
-            spaces = [place for place, character in enumerate(window) if place and character.isspace()]
+            spaces = [index for index, character in enumerate(window) if index and character.isspace()]
             end -= WINDOW - (found or spaces or [WINDOW])[-1]
         dropped = bool(start) and drop_space and text[start] == " " and not text[start + 1 : start + 2].isspace()
         group.append(text[start + dropped : end])
@@ -104,5 +104,5 @@ def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     """The special tokens that the tokenizer puts before and after a single text, such as ``[CLS]`` and ``[SEP]``."""
     (bare, _), (whole, _) = (encode(tokenizer, ["a"], special) for special in (False, True))
     bare, whole = bare.tolist(), whole.tolist()
-    start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+    start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
     return whole[:start], whole[start + len(bare) :]

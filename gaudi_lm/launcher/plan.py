@@ -76,10 +76,10 @@ class Plan:
         here, others, first_rank = dict(order), {}, 0
         for index, host in enumerate(self.hosts):
             environ = {**self.environ, **meet}
-            places = {"host": host.name, "first_rank": first_rank, "slots": host.slots, "environ": environ}
+            slots = {"host": host.name, "first_rank": first_rank, "slots": host.slots, "environ": environ}
             # The stand-in is for the ranks: DeepSpeed's launcher would look for its cards.
             paths = {"PYTHONPATH": environ.get("PYTHONPATH", "").removesuffix(STAND_IN).rstrip(os.pathsep)}
-            one = {**order, "login": host.login, "job": order["job"] | places, "environ": environ | paths}
+            one = {**order, "login": host.login, "job": order["job"] | slots, "environ": environ | paths}
             one["commands"] = [self.command(index, folder, program)] * (self.backend != "mpi")
             here, others = (one, others) if self.local[index] else (here, {**others, host.name: one})
             first_rank += host.slots

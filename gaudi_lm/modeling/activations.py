@@ -14,12 +14,12 @@ def fuse_activations(model: nn.Module) -> int:
 
     Returns: how many modules were replaced.
     """
-    places = [
+    attributes = [
         (module, name)
         for module in model.modules()
         for name, child in module.named_children()
         if type(child) in COMPOSED
     ]
-    for module, name in places:
+    for module, name in attributes:
         setattr(module, name, nn.GELU(approximate="tanh"))
-    return len(places)
+    return len(attributes)

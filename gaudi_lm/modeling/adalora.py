@@ -83,8 +83,8 @@ def load_adalora(
     for name, tensor in weights.items():
         mask = masks.get(_matrix(name.removeprefix("base_model.model.")))
         if mask is not None:
-            place, kind = name.rsplit(".", 1)
-            larger = whole[f"{place}.{kind}.{adapted.active_adapter}"].detach().cpu().clone()
+            layer, kind = name.rsplit(".", 1)
+            larger = whole[f"{layer}.{kind}.{adapted.active_adapter}"].detach().cpu().clone()
             if kind == "lora_B":
                 larger[:, mask] = tensor
             else:

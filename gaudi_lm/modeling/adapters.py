@@ -221,5 +221,6 @@ def _announced(model: PeftModel) -> PeftModel:
     complete_adapter(model)
     trained, total = model.get_nb_trainable_parameters()
     kind = model.active_peft_config.peft_type.lower().replace("adaption_prompt", "llama-adapter")
-    logger.info("adapter: %s; %d of %d parameters are trained (%.4g%%)", kind, trained, total, 100 * trained / total)
+    counts = f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
+    logger.info("%s adapter, %s", kind, counts)
     return model

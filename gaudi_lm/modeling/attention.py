@@ -12,14 +12,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from gaudi_lm.architectures import architecture_of
-from gaudi_lm.arguments.definitions import ModelArguments, TrainingArguments
+from gaudi_lm.arguments.definitions import LMTrainingArguments, ModelArguments
 from gaudi_lm.device import UserError
 from gaudi_lm.modeling.patches import FLASH_ATTENTION
 
 logger = logging.getLogger("gaudi_lm")
 
 
-def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training_args: TrainingArguments) -> None:
+def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training_args: LMTrainingArguments) -> None:
     """Let the flags that only optimum-habana's models know reach the model, or refuse them by name.
 
     GaudiTrainer reads them from the generation configuration and passes them to ``forward`` in each step.
@@ -34,7 +34,7 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
     if training_args.device.type != "hpu":
         idle = [f"--{name}" for name, value in flags.items() if value] + ["--use_fused_rope False"] * (not fused_rope)
         if idle:
-            logger.info("--use_cpu wins over %s", ", ".join(idle))
+            logger.info("--use_cpu overrides %s", ", ".join(idle))
         return
     if training_args.use_zero3_leaf_promotion:
         promote_leaves(model)
@@ -58,7 +58,7 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
             raise UserError(f"{flag}: optimum-habana's {model.config.model_type} does not take it in training")
 
 
-def check_attention(config: PretrainedConfig, training_args: TrainingArguments, found: str, patched: bool = False):
+def check_attention(config: PretrainedConfig, training_args: LMTrainingArguments, found: str, patched: bool = False):
     """Say where ``sdpa``, the default on the CPU, is computed eagerly; refuse it where it was chosen.
 
     Args:

@@ -104,8 +104,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     logits *= scale
                 if softcap is not None:
                     logits = logits.div_(softcap).tanh_().mul_(softcap)
-                highest, place = _highest(logits, classes)
-                correct += ((place == target) & valid).sum()
+                highest, best = _highest(logits, classes)
+                correct += ((best == target) & valid).sum()
                 losses = highest - logits.gather(classes, index).squeeze(classes)
                 if smoothing:
                     losses = torch.lerp(losses, highest - logits.mean(classes), smoothing)
@@ -160,9 +160,9 @@ def _highest(logits: Tensor, dim: int, group: int = 256) -> tuple[Tensor, Tensor
     groups = logits[:whole].view(whole // group, group, -1)
     best_group = groups.amax(1).argmax(0)
     highest, in_group = groups.gather(0, best_group.expand(1, group, -1)).squeeze(0).max(0)
-    place = best_group * group + in_group
+    index = best_group * group + in_group
     if whole == logits.shape[0]:
-        return highest, place
-    highest_of_rest, place_in_rest = logits[whole:].max(0)
-    place = torch.where(highest_of_rest > highest, place_in_rest + whole, place)
-    return torch.maximum(highest, highest_of_rest), place
+        return highest, index
+    highest_of_rest, index_in_rest = logits[whole:].max(0)
+    index = torch.where(highest_of_rest > highest, index_in_rest + whole, index)
+    return torch.maximum(highest, highest_of_rest), index

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from gaudi_lm.architectures import PADDING, architecture_of, is_patched
-from gaudi_lm.arguments.definitions import ModelArguments, TrainingArguments
+from gaudi_lm.arguments.definitions import LMTrainingArguments, ModelArguments
 from gaudi_lm.arguments.model_files import check_config, first_line, tokenizer_damage
 from gaudi_lm.device import UserError, parse_bool
 from gaudi_lm.errors import nearest
@@ -176,7 +176,7 @@ def load_model(
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     model_args: ModelArguments,
-    training_args: TrainingArguments,
+    training_args: LMTrainingArguments,
     **options,
 ) -> PreTrainedModel:
     """The model: weights from ``--model_name_or_path``, or new ones from the seed.

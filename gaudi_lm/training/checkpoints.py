@@ -124,17 +124,17 @@ def publish(folder: Path) -> None:
     _flush(folder.parent)
 
 
-def publish_files(place: Path, folder: Path) -> None:
+def publish_files(staging: Path, folder: Path) -> None:
     """Move what was written into ``place`` to the same places below ``folder``, every file as a whole.
 
     From the first rename on, all of it is on the disk: :func:`finish_moving` makes up for a kill in between.
     """
-    for path in _files(place):
+    for path in _files(staging):
         _flush(path)
     complete = folder / COMPLETE
     if complete.exists():
         shutil.rmtree(complete)
-    os.rename(place, complete)
+    os.rename(staging, complete)
     finish_moving(folder)
 
 

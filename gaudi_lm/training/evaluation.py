@@ -17,12 +17,12 @@ from transformers.trainer_utils import EvalPrediction, PredictionOutput, denumpi
 
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX
 from gaudi_lm.data.sampling import (
-    PADDING_ROW,
-    REAL_ROWS,
+    FILLER_SAMPLE,
+    REAL_SAMPLES,
     SAMPLE_ID,
     count_tokens,
+    ignore_filler_samples,
     loader_options,
-    silence_padding_rows,
 )
 from gaudi_lm.modeling.cross_entropy import full_cross_entropy
 from gaudi_lm.training.metrics import Throughput, token_metrics
@@ -69,12 +69,12 @@ class EvaluationRows(IterableDataset):
         turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         rows = self.dataset.with_format("numpy")
         own = range(self.rank, self.rows_seen, self.world_size)
-        for place in range(len(self)):
-            if place // self.batch_size % workers != turn:
+        for position in range(len(self)):
+            if position // self.batch_size % workers != turn:
                 continue
-            index = own[min(place, len(own) - 1)] if own else 0
+            index = own[min(position, len(own) - 1)] if own else 0
             row = {**rows[index], SAMPLE_ID: index}
-            yield row if place < len(own) else {**row, PADDING_ROW: True}
+            yield row if position < len(own) else {**row, FILLER_SAMPLE: True}
 
     def _streamed_rows(self) -> Iterator[dict]:
         row, own = None, 0
@@ -86,7 +86,7 @@ class EvaluationRows(IterableDataset):
         if row is None and self.rows_seen:
             row = {**next(iter(self.dataset)), SAMPLE_ID: 0}
         for _ in range(self._padded(self.rows_seen) - own):
-            yield {**row, PADDING_ROW: True}
+            yield {**row, FILLER_SAMPLE: True}
 
 
 def evaluation_loader(
@@ -101,13 +101,13 @@ def evaluation_loader(
     """Batches of the rows of this rank; ``labels`` of completing rows are -100.
 
     Args:
-        labels_from_inputs: see :func:`gaudi_lm.data.sampling.silence_padding_rows`.
+        labels_from_inputs: see :func:`gaudi_lm.data.sampling.ignore_filler_samples`.
         options: of the ``DataLoader``; a stream is read by this process alone, which counts its rows.
     """
     rows = EvaluationRows(dataset, batch_size, rank, world_size)
     if not rows.sized:
         options |= {"num_workers": 0, "prefetch_factor": None}
-    collate = silence_padding_rows(collator, labels_from_inputs)
+    collate = ignore_filler_samples(collator, labels_from_inputs)
     return DataLoader(rows, batch_size=batch_size, collate_fn=collate, **options)
 
 
@@ -179,7 +179,7 @@ class EvaluatingTrainer(ResumableTrainer):
         predictions = Predictions() if predict else None
         with weights_as(self.model, dtype, restore=args.do_train):
             for batch in loader:
-                real = batch[REAL_ROWS]
+                real = batch[REAL_SAMPLES]
                 window = count_tokens(batch)
                 inputs = self._prepare_inputs({**batch, **extra_inputs} if update else batch)
                 with torch.no_grad(), self.compute_loss_context_manager():

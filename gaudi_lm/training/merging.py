@@ -35,9 +35,9 @@ def save_merged(trainer: LMTrainer) -> None:
 
     The trainer's model keeps its adapter, and exactly its weights: subtracting what was added would round them.
     """
-    with trainer.files_at_top() as place:
+    with trainer.files_at_top() as staging:
         if trainer.is_world_process_zero():
-            _write_merged(trainer, place / "merged")
+            _write_merged(trainer, staging / "merged")
     logger.info("the merged model is in %s", Path(trainer.args.output_dir, "merged").resolve())
 
 

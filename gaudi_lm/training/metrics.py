@@ -91,7 +91,7 @@ class Throughput:
         if not steps or not seconds:
             if self.steps_seen:
                 logger.warning(
-                    "%s throughput omitted: all %d steps were warm-up (--throughput_warmup_steps %d)",
+                    "Not reporting %s throughput: all %d steps were warm-up (--throughput_warmup_steps %d)",
                     prefix, self.steps_seen, self.warmup_steps,
                 )  # fmt: skip
             return {}

@@ -14,7 +14,7 @@ import torch
 from optimum.habana.utils import set_seed
 from transformers.utils.logging import get_log_levels_dict
 
-from gaudi_lm.arguments.definitions import TrainingArguments
+from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.device import set_up_logging
 from gaudi_lm.modeling.patches import patch_libraries
 from gaudi_lm.training.agreement import gather
@@ -29,14 +29,14 @@ from gaudi_lm.training.trainer import LMTrainer
 logger = logging.getLogger("gaudi_lm")
 
 
-def set_up(training_args: TrainingArguments) -> logging.Logger:
+def set_up(training_args: LMTrainingArguments) -> logging.Logger:
     """Ranks that agree, logging, the words that the chosen card deserves, patches of libraries, and the seed."""
     check_settings()
     main = training_args.process_index == 0
     name = training_args.log_level if main else training_args.log_level_replica
     set_up_logging(main, get_log_levels_dict().get(name))
-    if training_args.set_aside:
-        logger.info("--use_cpu wins over %s", ", ".join(training_args.set_aside))
+    if training_args.overridden_flags:
+        logger.info("--use_cpu overrides %s", ", ".join(training_args.overridden_flags))
     on_card = training_args.device.type == "hpu"
     plain = "precision by the Gaudi or DeepSpeed configuration" if on_card else "fp32"
     logger.info(
@@ -90,10 +90,10 @@ def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
     for line in trainer.device_metrics.report_lines()[1:]:
         logger.warning(line)
     total = Path(trainer.args.output_dir) / "all_results.json"
-    with trainer.files_at_top() as place:
+    with trainer.files_at_top() as staging:
         if trainer.is_world_process_zero():
-            _write_json(place / f"{split}_results.json", metrics)
-            _write_json(place / total.name, {**_read_json(total), **metrics})
+            _write_json(staging / f"{split}_results.json", metrics)
+            _write_json(staging / total.name, {**_read_json(total), **metrics})
 
 
 def _write_json(path: Path, values: dict) -> None:
@@ -108,11 +108,11 @@ def _read_json(path: Path) -> dict:
 
 def save(trainer: LMTrainer, save_model: bool = True) -> None:
     """Model, tokenizer and trainer state at the top of ``output_dir``: before anything else can go wrong."""
-    with trainer.files_at_top() as place:
+    with trainer.files_at_top() as staging:
         if save_model:
-            trainer.save_model(str(place), _internal_call=True)
+            trainer.save_model(str(staging), _internal_call=True)
         if trainer.is_world_process_zero():
-            trainer.state.save_to_json(str(place / STATE))
+            trainer.state.save_to_json(str(staging / STATE))
     trainer.signals.end_after_training(Path(trainer.args.output_dir))
     if save_model and trainer.args.push_to_hub:
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
@@ -125,9 +125,9 @@ def write_card(trainer: LMTrainer, **card) -> None:
         card: passed to :func:`gaudi_lm.training.model_card.write_model_card`.
     """
     folder = Path(trainer.args.output_dir)
-    with trainer.files_at_top() as place:
+    with trainer.files_at_top() as staging:
         if trainer.is_world_process_zero():
-            trainer.state.save_to_json(str(place / STATE))
-            drawn = save_loss_curve(trainer.state.log_history, place / "loss_curve.png")
-            write_model_card(trainer, place / "README.md", title=folder.resolve().name, curve=drawn, **card)
-    logger.info("everything is in %s", os.path.abspath(folder))
+            trainer.state.save_to_json(str(staging / STATE))
+            drawn = save_loss_curve(trainer.state.log_history, staging / "loss_curve.png")
+            write_model_card(trainer, staging / "README.md", title=folder.resolve().name, curve=drawn, **card)
+    logger.info("Outputs saved to %s", os.path.abspath(folder))

@@ -75,7 +75,7 @@ def _find(training_args) -> str | None:
         found = checkpoints.faults(candidate)
         if not found:
             return _taken(candidate)
-        logger.warning("%s cannot be gone on from: %s", candidate, "; ".join(found))
+        logger.warning("%s cannot be resumed from: %s", candidate, "; ".join(found))
     if candidates:
         raise UserError(
             f"--output_dir {folder}: none of its checkpoints is intact ({candidates[0].name}: "
@@ -93,7 +93,7 @@ def _find(training_args) -> str | None:
 
 
 def _taken(checkpoint: Path) -> str:
-    logger.info("going on from %s", checkpoint)
+    logger.info("Resuming from %s", checkpoint)
     if checkpoints.read_manifest(checkpoint) is None:
         logger.warning(
             "%s has no %s, as other tools write them: whether its weights are as they were written, and whether data "
@@ -107,7 +107,7 @@ def _taken(checkpoint: Path) -> str:
 def clear_the_way(folder: Path, step: int, remove: bool) -> None:
     """Set aside checkpoints in ``folder`` that are newer than the one at ``step``, 0 where training begins anew.
 
-    They would be taken for this run's: kept in place of its own, and gone on from after an interruption.
+    They would be taken for this run's: kept in place of its own, and resumed from after an interruption.
 
     Args:
         remove: do so, where training begins anew, instead of giving them another name.
@@ -120,4 +120,4 @@ def clear_the_way(folder: Path, step: int, remove: bool) -> None:
             aside = path.with_name(f"unused-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)
-            logger.warning("%s is not what training goes on from; it is now %s", path, aside.name)
+            logger.warning("%s is not what training resumes from; it is now %s", path, aside.name)

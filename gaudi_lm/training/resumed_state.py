@@ -54,7 +54,7 @@ def decisive_flags(training_args) -> dict:
 
 
 def data_digest(dataset) -> str | None:
-    """A digest of a data set's rows, of evenly spread ones where there are many; None for a stream."""
+    """A digest of a dataset's rows, of evenly spread ones where there are many; None for a stream."""
     if not isinstance(dataset, datasets.Dataset):
         return None
     digest, rows = hashlib.sha256(), len(dataset)
@@ -124,7 +124,7 @@ class Resumption:
         """Compare a checkpoint with this run, and say what has changed.
 
         Raises:
-            UserError: it cannot be gone on from with what has changed.
+            UserError: it cannot be resumed from with what has changed.
         """
         resumption = cls(checkpoint)
         if checkpoint is not None and resumption.run:
@@ -139,8 +139,8 @@ class Resumption:
             ]
             raise UserError(
                 f"{self.checkpoint} was written {stages[0]} on {run['ranks']} ranks, this run trains {stages[1]} on "
-                f"{args.world_size}: its optimizer state does not fit; go on as before, or begin anew from its "
-                "weights by --model_name_or_path and another --output_dir"
+                f"{args.world_size}: its optimizer state does not fit; continue as before, or start a new run from "
+                "its weights by --model_name_or_path and another --output_dir"
             )
         flags = decisive_flags(args)
         then = run["flags"]
@@ -154,7 +154,7 @@ class Resumption:
         if model_digest(trainer.model) != run["model"]:
             raise UserError(
                 f"{self.checkpoint}: the weights that are trained have other names or shapes now"
-                f"{self._listed()}; go on with the same model, or choose another --output_dir"
+                f"{self._listed()}; continue with the same model, or choose another --output_dir"
             )
         if self.changed:
             logger.warning("changed since %s:%s", self.checkpoint, self._listed())
@@ -178,9 +178,9 @@ class Resumption:
         states = [f"rng_state_{rank}.pth" for rank in range(trainer.args.world_size)]
         states = states if trainer.args.world_size > 1 else ["rng_state.pth"]
         if not all((Path(self.checkpoint) / name).is_file() for name in states):
-            logger.warning("%s holds no random state for this number of ranks: it is drawn anew", self.checkpoint)
+            logger.warning("%s has no RNG state for this number of ranks: a new one is used", self.checkpoint)
         elif trainer.args.use_habana and self.changed.get("use_habana"):
-            logger.warning("%s holds no random state of a card: it is drawn anew", self.checkpoint)
+            logger.warning("%s has no RNG state of a card: a new one is used", self.checkpoint)
         if self.run:
             self._say_order(Resumption.facts(trainer))
 
@@ -189,7 +189,7 @@ class Resumption:
         if now["data"] != then["data"] or now["rows"] != then["rows"]:
             rows = "" if now["rows"] == then["rows"] else f" ({now['rows']} rows, {then['rows']} before)"
             logger.warning(
-                "the training data are not those of the checkpoint%s: training goes on in their own order, after "
+                "the training data are not those of the checkpoint%s: training continues in their own order, after "
                 "step %d of %d of epoch %d", rows, step % now["steps_per_epoch"], now["steps_per_epoch"],
                 step // now["steps_per_epoch"] + 1,
             )  # fmt: skip
@@ -202,7 +202,7 @@ class Resumption:
             before, after = (_rows_done(step, facts) for facts in (then, now))
             what = "come a second time" if after < before else "are left out"
             logger.warning(
-                "a step takes %d rows, %d before: after %d steps, training goes on at row %d, not %d, so %d rows %s",
+                "a step takes %d rows, %d before: after %d steps, training continues at row %d, not %d, so %d rows %s",
                 now["rows_per_step"], then["rows_per_step"], step, after, before, abs(after - before), what,
             )  # fmt: skip
         elif {"per_device_train_batch_size", "gradient_accumulation_steps", "world_size"}.intersection(self.changed):
@@ -219,8 +219,8 @@ class Resumption:
         if before != self.optimizer:
             raise UserError(
                 f"{self.checkpoint} holds the state of the optimizer {before}, this run has {self.optimizer} "
-                "(--optim, the kind of card and the Gaudi configuration choose it): go on as before, or begin anew "
-                "from its weights by --model_name_or_path and another --output_dir"
+                "(--optim, the kind of card and the Gaudi configuration choose it): continue as before, or start a "
+                "new run from its weights by --model_name_or_path and another --output_dir"
             )
         names = ("lr", "weight_decay", "betas", "eps")
         groups = getattr(optimizer, "param_groups", [])  # none yet where DeepSpeed's configuration has the optimizer
@@ -231,7 +231,7 @@ class Resumption:
         if self.checkpoint is None or len(self._noted) != len(optimizer.param_groups):
             return
         said = {}
-        for place, (group, noted) in enumerate(zip(optimizer.param_groups, self._noted, strict=True)):
+        for index, (group, noted) in enumerate(zip(optimizer.param_groups, self._noted, strict=True)):
             before = {**group, "lr": group.get("initial_lr", group["lr"])}
             for name, value in noted.items():
                 if before[name] not in (value, list(value) if isinstance(value, tuple) else value):
@@ -239,14 +239,14 @@ class Resumption:
                 if name != "lr":
                     group[name] = value
             if isinstance(scheduler, LambdaLR):
-                scheduler.base_lrs[place] = group["initial_lr"] = noted["lr"]
-                group["lr"] = noted["lr"] * scheduler.lr_lambdas[place](scheduler.last_epoch)
-                scheduler._last_lr[place] = group["lr"]
+                scheduler.base_lrs[index] = group["initial_lr"] = noted["lr"]
+                group["lr"] = noted["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)
+                scheduler._last_lr[index] = group["lr"]
         if "lr" in said and not isinstance(scheduler, LambdaLR):
             said["lr"] = (said["lr"][1], f"{said['lr'][0]} would be new, but this schedule keeps what it has")
         if said:
             words = ", ".join(f"{name} {value} (was {before})" for name, (value, before) in said.items())
-            logger.warning("the optimizer goes on with %s", words)
+            logger.warning("the optimizer continues with %s", words)
 
 
 def _rows_done(step: int, facts: dict) -> int:

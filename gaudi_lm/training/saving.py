@@ -146,16 +146,16 @@ class ResumableTrainer(GaudiTrainer):
             self.store_flos()
         run = Resumption.facts(self)
 
-        def publish(place: Path) -> None:
-            checkpoints.seal(place, run)
+        def publish(staging: Path) -> None:
+            checkpoints.seal(staging, run)
             checkpoints.publish(folder)
 
-        with self._written_whole(folder, publish) as place:
-            self.save_model(str(place), _internal_call=True)
+        with self._written_whole(folder, publish) as staging:
+            self.save_model(str(staging), _internal_call=True)
             if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(place))
-                self._save_scaler(str(place))
-                self._save_rng_state(str(place))
+                self._save_optimizer_and_scheduler(str(staging))
+                self._save_scaler(str(staging))
+                self._save_rng_state(str(staging))
             if self.args.should_save:
                 best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
                 if self.state.best_global_step and (best == folder or best.exists()):
@@ -163,7 +163,7 @@ class ResumableTrainer(GaudiTrainer):
                 exportable = [*self.callback_handler.callbacks, self.control]
                 exportable = [one for one in exportable if isinstance(one, ExportableState)]
                 self.state.stateful_callbacks = TrainerState(stateful_callbacks=exportable).stateful_callbacks
-                self.state.save_to_json(str(place / checkpoints.STATE))
+                self.state.save_to_json(str(staging / checkpoints.STATE))
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
@@ -177,36 +177,38 @@ class ResumableTrainer(GaudiTrainer):
             WriteError: they could not be written; none of them is at the top.
         """
         output = Path(self.args.output_dir)
-        with self._written_whole(output / "files", lambda place: checkpoints.publish_files(place, output)) as place:
-            yield place
+        with self._written_whole(
+            output / "files", lambda staging: checkpoints.publish_files(staging, output)
+        ) as staging:
+            yield staging
 
     @contextlib.contextmanager
     def _written_whole(self, folder: Path, publish: Callable[[Path], None]) -> Iterator[Path]:
         """A folder for all ranks to write into; when all of them have, the main one publishes it."""
-        place = checkpoints.incomplete(folder)
+        staging = checkpoints.incomplete(folder)
         failure = None
         try:
             if self.args.should_save:
-                shutil.rmtree(place, ignore_errors=True)
-                place.mkdir(parents=True)
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
             gather(None)
-            yield place
+            yield staging
         except Exception as error:
             failure = self._write_error(folder, error)
             if failure is error or self.is_deepspeed_enabled:
                 # The other ranks may be in the midst of talking to this one: they are ended with it.
-                shutil.rmtree(place, ignore_errors=True)
+                shutil.rmtree(staging, ignore_errors=True)
                 raise failure from error.__cause__
         failure = next(filter(None, gather(failure)), None)
         if failure is None and self.args.should_save:
             try:
-                publish(place)
+                publish(staging)
             except OSError as error:
                 failure = self._write_error(folder, error)
         failure = from_main(failure)
         if failure is not None:
             if self.args.should_save:
-                shutil.rmtree(place, ignore_errors=True)
+                shutil.rmtree(staging, ignore_errors=True)
             raise failure
 
     def _write_error(self, folder: Path, error: Exception) -> Exception:
@@ -223,7 +225,7 @@ class ResumableTrainer(GaudiTrainer):
             free = shutil.disk_usage(output).free + checkpoints.size_of(checkpoints.incomplete(folder))
         except OSError:
             free = 0
-        left = f"{intact} is intact, and the next start goes on from it" if intact else "no checkpoint is complete yet"
+        left = f"{intact} is intact, and the next start resumes from it" if intact else "no checkpoint is complete yet"
         what = folder.name if checkpoints.checkpoint_step(folder) is not None else "the results"
         return WriteError(
             f"{output}: {what} could not be written ({reason}): about {needed / 1e6:.1f} MB are needed, "

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, SaveStrategy, TrainOutput
 
-from gaudi_lm.arguments.definitions import TrainingArguments
+from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.arguments.gaudi_configs import gaudi_config
 from gaudi_lm.data.memory import host_copies
-from gaudi_lm.data.sampling import TrainingBatches, TrainingRows, count_tokens, loader_options, silence_padding_rows
+from gaudi_lm.data.sampling import TrainingBatches, TrainingRows, count_tokens, ignore_filler_samples, loader_options
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import RankReduction
 from gaudi_lm.modeling.loss import install_token_loss
@@ -65,7 +65,7 @@ class LMTrainer(EvaluatingTrainer):
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
         options = {**loader_options(args), "worker_init_fn": self.worker_init}
-        options["collate_fn"] = silence_padding_rows(self.data_collator, labels_from_inputs=self.causal)
+        options["collate_fn"] = ignore_filler_samples(self.data_collator, labels_from_inputs=self.causal)
         if args.dataloader_persistent_workers:
             options["persistent_workers"] = True
             # They are started once in a whole run and again in a resumed one: dropout is not to depend on that.
@@ -206,7 +206,7 @@ class LMTrainer(EvaluatingTrainer):
 def build_trainer(
     model,
     objective: str,
-    training_args: TrainingArguments,
+    training_args: LMTrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     collator: Callable[[list[dict]], dict],
     train_dataset=None,

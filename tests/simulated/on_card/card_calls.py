@@ -65,11 +65,11 @@ def test_mixture_of_experts(permuted):
     rows = []
     for token in range(tokens):
         row = torch.zeros(width, device="hpu")
-        for place in range(2):
-            expert = int(table[token, place])
+        for index in range(2):
+            expert = int(table[token, index])
             if expert < experts:
                 gate = torch.nn.functional.silu(w1[expert] @ x[token])
-                row = row + weights[token, place] * (w3[expert] @ (gate * (w2[expert] @ x[token])))
+                row = row + weights[token, index] * (w3[expert] @ (gate * (w2[expert] @ x[token])))
         rows.append(row)
     wanted = torch.stack(rows)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -213,15 +213,15 @@ def test_files(tmp_path):
     assert loaded["x"].device == x.device and torch.equal(loaded["x"].cpu(), a)
     loaded["view"].zero_()
     assert torch.equal(loaded["x"][1:].cpu(), torch.zeros(2, 4)), "a saved view still shares memory"
-    for place in ("cpu", "hpu:1"):
-        moved = torch.load(io.BytesIO(buffer.getvalue()), map_location=place)["x"]
-        assert moved.device == torch.device(place) and torch.equal(moved.cpu(), a)
+    for device in ("cpu", "hpu:1"):
+        moved = torch.load(io.BytesIO(buffer.getvalue()), map_location=device)["x"]
+        assert moved.device == torch.device(device) and torch.equal(moved.cpu(), a)
     torch.save(a, tmp_path / "host.pt")
     assert torch.equal(torch.load(tmp_path / "host.pt", map_location="hpu").cpu(), a)
     save_file({"x": x}, tmp_path / "x.safetensors")
-    for place in ("cpu", "hpu"):
-        back = load_file(tmp_path / "x.safetensors", device=place)["x"]
-        assert back.device.type == place and torch.equal(back.cpu(), a)
+    for device in ("cpu", "hpu"):
+        back = load_file(tmp_path / "x.safetensors", device=device)["x"]
+        assert back.device.type == device and torch.equal(back.cpu(), a)
     assert torch.equal(pickle.loads(pickle.dumps(x)).cpu(), a)
 
 

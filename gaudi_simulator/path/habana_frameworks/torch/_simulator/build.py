@@ -73,15 +73,15 @@ def library() -> Path:
 
 
 def _compile(command: list[str], built: Path) -> None:
-    place = Path(torch.__file__).parent
+    root = Path(torch.__file__).parent
     # A name of its own, renamed when complete: no process ever loads half a library.
     descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=built.parent)
     os.close(descriptor)
     command = [
         *command,
         *("-o", unfinished, str(SOURCE)),
-        *("-I", str(place / "include"), "-I", str(place / "include/torch/csrc/api/include")),
-        *("-L", str(place / "lib"), "-lc10", "-ltorch_cpu"),
+        *("-I", str(root / "include"), "-I", str(root / "include/torch/csrc/api/include")),
+        *("-L", str(root / "lib"), "-lc10", "-ltorch_cpu"),
     ]
     try:
         result = subprocess.run(command, capture_output=True, text=True)

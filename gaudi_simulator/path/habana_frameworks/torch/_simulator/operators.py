@@ -83,8 +83,8 @@ def _mixture_of_experts(
         w1, w2, w3 = ([weight.t() for weight in weights] for weights in (w1, w2, w3))
     linear = torch.nn.functional.linear
     total = torch.zeros_like(hidden_states)
-    for place, expert in enumerate(range(experts_min, experts_max + 1)):
-        inner = _ACTIVATIONS[activation](linear(hidden_states, w1[place])) * linear(hidden_states, w2[place])
+    for index, expert in enumerate(range(experts_min, experts_max + 1)):
+        inner = _ACTIVATIONS[activation](linear(hidden_states, w1[index])) * linear(hidden_states, w2[index])
         share = (router_weights * (expert_routing_table == expert)).sum(-1, keepdim=True)
-        total = total + (linear(inner, w3[place]) * share).to(total.dtype)
+        total = total + (linear(inner, w3[index]) * share).to(total.dtype)
     return total
