@@ -130,7 +130,7 @@ def test_another_number_of_ranks(base, whole, tmp_path):
     for words in (
         "--world_size 2 (was 1)",
         "each step still takes the same 4 rows",
-        "no random state for this number of ranks",
+        "no RNG state for this number of ranks",
     ):
         assert words in said
 

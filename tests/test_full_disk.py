@@ -1,4 +1,4 @@
-"""A disk that gets full: one line, nothing half-written, and the next start goes on."""
+"""A disk that gets full: one line, nothing half-written, and the next start resumes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint ends with the bits of one that was not interrupted, log included."""
+"""A run that is resumed from a checkpoint ends with the bits of one that was not interrupted, log included."""
 
 import json
 import shutil
