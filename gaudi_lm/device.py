@@ -232,13 +232,17 @@ def choose_card(argv: list[str]) -> None:
         # Otherwise `datasets` reports each use of a hub dataset to an address outside the hub.
         os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        # Read when tqdm is imported: what is over in a moment needs no bar, and a file no bar ten times a second.
+        os.environ.setdefault("TQDM_DELAY", "3")
+        os.environ.setdefault("TQDM_MININTERVAL", "0.1" if sys.stderr.isatty() else "15")
 
 
-def set_up_logging(main_rank: bool, level: int | None = None) -> logging.Logger:
-    """One line a fact, on stderr, from the main rank only; progress bars only on a terminal.
+def set_up_logging(main_rank: bool, level: int | None = None, bars: bool = True) -> logging.Logger:
+    """One line a fact, and bars for what takes long, on stderr, from the main rank only.
 
     Args:
         level: of our own log and of the libraries'; by default the main rank's facts and the libraries' warnings.
+        bars: whether the libraries show bars; off a terminal, those of a quarter of a minute and more.
 
     Returns:
         The logger that the scripts share.
@@ -257,7 +261,7 @@ def set_up_logging(main_rank: bool, level: int | None = None) -> logging.Logger:
         library.utils.logging.enable_propagation()
         for handler in logging.getLogger(library.__name__).handlers[:]:
             logging.getLogger(library.__name__).removeHandler(handler)
-    if not (main_rank and sys.stderr.isatty()):
+    if not (main_rank and bars):
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     return logger

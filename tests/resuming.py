@@ -8,7 +8,7 @@ from running import ROOT, log_history, run, run_ranks
 from simulated.cards import card_environment
 from small_models import SMALL
 
-TIMES = ("runtime", "per_second", "total_flos", "memory", "train_padding")
+TIMES = ("runtime", "per_second", "total_flos", "memory", "padding", "graph_", "host_syncs")
 CPU, CARD = ["--use_cpu"], ["--use_habana", "--use_lazy_mode"]
 GPT2 = "n_embd=16,n_layer=1,n_head=2,n_positions=64"
 

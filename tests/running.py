@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyte
 import warm
 
 from gaudi_lm.device import UserError, _card_flags, expand_config_file
@@ -53,6 +59,23 @@ def run(
         (result,) = warm.run(argv, environ, cwd, _card(argv[1:], environ), seconds)
     assert result.returncode == code, f"exit code {result.returncode}, not {code}:\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def run_in_terminal(columns: int, script: str | Path, *flags: object, env: dict[str, str] | None = None) -> list[str]:
+    """Run a script to a good end in a terminal of so many columns; the lines that are on its screen then."""
+    screen = pyte.Screen(columns, 100)
+    stream, (ours, its) = pyte.ByteStream(screen), pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 100, columns, 0, 0))
+    argv = [sys.executable, str(script), *map(str, flags)]
+    with subprocess.Popen(argv, stdout=its, stderr=its, cwd=ROOT, env=environment(**(env or {}))) as process:
+        os.close(its)
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(ours, 1 << 16):
+                stream.feed(part)
+    os.close(ours)
+    lines = [line.rstrip() for line in screen.display]
+    assert process.returncode == 0, "\n".join(lines)
+    return lines
 
 
 def run_ranks(

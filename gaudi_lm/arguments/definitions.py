@@ -187,7 +187,9 @@ class LMTrainingArguments(GaudiTrainingArguments):
             raise UserError("no card chosen: give --use_habana (a Gaudi, or a simulated one) or --use_cpu")
         else:
             self._match_lazy_mode()
-        self.chosen = {name for name in ("optim", "attn_implementation") if getattr(self, name) is not None}
+        self.chosen = {
+            name for name in ("optim", "attn_implementation", "disable_tqdm") if getattr(self, name) is not None
+        }
         if self.optim is None:
             self.optim = "adamw_torch_fused" if self.use_cpu else "adamw_torch"
         if self.attn_implementation is None:

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from datasets.utils import tqdm
 from torch import Tensor, nn
 
 from gaudi_lm.architectures import architecture_of, is_patched, packable
@@ -51,7 +52,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     row_of = np.empty(len(lengths), dtype=np.int64)
     rows = 0
     order = np.argsort(-lengths, kind="stable")
-    for text, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+    texts = zip(order.tolist(), lengths[order].tolist(), strict=True)
+    for text, length in tqdm(texts, total=len(order), desc="Packing", unit=" texts"):
         fitting = spaces >> length
         if fitting:
             space = length + (fitting & -fitting).bit_length() - 1

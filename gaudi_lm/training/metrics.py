@@ -49,6 +49,7 @@ class Throughput:
         self.seconds = 0.0
         self.steps_seen = self.steps = self.samples = self.tokens = self.positions = 0
         self._started: float | None = None
+        self._last = (0, 0, 0.0)  # tokens, positions and seconds at the last log line
 
     def begin_step(self) -> None:
         """Before the data of an optimizer step is fetched."""
@@ -76,6 +77,23 @@ class Throughput:
             self.synchronise()
             self.seconds += time.perf_counter() - self._started
             self._started = None
+
+    def since_last(self) -> dict[str, float]:
+        """Tokens a second of all ranks, and their share of padding, since the last call; nothing during warm-up.
+
+        The clock runs on: call it where the host has just waited for the card. All ranks must call it.
+        """
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        now = (self.tokens, self.positions, self.seconds + running)
+        ranks = gather([new - old for new, old in zip(now, self._last, strict=True)])
+        self._last = now
+        tokens, positions, seconds = (list(column) for column in zip(*ranks, strict=True))
+        if not sum(positions) or not max(seconds):
+            return {}
+        return {
+            "tokens_per_second": round(sum(tokens) / max(seconds), 1),
+            "padding_share": round(1 - sum(tokens) / sum(positions), 4),
+        }
 
     def figures(self, prefix: str) -> dict[str, float]:
         """Samples, steps and tokens a second of all ranks together, and their share of padding.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import time
 from pathlib import Path
@@ -28,13 +27,16 @@ from gaudi_lm.training.trainer import LMTrainer
 
 logger = logging.getLogger("gaudi_lm")
 
+UNITS = {"_loss": "nats/token", "_runtime": "s", "_gb": "GiB", "_flos": "FLOP", "_delta": "bytes"}
+
 
 def set_up(training_args: LMTrainingArguments) -> logging.Logger:
     """Ranks that agree, logging, the words that the chosen card deserves, patches of libraries, and the seed."""
     check_settings()
     main = training_args.process_index == 0
     name = training_args.log_level if main else training_args.log_level_replica
-    set_up_logging(main, get_log_levels_dict().get(name))
+    unwanted = training_args.disable_tqdm and "disable_tqdm" in training_args.chosen
+    set_up_logging(main, get_log_levels_dict().get(name), bars=not unwanted)
     if training_args.overridden_flags:
         logger.info("--use_cpu overrides %s", ", ".join(training_args.overridden_flags))
     on_card = training_args.device.type == "hpu"
@@ -72,21 +74,23 @@ def _warn_slow_bf16() -> None:
 
 def highest_of_ranks(metrics: dict[str, float]) -> dict[str, float]:
     """Of figures that each rank has for itself, times and those of its card, the highest; the others are of all."""
-    own = {name for name in metrics if name.endswith(("_runtime", "(GB)")) or name in DEVICE_FIGURES}
+    own = {name for name in metrics if name.endswith("_runtime") or name in DEVICE_FIGURES}
     ranks = gather({name: metrics[name] for name in own})
     return {name: max(rank.get(name, 0.0) for rank in ranks) for name in own}
 
 
 def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
-    """Log figures, one line each, and write them to ``<split>_results.json`` and ``all_results.json``.
+    """Write figures to ``<split>_results.json`` and ``all_results.json``, and log those of the run as one block.
 
-    On a card, its own figures are among them: graphs compiled, waits of the host, memory. All ranks must call it.
+    The block comes with the evaluation, where one follows the training. On a card, its own figures are among them:
+    graphs compiled, waits of the host, memory. All ranks must call it.
     """
     metrics.update(trainer.device_metrics.figures())
     metrics.update(highest_of_ranks(metrics))
-    for name, value in sorted(metrics.items()):
-        number = isinstance(value, (int, float)) and not math.isnan(value)
-        logger.info("%s = %s", name, f"{value:.6g}" if number else value)
+    trainer.results.update(metrics)
+    if split != "train" or not trainer.args.do_eval:
+        for line in aligned(trainer.results):
+            logger.info(line)
     for line in trainer.device_metrics.report_lines()[1:]:
         logger.warning(line)
     total = Path(trainer.args.output_dir) / "all_results.json"
@@ -94,6 +98,16 @@ def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
         if trainer.is_world_process_zero():
             _write_json(staging / f"{split}_results.json", metrics)
             _write_json(staging / total.name, {**_read_json(total), **metrics})
+
+
+def aligned(metrics: dict[str, float]) -> list[str]:
+    """Figures in lines of equal width, with units where the name does not say them."""
+    values = {
+        name: f"{value:,.6g}" if isinstance(value, (int, float)) else str(value) for name, value in metrics.items()
+    }
+    names, numbers = (max(map(len, words), default=0) for words in (values, values.values()))
+    units = {name: next((unit for end, unit in UNITS.items() if name.endswith(end)), "") for name in values}
+    return [f"  {name:<{names}}  {values[name]:>{numbers}} {units[name]}".rstrip() for name in sorted(values)]
 
 
 def _write_json(path: Path, values: dict) -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
 
-from transformers import Trainer, TrainerCallback
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 logger = logging.getLogger("gaudi_lm")
+
+EVERY = 30.0  # seconds between two lines about an evaluation, where there is no bar
+BAR = "{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
+BESIDE = ("_samples", "_tokens", "_runtime", "_per_second", "_padding_share")  # of an evaluation: for the end of a run
 
 
 class StepClock(TrainerCallback):
@@ -19,10 +28,90 @@ class StepClock(TrainerCallback):
         self.trainer.throughput.end_step(*self.trainer._window)
 
 
-class LogLines(TrainerCallback):
-    """One log line for each set of figures, where there is no progress bar to print them."""
+class Progress(ProgressCallback):
+    """Loss, learning rate, tokens a second and time left: in a bar, or else in a line for each log.
+
+    Args:
+        bars: whether there are bars.
+    """
+
+    def __init__(self, bars: bool):
+        super().__init__()
+        self.bars = bars
+        self._training = False
+        self._lines_above_bar = contextlib.ExitStack()
+        self._first: tuple[float, int] | None = None  # when the first step of this process was over, and its number
+        self._batches, self._evaluated, self._said = 0, 0.0, 0.0
+
+    def close(self) -> None:
+        """Training is over, however it has ended: what is printed now begins a line of its own."""
+        self._training = False
+        self._lines_above_bar.close()
+        for bar in filter(None, (self.prediction_bar, self.training_bar)):
+            bar.close()
+        self.prediction_bar = self.training_bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._training, self._first = True, None
+        if self.bars and state.is_world_process_zero:
+            # Upstream's begins at 0, and so takes the steps before a checkpoint for work of the first second.
+            self.current_step = state.global_step
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, bar_format=BAR, dynamic_ncols=True, delay=0
+            )
+            self._lines_above_bar.enter_context(logging_redirect_tqdm())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._first = self._first or (time.monotonic(), state.global_step)
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self.bars:
+            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+            return
+        now = time.monotonic()
+        if not self._batches:
+            self._evaluated = self._said = now
+        self._batches += 1
+        if now - self._said >= EVERY:
+            self._said, seconds = now, (now - self._evaluated) / (self._batches - 1)
+            total = len(eval_dataloader) if has_length(eval_dataloader) else 0
+            whole = f"/{total}, {_left(seconds, total - self._batches)} left" if total else ""
+            logger.info("evaluation: batch %d%s", self._batches, whole)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._batches = 0
+        super().on_evaluate(args, state, control, **kwargs)
+
+    def on_predict(self, args, state, control, **kwargs):
+        self.on_evaluate(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_local_process_zero and logs and "train_runtime" not in logs and "eval_runtime" not in logs:
-            figures = ", ".join(f"{name} {value:.6g}" for name, value in logs.items() if name != "epoch")
-            logger.info("step %d/%d: %s", state.global_step, state.max_steps, figures)
+        if not (self._training and state.is_world_process_zero and logs) or "train_runtime" in logs:
+            return
+        if "loss" not in logs:
+            super().on_evaluate(args, state, control, **kwargs)  # its bar would stay among the lines
+            shown = {name: value for name, value in logs.items() if name != "epoch" and not name.endswith(BESIDE)}
+        elif self.training_bar is not None:
+            speed = logs.get("tokens_per_second")
+            rate = "" if speed is None else f", {tqdm.format_sizeof(speed)} tokens/s"
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}, lr {logs['learning_rate']:.2g}{rate}")
+            return
+        else:
+            shown = {name: logs[name] for name in ("loss", "learning_rate", "grad_norm") if name in logs}
+            shown |= {name: logs[name] for name in logs if name.endswith("_loss")}
+        words = [f"{name} {value:.5g}" for name, value in shown.items() if isinstance(value, (int, float))]
+        if "tokens_per_second" in logs:
+            words.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+        if "loss" in logs and self._first is not None and state.global_step > self._first[1]:
+            seconds = (time.monotonic() - self._first[0]) / (state.global_step - self._first[1])
+            words.append(f"{_left(seconds, state.max_steps - state.global_step)} left")
+        logger.info("step %d/%d: %s", state.global_step, state.max_steps, ", ".join(words))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+
+def _left(seconds: float, steps: int) -> str:
+    return tqdm.format_interval(seconds * max(steps, 0))

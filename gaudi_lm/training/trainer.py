@@ -10,7 +10,7 @@ import torch
 from optimum.habana import GaudiTrainer
 from peft import PeftType
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, SaveStrategy, TrainOutput
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
@@ -24,7 +24,7 @@ from gaudi_lm.modeling.patches import average_gradients, complete_generation_con
 from gaudi_lm.training.device_metrics import DeviceMetrics
 from gaudi_lm.training.evaluation import EvaluatingTrainer
 from gaudi_lm.training.metrics import Throughput
-from gaudi_lm.training.progress import LogLines, StepClock
+from gaudi_lm.training.progress import Progress, StepClock
 from gaudi_lm.training.sums import TrainingLoss
 
 logger = logging.getLogger("gaudi_lm")
@@ -49,12 +49,16 @@ class LMTrainer(EvaluatingTrainer):
         self.model_accepts_loss_kwargs = True
         self.throughput = Throughput(self.args.throughput_warmup_steps, self._synchronise)
         self._window = (0, 0, 0)
+        self.results: dict[str, float] = {}  # of the whole run, see :func:`gaudi_lm.training.outputs.report`
         self.device_metrics = DeviceMetrics(self.args.throughput_warmup_steps)
         adalora = getattr(self.model, "peft_type", None) == PeftType.ADALORA
         self.rank_reduction = RankReduction(self.model) if adalora else None
         loss = TrainingLoss(self.args.logging_nan_inf_filter, adds_orthogonality=adalora)
         # The clock waits for the card at the end of warm-up, before that step's figures of the card are read.
-        for callback in (StepClock(self), self.device_metrics, loss, *filter(None, [self.rank_reduction])):
+        self.progress = Progress(bars=not self.args.disable_tqdm)
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
+        ours = (StepClock(self), self.device_metrics, loss, self.rank_reduction, self.progress)
+        for callback in filter(None, ours):
             self.add_callback(callback)
         average_gradients(self.accelerator)
 
@@ -137,7 +141,10 @@ class LMTrainer(EvaluatingTrainer):
         return loss
 
     def train(self, *args, **kwargs) -> TrainOutput:
-        output = super().train(*args, **kwargs)
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self.progress.close()
         return output._replace(training_loss=output.metrics.get("train_loss", float("nan")))
 
     def _maybe_log_save_evaluate(
@@ -151,6 +158,7 @@ class LMTrainer(EvaluatingTrainer):
             if grad_norm is not None:
                 logs["grad_norm"] = float(grad_norm)
             logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
+            logs.update(self.throughput.since_last() | self.device_metrics.figures())
             self._globalstep_last_logged = self.state.global_step
             self.store_flos()
             self.log(logs, start_time=start_time)
@@ -172,11 +180,8 @@ class LMTrainer(EvaluatingTrainer):
             for name in ("loss", "samples_per_second", "steps_per_second", "tokens_per_second"):
                 logs.pop(f"train_{name}", None)
             logs.update(self.throughput.figures("train") | self.training_loss.result())
-        if self.args.device.type == "hpu":
-            super().log(logs, start_time, end_time)
-        else:
-            # GaudiTrainer asks the card for its memory, which a CPU run does not have.
-            super(GaudiTrainer, self).log(logs, start_time)
+        # Not GaudiTrainer's own, which adds the memory of the card a second time, in names of its own.
+        super(GaudiTrainer, self).log(logs, start_time)
 
     def _save(self, output_dir=None, state_dict=None):
         if state_dict is None and self.args.device.type == "hpu":
@@ -248,7 +253,7 @@ def build_trainer(
         logger.info("Loss of %s language modelling by loss_func, from the full logits", objective)
     if training_args.device.type != "hpu":
         complete_generation_config()
-    trainer = trainer_class(
+    return trainer_class(
         model=model,
         objective=objective,
         gaudi_config=gaudi_config(training_args),
@@ -263,7 +268,3 @@ def build_trainer(
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=preprocess_logits_for_metrics,
     )
-    if training_args.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(LogLines)
-    return trainer
