@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
+
 from gaudi_lm.training.agreement import gather
 
 logger = logging.getLogger("gaudi_lm")
@@ -122,7 +124,10 @@ class Throughput:
 
 
 def save_loss_curve(history: list[dict], path: Path) -> bool:
-    """Draw training and evaluation loss over optimizer steps as a PNG picture.
+    """Draw losses and learning rate over optimizer steps as a PNG picture.
+
+    The line of the training loss is smoothed (its logged values are dots); evaluations are marks. Values that are not
+    finite are left out, and single peaks do not make the rest flat.
 
     Args:
         history: ``trainer.state.log_history``.
@@ -131,22 +136,40 @@ def save_loss_curve(history: list[dict], path: Path) -> bool:
     Returns:
         Whether there was anything to draw.
     """
-    train = [(row["step"], row["loss"]) for row in history if "loss" in row]
-    evaluation = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
-    if not train and not evaluation:
+    table = pd.DataFrame(history).reindex(columns=["step", "loss", "eval_loss", "learning_rate"]).set_index("step")
+    table = table.astype(float).replace([math.inf, -math.inf], math.nan)
+    loss, evaluation, rate = (table[name].dropna() for name in table)
+    if loss.empty and evaluation.empty:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for points, label, marker in ((train, "training", None), (evaluation, "evaluation", "o")):
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker or ("." if len(points) == 1 else None))
+    smooth = loss.rolling(1 + len(loss) // 100 * 2 + 2 * (len(loss) > 20), center=True, min_periods=1).mean()
+    dense = len(loss) > 2000
+    axes.plot(loss, ".", color="lightsteelblue", markersize=1 if dense else 5, alpha=0.3 if dense else 1)
+    lines = [] if loss.empty else axes.plot(smooth, color="C0", marker=None if len(loss) > 1 else ".", label="training")
+    if not evaluation.empty:
+        lines += axes.plot(evaluation, color="C1", marker="o" if len(evaluation) <= 50 else ".", label="evaluation")
+    shown = pd.concat([loss.quantile([0.002, 0.99]), smooth[len(smooth) // 50 :], evaluation]).dropna()
+    margin = 0.05 * (shown.max() - shown.min()) or 0.05
+    axes.set_ylim(shown.min() - margin, shown.max() + margin)
+    if not rate.empty:
+        right = axes.twinx()
+        lines += right.plot(rate, color="0.6", linestyle="--", linewidth=1, label="learning rate")
+        right.set_ylim(0)
+        right.set_ylabel("learning rate")
+        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes.set_zorder(right.get_zorder() + 1)  # the losses lie on top
+        axes.patch.set_visible(False)
     axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(handles=lines)
     figure.savefig(path, dpi=120)
     return True
