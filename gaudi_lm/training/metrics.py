@@ -151,7 +151,8 @@ def save_loss_curve(history: list[dict], path: Path) -> bool:
     smooth = loss.rolling(1 + len(loss) // 100 * 2 + 2 * (len(loss) > 20), center=True, min_periods=1).mean()
     dense = len(loss) > 2000
     axes.plot(loss, ".", color="lightsteelblue", markersize=1 if dense else 5, alpha=0.3 if dense else 1)
-    lines = [] if loss.empty else axes.plot(smooth, color="C0", marker=None if len(loss) > 1 else ".", label="training")
+    marker = "." if len(loss) == 1 else None
+    lines = [] if loss.empty else axes.plot(smooth, color="C0", marker=marker, label="training")
     if not evaluation.empty:
         lines += axes.plot(evaluation, color="C1", marker="o" if len(evaluation) <= 50 else ".", label="evaluation")
     shown = pd.concat([loss.quantile([0.002, 0.99]), smooth[len(smooth) // 50 :], evaluation]).dropna()
