@@ -19,7 +19,6 @@ from gaudi_lm.device import UserError, choose_card, run_script
 choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
 
 from transformers import AutoModelForCausalLM
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from gaudi_lm.arguments.definitions import DataArguments, LMTrainingArguments, ModelArguments
 from gaudi_lm.arguments.parsing import parse
@@ -28,17 +27,26 @@ from gaudi_lm.data.loading import load_raw
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
 from gaudi_lm.data.prompts import check_tokenizer, find_format
 from gaudi_lm.data.ragged import padded_lengths
-from gaudi_lm.modeling.adapters import (
-    TARGET_FLAGS,
-    AdapterArguments,
-    adapter_config,
-    add_adapter,
-    load_adapter,
-)
+from gaudi_lm.modeling.adapters import TARGET_FLAGS, AdapterArguments, adapter_config, add_adapter, load_adapter
 from gaudi_lm.modeling.loading import length_limit, load_config, load_model, load_tokenizer
-from gaudi_lm.training.merging import check_mergeable, save_merged
+from gaudi_lm.training.merging import check_base_model, save_merged
 from gaudi_lm.training.outputs import find_checkpoint, report, save, set_up, write_card
 from gaudi_lm.training.trainer import build_trainer
+
+# The prompts of Stanford Alpaca (Taori et al. 2023), which many instruction models were tuned with.
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+SQL = (
+    "Answer the question about a database with one SQL query. The context holds the statements that made its "
+    "tables.\n\n### Question:\n{instruction}\n\n### Context:\n{input}\n\n### SQL:"
+)
 
 
 @dataclass
@@ -57,17 +65,6 @@ class LoraModelArguments(ModelArguments):
     merge_adapter: bool = field(
         default=False, metadata={"help": "Also write the whole model, the adapter merged in, to OUTPUT_DIR/merged."}
     )
-
-    def check(self, peft_type: str, do_train: bool) -> None:
-        """Refuse what cannot work, by the flag's name."""
-        if self.model_name_or_path is None:
-            raise UserError("no model: an adapter is tuned on top of one, give --model_name_or_path")
-        zero3 = is_deepspeed_zero3_enabled()
-        if self.merge_adapter:
-            check_mergeable(self.adapter_name_or_path, peft_type, do_train)
-        if zero3 and (self.merge_adapter or self.load_meta_device):
-            flag = "--merge_adapter" if self.merge_adapter else "--load_meta_device"
-            raise UserError(f"{flag}: DeepSpeed ZeRO-3 places the weights itself, and does not allow it")
 
 
 @dataclass
@@ -121,6 +118,12 @@ class LoraDataArguments(DataArguments):
                 raise UserError(f"--{left} and --{right} exclude each other")
 
 
+def format_example(row: dict[str, str], sql: bool = False) -> tuple[str, str]:
+    """Prompt and response of a row, from its ``instruction``, ``input`` (blank where there is none) and ``output``."""
+    template = SQL if sql else WITH_INPUT if row["input"].strip() else WITHOUT_INPUT
+    return template.format(**row), row["output"]
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns all metrics."""
     # Arguments
@@ -128,7 +131,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         argv, LoraModelArguments, LoraDataArguments, AdapterArguments, LMTrainingArguments
     )
     data_args.check(training_args.max_steps)
-    model_args.check(adapter_args.peft_type, training_args.do_train)
+    check_base_model(model_args, adapter_args.peft_type, training_args.do_train)
     adapter = adapter_config(adapter_args)
 
     # Set-up
@@ -162,6 +165,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for split, examples in raw.items():
             rows[split] = tokenise_examples(
                 examples, formats[split], tokenizer, max_length,
+                format_example=partial(format_example, sql=data_args.sql_prompt),
                 train_on_inputs=data_args.train_on_inputs,
                 concatenate=data_args.dataset_concatenation,
                 limit=limits[split],
@@ -188,13 +192,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # Trainer
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    lengths = []
-    if data_args.pad_to_max_length:
-        lengths = [max_length]
-    elif training_args.device.type == "hpu" and not data_args.dataset_concatenation:
-        random_rows = 1 if training_args.group_by_length else training_args.per_device_train_batch_size
-        lengths = padded_lengths(rows.values(), random_rows, max_length)
-        logger.info("batches are padded to one of the lengths %s", lengths)
+    full = data_args.pad_to_max_length or data_args.dataset_concatenation
+    lengths = padded_lengths(rows.values(), max_length, full, training_args)
     collator = partial(collate_examples, padding=padding, lengths=lengths)
     if data_args.pack_sequences:
         step = training_args.rows_per_step

@@ -18,16 +18,17 @@ from gaudi_lm.device import UserError, choose_card, run_script
 
 choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
 
+import pyarrow as pa
 from datasets import Dataset
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from gaudi_lm.arguments.definitions import DataArguments, LMTrainingArguments, ModelArguments
 from gaudi_lm.arguments.parsing import parse
-from gaudi_lm.data.blocks import group_into_blocks, tokenise
-from gaudi_lm.data.columns import text_column
+from gaudi_lm.data.blocks import group_into_blocks, map_rows, to_list_array, tokenise
+from gaudi_lm.data.columns import text_column, texts_of
 from gaudi_lm.data.loading import load_raw
 from gaudi_lm.data.masked_token_budget import default_budget
-from gaudi_lm.data.masking import MaskingCollator, make_lines, sequence_ends
+from gaudi_lm.data.masking import MaskingCollator, encode_lines, sequence_ends
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
 from gaudi_lm.data.ragged import padded_lengths
 from gaudi_lm.data.streams import StreamedBlocks, StreamedLines, rank_share
@@ -104,6 +105,26 @@ def make_blocks(
     return group_into_blocks(tokens, size, max_blocks=limit, split=split)
 
 
+def make_lines(
+    texts: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    size: int,
+    limit: int | None,
+    split: str,
+    **options,
+) -> Dataset:
+    """Tokenise each text that is not blank on its own, its two ends included, at most ``size`` tokens."""
+
+    def encode_rows(table: pa.Table) -> pa.Table:
+        return pa.table({"input_ids": to_list_array(*encode_lines(texts_of(table, column), tokenizer, size))})
+
+    lines = map_rows(texts, encode_rows, wanted=limit, **options)
+    if not len(lines):
+        raise UserError(f"the {split} data has only blank rows in column {column!r}")
+    return lines.take(len(lines) if limit is None else min(limit, len(lines)))
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns all metrics."""
     # Arguments
@@ -166,6 +187,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     collator = MaskingCollator(
         tokenizer,
         script_args.mlm_probability,
+        mask_share=0.8,
+        random_share=0.1,
         # Ranks of a stream number their rows alike.
         seed=(training_args.seed, training_args.process_index if data_args.streaming else 0),
         masked_token_budget=None if script_args.max_predictions_per_seq == 0 else script_args.masked_token_budget,
@@ -173,12 +196,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if script_args.pack_sequences:
         collator.assemble = PackedCollator.for_model(model, tokenizer.pad_token_id, max_length)
     elif script_args.line_by_line:
-        if script_args.pad_to_max_length:
-            collator.lengths = [max_length]
-        elif training_args.device.type == "hpu":
-            random_rows = 1 if training_args.group_by_length else training_args.per_device_train_batch_size
-            collator.lengths = padded_lengths(rows.values(), random_rows, max_length)
-            logger.info("batches are padded to one of the lengths %s", collator.lengths)
+        collator.lengths = padded_lengths(rows.values(), max_length, script_args.pad_to_max_length, training_args)
     else:
         collator.start, collator.end = start, end
 
@@ -217,12 +235,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # Card
     if training_args.do_train:
-        write_card(
-            trainer,
-            task="fill-mask",
-            base_model=model_args.model_name_or_path,
-            data=data_args.described(),
-        )
+        write_card(trainer, task="fill-mask", base_model=model_args.model_name_or_path, data=data_args.described())
     logger.info("done")
     return metrics
 

@@ -121,19 +121,25 @@ def instructions(rows: int = 200_000, rounds: int = 1) -> None:
 
     Its memory is that of two more processes, one with a tenth of the examples.
     """
-    from gaudi_lm.data.instructions import tokenise_examples
-    from gaudi_lm.data.prompts import fill_prompts, find_format
+    sys.argv = ["run_lora_clm.py", "--use_cpu"]
+    from gaudi_lm.data.prompts import example_parts, find_format
+    from run_lora_clm import format_example, tokenise_examples
 
     disable_caching()
     disable_progress_bars()
     tokenizer = make_tokenizer()
     dataset = Dataset.from_dict(alpaca_like(rows))
     example_format = find_format(dataset)
-    prompts = fill_prompts(dataset.with_format("arrow")[:], example_format)
-    answers = dataset["output"][:]
+    parts = example_parts(dataset.with_format("arrow")[:], example_format)
+    prompts, answers = zip(*map(format_example, parts), strict=True)
 
     def ours():
-        options = INSTRUCTIONS | {"num_proc": None, "use_cache": False, "keep_in_memory": True}
+        options = INSTRUCTIONS | {
+            "format_example": format_example,
+            "num_proc": None,
+            "use_cache": False,
+            "keep_in_memory": True,
+        }
         tokenise_examples(dataset, example_format, tokenizer, 512, **options)
 
     def encode_batch():
@@ -196,16 +202,18 @@ def _prepare_instructions(rows: int, folder: str, connection) -> None:
     sys.argv = ["run_lora_clm.py", "--use_cpu"]
     from gaudi_lm.arguments.definitions import DataArguments, ModelArguments
     from gaudi_lm.data.blocks import count_tokens
-    from gaudi_lm.data.instructions import tokenise_examples
     from gaudi_lm.data.loading import load_raw
     from gaudi_lm.data.prompts import find_format
+    from run_lora_clm import format_example, tokenise_examples
 
     disable_progress_bars()
     data_args = DataArguments(train_file=f"{folder}/{rows}.jsonl")
     examples = load_raw(data_args, ModelArguments(cache_dir=folder), True, False)["train"]
     tokenizer = make_tokenizer()
     with _OwnMemory() as memory:
-        found = tokenise_examples(examples, find_format(examples), tokenizer, 512, **INSTRUCTIONS)
+        found = tokenise_examples(
+            examples, find_format(examples), tokenizer, 512, format_example=format_example, **INSTRUCTIONS
+        )
     connection.send((memory.peak, count_tokens(found)))
 
 

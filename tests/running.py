@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import json
 import os
 import pty
@@ -13,9 +14,11 @@ import struct
 import subprocess
 import sys
 import termios
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pyte
 import warm
@@ -23,6 +26,12 @@ import warm
 from gaudi_lm.device import UserError, _card_flags, expand_config_file
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_script(name: str) -> ModuleType:
+    """A script such as ``run_lora_clm`` as a module, for its functions."""
+    with unittest.mock.patch.object(sys, "argv", [f"{name}.py", "--use_cpu"]):
+        return importlib.import_module(name)
 
 
 def environment(**changes: str) -> dict[str, str]:

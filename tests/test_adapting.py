@@ -1,5 +1,6 @@
 """docs/adapting.md: each diff applies to its script, and the result does what the page says."""
 
+import json
 import subprocess
 
 import pytest
@@ -30,17 +31,29 @@ def adapted(folder, word: str):
 
 
 def test_each_diff_is_short():
-    assert len(DIFFS) == 6
+    assert len(DIFFS) == 7
     for diff in DIFFS:
         assert len(diff.splitlines()) <= 15, diff
         assert (REPOSITORY / diff.split("\n")[0].removeprefix("--- a/")).exists()
 
 
 def test_other_data(instructions, tmp_path):
-    script = adapted(tmp_path / "mine", "format_example")
+    script = adapted(tmp_path / "mine", "Question: ")
     flags = [*common(instructions, tmp_path / "out"), "--do_train", "--max_steps", 2, "--use_cpu"]
     log = run(script, *flags, "--train_on_inputs", "False").stderr
     assert "Question: Explain" in log and ">>>" in log
+    assert results(tmp_path / "out")["train_loss"] > 0
+
+
+def test_other_columns(instructions, tmp_path):
+    rows = [json.loads(line) for line in instructions.train.read_text().splitlines()]
+    lines = [json.dumps({"title": row["instruction"], "body": row["output"], "id": 7}) for row in rows]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    script = adapted(tmp_path / "mine", "read_row")
+    flags = [*common(instructions, tmp_path / "out"), "--do_train", "--max_steps", 2, "--use_cpu"]
+    flags[flags.index("--train_file") + 1] = tmp_path / "train.jsonl"
+    log = run(script, *flags).stderr
+    assert "what is it?" in log and "### Response:" in log
     assert results(tmp_path / "out")["train_loss"] > 0
 
 

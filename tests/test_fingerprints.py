@@ -10,17 +10,17 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from datasets import Dataset
-from running import copy_elsewhere, environment, run, run_ranks
+from running import copy_elsewhere, environment, load_script, run, run_ranks
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
-from gaudi_lm.data import blocks, masking, prompts
+from gaudi_lm.data import blocks, masking
 from gaudi_lm.data.blocks import map_rows, tokenise
 from gaudi_lm.data.fingerprints import fingerprint
 from gaudi_lm.data.instructions import tokenise_examples
-from gaudi_lm.data.masking import make_lines
 from gaudi_lm.data.prompts import find_format
 
+LORA, MLM = load_script("run_lora_clm"), load_script("run_mlm")
 SOURCE = """
 import re
 
@@ -190,12 +190,13 @@ def examples(rows: Dataset, tokenizer, **style) -> Dataset:
     rows = rows.remove_columns("text")
     form = find_format(rows, **style)
     options = {"train_on_inputs": False, "concatenate": False, "limit": None, "split": "train"}
+    options["format_example"] = LORA.format_example
     return tokenise_examples(rows, form, tokenizer, 256, **options)
 
 
 MAKERS = {
     "blocks": lambda rows, tokenizer: tokenise(rows, tokenizer, "text"),
-    "lines": lambda rows, tokenizer: make_lines(rows, tokenizer, "text", 32, None, "train"),
+    "lines": lambda rows, tokenizer: MLM.make_lines(rows, tokenizer, "text", 32, None, "train"),
     "instructions": examples,
     "chat": lambda rows, tokenizer: examples(rows, tokenizer, chat_prompt=True),
 }
@@ -211,7 +212,7 @@ def test_a_result_is_found_again(on_disk, assets, masked_assets, instructions, m
     assert first.cache_files and again.cache_files == first.cache_files
     assert MAKERS[make](on_disk, tokenizer).cache_files == first.cache_files, "after its first use"
     if make == "instructions":
-        monkeypatch.setattr(prompts, "WITHOUT_INPUT", "Do this: {instruction}\n")
+        monkeypatch.setattr(LORA, "WITHOUT_INPUT", "Do this: {instruction}\n")
     elif make == "chat":
         tokenizer.chat_template = tokenizer.chat_template.replace("<|", "[").replace("|>", "]")
     else:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from running import copy_elsewhere, environment, losses, run, run_many, run_several
+from running import copy_elsewhere, environment, load_script, losses, run, run_many, run_several
 
 from gaudi_lm.data.instructions import collate_examples, tokenise_examples
 from gaudi_lm.data.prompts import find_format
@@ -128,7 +128,15 @@ def test_resume_is_exact_and_equals_a_plain_loop(instructions, tmp_path):
     data = Dataset.from_json(str(instructions.train), cache_dir=str(tmp_path / "cache"))
     rows = list(
         tokenise_examples(
-            data, find_format(data), tokenizer, 128, train_on_inputs=False, concatenate=False, limit=24, split="train"
+            data,
+            find_format(data),
+            tokenizer,
+            128,
+            train_on_inputs=False,
+            concatenate=False,
+            limit=24,
+            split="train",
+            format_example=load_script("run_lora_clm").format_example,
         ).with_format("numpy")
     )
     set_seed(3)

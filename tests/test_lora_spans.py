@@ -3,11 +3,14 @@
 Tokens are words here, so that the tables can be read: an untrained word stands as it is, a trained one between stars.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from running import load_script
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -18,9 +21,10 @@ from gaudi_lm.data.instructions import (
     tokenise_examples,
 )
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
-from gaudi_lm.data.prompts import SQL, WITH_INPUT, WITHOUT_INPUT, ExampleFormat, find_format
+from gaudi_lm.data.prompts import ExampleFormat, find_format
 from gaudi_lm.device import UserError
 
+LORA = load_script("run_lora_clm")
 CHAT = "<bos> {% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {{ eos_token }} {% endfor %}" + (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
@@ -29,7 +33,7 @@ CHAT = "<bos> {% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {{ eos
 def make_tokenizer(pad: str | None = None) -> PreTrainedTokenizerFast:
     """Words at spaces, a start before each text; the padding token is the EOS where `pad` says so."""
     words = {"<bos>": 0, "<eos>": 1, "<pad>": 2, "<unk>": 3}
-    text = " ".join([WITH_INPUT, WITHOUT_INPUT, SQL, "<user> <assistant> <system> a b c d e f g h"])
+    text = " ".join([LORA.WITH_INPUT, LORA.WITHOUT_INPUT, LORA.SQL, "<user> <assistant> <system> a b c d e f g h"])
     for part in ("{instruction}", "{input}"):
         text = text.replace(part, " ")
     for word in text.split():
@@ -58,6 +62,7 @@ def spans(tokenizer, examples: list[dict], max_length: int = 200, inputs: bool =
     rows = tokenise_examples(
         data, find_format(data, **flags), tokenizer, max_length,
         train_on_inputs=inputs, concatenate=concatenate, limit=None, split="train",
+        format_example=partial(LORA.format_example, sql="sql_prompt" in flags),
     )  # fmt: skip
     return [words(tokenizer, row["input_ids"], row["labels"]) for row in rows.with_format("numpy")]
 
@@ -106,6 +111,7 @@ def test_padded(pad):
         concatenate=False,
         limit=None,
         split="t",
+        format_example=LORA.format_example,
     ).with_format("numpy")
     padding = tokenizer.pad_token_id if pad else tokenizer.eos_token_id
     batch = collate_examples(list(rows), padding, lengths=[40])
@@ -134,7 +140,15 @@ def test_packed():
     tokenizer = make_tokenizer("<eos>")
     data = Dataset.from_list(ALPACA)
     rows = tokenise_examples(
-        data, find_format(data), tokenizer, 64, train_on_inputs=False, concatenate=False, limit=None, split="train"
+        data,
+        find_format(data),
+        tokenizer,
+        64,
+        train_on_inputs=False,
+        concatenate=False,
+        limit=None,
+        split="train",
+        format_example=LORA.format_example,
     )
     packed = pack_sequences(rows, 64).with_format("numpy")
     batch = PackedCollator(length=64, pad_token_id=1, causal=True)(list(packed))

@@ -9,13 +9,14 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from running import copy_elsewhere, environment, losses, results, run, run_many, run_several
+from running import copy_elsewhere, environment, load_script, losses, results, run, run_many, run_several
 from transformers import AutoTokenizer
 
 from gaudi_lm.data.masked_token_budget import default_budget
-from gaudi_lm.data.masking import MaskingCollator, encode_lines, make_lines, sequence_ends
+from gaudi_lm.data.masking import MaskingCollator, encode_lines, sequence_ends
 from gaudi_lm.data.ragged import bucket_lengths, join_rows, pad_rows, shorten_rows
 
+MLM = load_script("run_mlm")
 FAMILIES = ["bert", "roberta", "distilbert", "albert"]
 
 
@@ -90,13 +91,13 @@ def test_surplus_masks_are_undone_and_counted(tokenizer):
 def test_lines_are_whole_sequences(tokenizer):
     texts = ["one two three", "", "   \n", "a longer line of many words that does not fit\n", "\n", "end"]
     data = Dataset.from_dict({"other": list(range(6)), "text": texts})
-    rows = make_lines(data, tokenizer, "text", 10, None, "train")
+    rows = MLM.make_lines(data, tokenizer, "text", 10, None, "train")
     assert rows.column_names == ["input_ids"]
     content = [
         tokenizer(text.rstrip("\n"), add_special_tokens=False)["input_ids"][:8] for text in texts if text.strip()
     ]
     assert rows.with_format(None)["input_ids"][:] == [[0, *line, 2] for line in content]
-    assert len(make_lines(data, tokenizer, "text", 10, 2, "train")) == 2
+    assert len(MLM.make_lines(data, tokenizer, "text", 10, 2, "train")) == 2
     tokens, lengths = encode_lines(["x"], tokenizer, 10)
     assert tokens.tolist() == [0, *tokenizer("x", add_special_tokens=False)["input_ids"], 2] and lengths.tolist() == [
         3

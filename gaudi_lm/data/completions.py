@@ -8,6 +8,7 @@ before the answer or ends behind it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gaudi_lm.data.chat_templates import ChatTemplate
 from gaudi_lm.data.conversations import ConversationError
-from gaudi_lm.data.prompts import ExampleFormat, conversation, fill_prompts, refused_values, text_of
+from gaudi_lm.data.prompts import ExampleFormat, conversation, example_parts, refused_values, text_of
 from gaudi_lm.data.ragged import join_rows
 from gaudi_lm.data.tokenization import encode, special_ends
 
@@ -47,12 +48,14 @@ def encode_examples(
     tokenizer: PreTrainedTokenizerBase,
     features: Features,
     template: ChatTemplate | None = None,
+    format_example: Callable[[dict[str, str]], tuple[str, str]] | None = None,
 ) -> EncodedRows:
     """Tokenise examples.
 
     Args:
         features: of the columns of the table.
         template: the tokenizer's, for the styles ``chat`` and ``messages``.
+        format_example: prompt and response of a row, for the styles ``instruction`` and ``sql``.
     """
     if example_format.style in ("chat", "messages"):
         return encode_conversations(table, example_format, tokenizer, features, template)
@@ -62,10 +65,8 @@ def encode_examples(
             start, encode(tokenizer, text_of(table, example_format.columns["text"]).to_pylist(), False)
         )
     else:
-        prompts, answers = (
-            fill_prompts(table, example_format),
-            text_of(table, example_format.columns["output"]).to_pylist(),
-        )
+        pairs = [format_example(row) for row in example_parts(table, example_format)]
+        prompts, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
         tokens, lengths = encode(tokenizer, prompts + answers, add_special_tokens=False)
         border = int(lengths[: len(prompts)].sum())
         prompt, answer = (~tokens[:border], lengths[: len(prompts)]), (tokens[border:], lengths[len(prompts) :])

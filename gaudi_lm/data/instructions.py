@@ -8,7 +8,7 @@ negative.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -89,6 +89,7 @@ def tokenise_examples(
     concatenate: bool,
     limit: int | None,
     split: str,
+    format_example: Callable[[dict[str, str]], tuple[str, str]] | None = None,
     stop_ids: int | list[int] | None = None,
     **options,
 ) -> Dataset:
@@ -97,6 +98,8 @@ def tokenise_examples(
     Args:
         max_length: longest row, or with ``concatenate`` the size of the blocks; an example may then span two blocks.
         limit: use at most so many examples, or blocks; no more is tokenised than they need.
+        format_example: from ``instruction``, ``input`` and ``output``, prompt and response; where no chat template
+            writes them.
         stop_ids: see :class:`gaudi_lm.data.chat_templates.ChatTemplate`.
         options: passed to :func:`gaudi_lm.data.blocks.map_rows`.
 
@@ -109,7 +112,7 @@ def tokenise_examples(
     features = dataset.features
 
     def encode_rows(table: pa.Table) -> pa.Table:
-        encoded = encode_examples(table, example_format, tokenizer, features, template)
+        encoded = encode_examples(table, example_format, tokenizer, features, template, format_example)
         tokens, lengths = finish_rows(
             encoded.tokens, encoded.lengths, encoded.ends, longest, train_on_inputs, example_format.style != "text",
             encoded.closed,

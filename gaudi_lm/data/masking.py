@@ -6,13 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from gaudi_lm.data.blocks import map_rows, to_list_array
-from gaudi_lm.data.columns import texts_of
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, limit_predictions
 from gaudi_lm.data.ragged import join_rows, pad_rows, shorten_rows
 from gaudi_lm.data.tokenization import encode, special_ends
@@ -51,41 +47,18 @@ def encode_lines(
     return join_rows(start, shorten_rows(*content, max_length - len(start) - len(end)), end)
 
 
-def make_lines(
-    texts: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    column: str,
-    size: int,
-    limit: int | None,
-    split: str,
-    **options,
-) -> Dataset:
-    """Tokenise each text on its own, ends included, at most ``size`` tokens; blank ones are left out.
-
-    Raises:
-        UserError: all are blank.
-    """
-
-    def encode_rows(table: pa.Table) -> pa.Table:
-        texts = texts_of(table, column)
-        return pa.table({"input_ids": to_list_array(*encode_lines(texts, tokenizer, size))})
-
-    rows = map_rows(texts, encode_rows, wanted=limit, **options)
-    if not len(rows):
-        raise UserError(f"the {split} data has only blank rows in column {column!r}")
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
-
-
 @dataclass
 class MaskingCollator:
     """Rows to a batch with fresh masks.
 
-    Each token that is not special is chosen with ``probability``; of the chosen, 80% become the mask token, 10% a
-    random ordinary token, 10% stay (Devlin et al. 2019). What is drawn for a row depends on ``seed``, the row's
-    ``sample_id`` and nothing else: not on the batch it is in, its padding, the process, or what was drawn before.
+    Each token that is not special is chosen with ``probability``; of the chosen, a share becomes the mask token,
+    another a random ordinary token, and the rest stays (Devlin et al. 2019: 80%, 10%, 10%). What is drawn for a row
+    depends on ``seed``, the row's ``sample_id`` and nothing else: not on the batch it is in, its padding, the process,
+    or what was drawn before.
 
     Attributes:
         tokenizer: one with a mask token.
+        mask_share, random_share: of the chosen tokens.
         seed: whole numbers that are the same for a whole run.
         start, end: tokens put around each row, where the rows do not have them yet.
         lengths: rising lengths of which the smallest that fits is padded to; none to pad to the longest row.
@@ -99,6 +72,8 @@ class MaskingCollator:
     tokenizer: PreTrainedTokenizerBase
     probability: float
     seed: tuple[int, ...]
+    mask_share: float = 0.8
+    random_share: float = 0.1
     start: list[int] = field(default_factory=list)
     end: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -150,5 +125,5 @@ class MaskingCollator:
         chosen = (noise[..., 0] < self.probability) & ~self._special[input_ids]
         labels = np.where(chosen, input_ids, IGNORE_INDEX)
         random_tokens = self._ordinary[(noise[..., 2] * len(self._ordinary)).astype(np.int64)]
-        masked = np.where(chosen & (noise[..., 1] < 0.8), self.tokenizer.mask_token_id, input_ids)
-        return np.where(chosen & (noise[..., 1] >= 0.9), random_tokens, masked), labels
+        masked = np.where(chosen & (noise[..., 1] < self.mask_share), self.tokenizer.mask_token_id, input_ids)
+        return np.where(chosen & (noise[..., 1] >= 1 - self.random_share), random_tokens, masked), labels

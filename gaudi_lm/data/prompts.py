@@ -14,22 +14,6 @@ from gaudi_lm.data.columns import spell, values_of
 from gaudi_lm.data.conversations import is_conversation, read_messages, read_tools
 from gaudi_lm.device import UserError
 
-# The prompts of Stanford Alpaca (Taori et al. 2023), which many instruction models were tuned with.
-WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-SQL = (
-    "Answer the question about a database with one SQL query. The context holds the statements that made its "
-    "tables.\n\n### Question:\n{instruction}\n\n### Context:\n{input}\n\n### SQL:"
-)
-
-
 # The columns that people give these parts, the first one that is there is taken.
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "chat")
 INSTRUCTIONS = ("instruction", "prompt", "question", "query")
@@ -176,25 +160,10 @@ def refused_values(table: pa.Table, example_format: ExampleFormat) -> list[str |
     return problems
 
 
-def fill_prompts(table: pa.Table, example_format: ExampleFormat) -> list[str]:
-    """The prompts of a table in the style ``instruction`` or ``sql``; a blank input counts as none."""
-
-    def fill(template: str, **columns: pa.Array) -> pa.Array:
-        pieces = template.replace("}", "{").split("{")
-        texts = [pa.scalar(piece, pa.large_string()) for piece in [*pieces, ""]]
-        return pc.binary_join_element_wise(
-            *(columns[piece] if index % 2 else texts[index] for index, piece in enumerate(pieces)), texts[-1]
-        )
-
-    instruction = text_of(table, example_format.columns["instruction"])
-    if "input" not in example_format.columns:
-        return fill(WITHOUT_INPUT, instruction=instruction).to_pylist()
-    given = text_of(table, example_format.columns["input"])
-    if example_format.style == "sql":
-        return fill(SQL, instruction=instruction, input=given).to_pylist()
-    blank = pc.equal(pc.utf8_trim_whitespace(given), "")
-    without = fill(WITHOUT_INPUT, instruction=instruction)
-    return pc.if_else(blank, without, fill(WITH_INPUT, instruction=instruction, input=given)).to_pylist()
+def example_parts(table: pa.Table, example_format: ExampleFormat) -> list[dict[str, str]]:
+    """``instruction``, ``input`` and ``output`` of each row of a table; a row without an input has a blank one."""
+    columns = {part: text_of(table, column).to_pylist() for part, column in example_format.columns.items()}
+    return [{"input": "", **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 
 
 def conversation(row: dict[str, Any], example_format: ExampleFormat) -> tuple[list[dict], list[dict] | None, int]:

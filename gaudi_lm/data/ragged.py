@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
+
+from gaudi_lm.arguments.definitions import LMTrainingArguments
+
+logger = logging.getLogger("gaudi_lm")
 
 
 def join_rows(*parts: tuple[np.ndarray, np.ndarray] | list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -72,16 +77,27 @@ def bucket_lengths(lengths: np.ndarray, batch_size: int, max_length: int, count:
     return chosen[-1]
 
 
-def padded_lengths(splits: Iterable, batch_size: int, max_length: int) -> list[int]:
-    """At most four lengths to pad batches to, so that a card compiles few graphs.
+def padded_lengths(splits: Iterable, max_length: int, pad_to_max_length: bool, args: LMTrainingArguments) -> list[int]:
+    """The lengths to pad batches to: on a card at most four, so that it compiles few graphs.
 
     Args:
         splits: datasets with ``input_ids``, or streams, whose lengths are not known.
+
+    Returns:
+        Rising lengths; none where a batch is padded to its longest row.
     """
-    if not all(isinstance(split, Dataset) for split in splits):
-        return sorted({-(-max_length * part // 4) for part in (1, 2, 3, 4)})
-    lengths = [pc.list_value_length(split.with_format("arrow")[:]["input_ids"]).to_numpy() for split in splits]
-    return bucket_lengths(np.concatenate(lengths), batch_size, max_length)
+    if pad_to_max_length:
+        return [max_length]
+    if args.device.type != "hpu":
+        return []
+    if all(isinstance(split, Dataset) for split in splits):
+        rows = [pc.list_value_length(split.with_format("arrow")[:]["input_ids"]).to_numpy() for split in splits]
+        random_rows = 1 if args.group_by_length else args.per_device_train_batch_size
+        lengths = bucket_lengths(np.concatenate(rows), random_rows, max_length)
+    else:
+        lengths = sorted({-(-max_length * part // 4) for part in (1, 2, 3, 4)})
+    logger.info("batches are padded to one of the lengths %s", lengths)
+    return lengths
 
 
 def pad_rows(

@@ -9,7 +9,9 @@ import torch
 from peft import PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from gaudi_lm.arguments.definitions import ModelArguments
 from gaudi_lm.data.memory import host_copies
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import saved_config
@@ -18,12 +20,24 @@ from gaudi_lm.training.trainer import LMTrainer
 logger = logging.getLogger("gaudi_lm")
 
 
-def check_mergeable(name: str | None, peft_type: str, do_train: bool) -> None:
-    """Before anything is trained: whether the adapter, a saved one or a new one of this kind, can be merged.
+def check_base_model(model_args: ModelArguments, peft_type: str, do_train: bool) -> None:
+    """Before anything is trained: whether there is a model, and the adapter can be merged into it.
+
+    Args:
+        model_args: with ``adapter_name_or_path``, ``merge_adapter`` and ``load_meta_device``.
+        peft_type: of a new adapter.
 
     Raises:
-        UserError: it cannot, or there is none.
+        UserError: there is none, or ``--merge_adapter`` or ``--load_meta_device`` cannot be done.
     """
+    if model_args.model_name_or_path is None:
+        raise UserError("no model: an adapter is tuned on top of one, give --model_name_or_path")
+    if is_deepspeed_zero3_enabled() and (model_args.merge_adapter or model_args.load_meta_device):
+        flag = "--merge_adapter" if model_args.merge_adapter else "--load_meta_device"
+        raise UserError(f"{flag}: DeepSpeed ZeRO-3 places the weights itself, and does not allow it")
+    if not model_args.merge_adapter:
+        return
+    name = model_args.adapter_name_or_path
     if name is None and not do_train:
         raise UserError("--merge_adapter: no adapter; give --adapter_name_or_path, or --do_train to make one")
     if peft_type == "llama-adapter" if name is None else saved_config(name).peft_type == PeftType.ADAPTION_PROMPT:
