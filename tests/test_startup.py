@@ -4,6 +4,7 @@ import re
 
 import pytest
 from running import ROOT, run
+from simulated.cards import card_environment
 
 SCRIPTS = {
     "run_clm.py": ["model", "data", "this script", "training"],
@@ -38,12 +39,16 @@ def test_an_error_is_all_that_is_printed(tmp_path):
     assert re.fullmatch(r"error: [^\n]+\n", result.stderr)
 
 
-def test_a_run_on_the_cpu_prints_only_its_own_log(assets, tmp_path):
+@pytest.mark.parametrize("card", ["CPU", "simulated"])
+def test_a_run_prints_only_its_own_log(card, assets, tmp_path):
+    chosen = ["--use_cpu"] if card == "CPU" else ["--use_habana", "--use_lazy_mode"]
     result = run(
         "run_clm.py", "--model_name_or_path", assets.gpt2, "--train_file", assets.train, "--block_size", 32,
-        "--max_train_samples", 16, "--max_steps", 2, "--do_train", "--use_cpu", "--output_dir", tmp_path / "out",
-        fresh=True,
+        "--max_train_samples", 16, "--max_steps", 2, "--do_train", *chosen, "--output_dir", tmp_path / "out",
+        env={} if card == "CPU" else card_environment(), fresh=True,
     )  # fmt: skip
-    odd = [line for line in result.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line)]
+    said = result.stderr.splitlines()
+    assert card == "CPU" or said.pop(0).startswith("SIMULATED GAUDI: 1 card in host memory. ")
+    odd = [line for line in said if not re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line)]
     assert not odd
     assert not [line for line in result.stdout.splitlines() if not re.match(r"\{'\w+': |\*+ |  \w+ +=|$", line)]

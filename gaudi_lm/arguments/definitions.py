@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass, field, fields
@@ -202,7 +203,8 @@ class LMTrainingArguments(GaudiTrainingArguments):
         # The datasets hold only what the model takes.
         self.remove_unused_columns = False
         try:
-            super().__post_init__()
+            with contextlib.redirect_stdout(None):  # on a card this imports optimum-habana's models, which print
+                super().__post_init__()
         except (ValueError, AssertionError) as error:
             raise UserError(str(error)) from error
         differing = getattr(getattr(self, "hf_deepspeed_config", None), "mismatches", None)
@@ -242,6 +244,6 @@ class LMTrainingArguments(GaudiTrainingArguments):
         self.half_precision_backend = "cpu_amp"
 
     def _match_lazy_mode(self) -> None:
-        # runtime.choose_card has set the variable from the flags, unless the user's environment had it.
+        # device.choose_card has set the variable from the flags, unless the user's environment had it.
         if os.environ.get("PT_HPU_LAZY_MODE") == "0":
             self.use_lazy_mode = False
