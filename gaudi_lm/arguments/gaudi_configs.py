@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -21,7 +19,7 @@ BUNDLED = Path(__file__).with_name("bundled")
 
 
 def resolve_gaudi_config(name: str) -> str:
-    """A folder that holds ``gaudi_config.json``, from a folder, a file, a bundled name or a name on the hub.
+    """A Gaudi configuration as a path: a folder, a file, one that comes with the package, or one of the hub.
 
     The names that the documentation uses, ``Habana/gpt2`` and ``Habana/roberta-base``, come with the package: for them
     nobody asks the hub.
@@ -37,9 +35,7 @@ def resolve_gaudi_config(name: str) -> str:
         return name
     if path.is_file():
         _check(name, path)
-        folder = Path(tempfile.mkdtemp(prefix="gaudi_config_"))
-        shutil.copyfile(path, folder / "gaudi_config.json")
-        return str(folder)
+        return name
     if name in {str(file.parent.relative_to(BUNDLED)) for file in BUNDLED.glob("*/*/gaudi_config.json")}:
         return str(BUNDLED / name)
     try:
@@ -60,7 +56,7 @@ def _check(name: str, file: Path) -> None:
 def gaudi_config(training_args: GaudiTrainingArguments) -> GaudiConfig:
     """The Gaudi configuration of ``--gaudi_config_name``; without one, the fused optimizer and clipping on a card.
 
-    The fused optimizer is AdamW: another one that is asked for by ``--optim`` wins over it.
+    The fused optimizer is AdamW: another one that is asked for by ``--optim`` overrides it.
     """
     if training_args.gaudi_config_name:
         logger.info("Gaudi configuration: %s", training_args.gaudi_config_name)
