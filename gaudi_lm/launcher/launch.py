@@ -22,7 +22,6 @@ from gaudi_lm.launcher import plan, processes, supervise
 from gaudi_lm.launcher.hostfile import Host, read_hostfile
 from gaudi_lm.variables import STALE, matches, named_variables, rank_environment
 
-BINDINGS = ("socket", "slot", "none")
 USAGE = "gaudi_spawn.py [options] SCRIPT [the script's own flags]"
 
 
@@ -44,23 +43,21 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     def error(message: str) -> None:
         raise UserError(f"{message} (--help lists the options)")
 
-    def add(name: str, help: str, **how: object) -> None:
-        parser.add_argument(name, help=help, **how)
-
+    add = parser.add_argument
     parser.error = error
-    add("--world_size", "number of ranks, one card each (default: 1, or the hostfile's)", type=ranks, metavar="N")
-    add("--use_mpi", "start the ranks with Open MPI's mpirun, version 4 or 5", action="store_true")
-    add("--use_deepspeed", "start the ranks with DeepSpeed's launcher", action="store_true")
-    add("--hostfile", "several hosts: lines of '[user@]host slots=N', as DeepSpeed reads them", metavar="FILE")
-    add("--master_port", "port of rank 0 where the ranks meet (default: a free one)", type=port, metavar="PORT")
+    add("--world_size", help="number of ranks, one card each (default: 1, or the hostfile's)", type=ranks, metavar="N")
+    add("--use_mpi", help="start the ranks with Open MPI's mpirun, version 4 or 5", action="store_true")
+    add("--use_deepspeed", help="start the ranks with DeepSpeed's launcher", action="store_true")
+    add("--hostfile", help="several hosts: lines of '[user@]host slots=N', as DeepSpeed reads them", metavar="FILE")
+    add("--master_port", help="port of rank 0 where the ranks meet (default: a free one)", type=port, metavar="PORT")
     text = "an environment variable for all ranks on all hosts; again for more. PT_*, HABANA_*, HCCL_*, HF_*, OMP_* "
     text += "and paths go along by themselves, tokens, keys and passwords only when named here"
-    add("--env", text, action="append", default=[], metavar="NAME[=VALUE]")
-    add("--log_dir", "where the backend keeps the output of each rank, in files of its own naming", metavar="DIR")
-    add("--grace", "seconds between a signal and SIGKILL (default: 30)", type=seconds, default=30.0, metavar="S")
-    add("--map_by", "bind ranks to sockets or cores (default: none)", default="none", choices=BINDINGS)
-    add("--dry_run", "print hosts, ranks, cards, command and environment; start nothing", action="store_true")
-    add("script", "the script that every rank runs, with its own flags", nargs="?", metavar="SCRIPT")
+    add("--env", help=text, action="append", default=[], metavar="NAME[=VALUE]")
+    add("--log_dir", help="where the backend keeps the output of each rank, in files of its own naming", metavar="DIR")
+    add("--grace", help="seconds between a signal and SIGKILL (default: 30)", type=seconds, default=30.0, metavar="S")
+    add("--map_by", help="bind ranks (default: none)", default="none", choices=("socket", "slot", "none"))
+    add("--dry_run", help="print hosts, ranks, cards, command and environment; start nothing", action="store_true")
+    add("script", help="the script that every rank runs, with its own flags", nargs="?", metavar="SCRIPT")
     return parser
 
 

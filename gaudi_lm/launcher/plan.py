@@ -72,6 +72,7 @@ class Plan:
         meet = {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port)}
         job = {"script": self.script, "logs": f"; logs: {self.log_dir}" * bool(self.log_dir), "slots": 0}
         order = {"folder": folder, "cwd": os.getcwd(), "grace": self.grace, "backend": BACKENDS[self.backend]}
+        order["wait"] = 0.5 * (len(self.hosts) > 1)  # s until other hosts have told what was before a failure
         order |= {"commands": [], "job": {**job, "world_size": sum(host.slots for host in self.hosts), "environ": {}}}
         here, others, first_rank = dict(order), {}, 0
         for index, host in enumerate(self.hosts):

@@ -77,7 +77,7 @@ def kill_descendants(seconds: float = 5.0) -> None:
 
 
 def report(folder: str, name: str, **what: object) -> None:
-    """Tell the supervisor that this process is there, or how it ends: ``status``, ``what``, ``stopped``."""
+    """Tell the supervisor that this process is there, is ``stopped``, or how it ends: ``status`` and ``what``."""
     with contextlib.suppress(FileNotFoundError):  # the job is over
         Path(folder, f".{name}").write_text(json.dumps({"pid": os.getpid(), "time": time.monotonic(), **what}))
         os.rename(f"{folder}/.{name}", f"{folder}/{name}.report")

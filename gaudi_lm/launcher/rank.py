@@ -45,13 +45,13 @@ def main() -> int:
         if number == signal.SIGCHLD:
             ended = processes.reap()
         else:
-            stopped = True
+            processes.report(where, name, stopped=(stopped := True))  # before a backend kills this process too
             # To the script alone: its data loaders would otherwise die under a script that wants to save first.
             os.kill(script.pid, number)
-    script.returncode = status = ended[script.pid]
+    script.returncode, when = (status := ended[script.pid]), time.monotonic()
     processes.kill_descendants()
     what = f"{name} {'was stopped from outside,' if stopped else 'failed with'} {processes.named(status)}{job['logs']}"
-    processes.report(where, name, status=status, what=what, stopped=stopped)
+    processes.report(where, name, time=when, status=status, what=what, stopped=stopped)
     if stopped:
         # When the first rank ends, a backend kills those that still save; the supervisor waits for all of them.
         time.sleep(3600)

@@ -44,7 +44,7 @@ class Host:
     def __init__(self, order: dict, remote: bool = False) -> None:
         self.order, self.remote, self.folder = order, remote, order["folder"]
         self.signals, self.unread, self.heard = [], b"", time.monotonic()
-        self.failure = self.outside = None  # what is to be said, and the exit status
+        self.failure = self.outside = None  # the report that is to be said, with the exit status
         self.signalled = self.number = 0  # the signal to the launcher, and the one to the ranks
         self.told, self.deadline = {}, float("inf")
         processes.on_signals(self.signals.append)
@@ -53,10 +53,9 @@ class Host:
         """Run the job to its end; the exit status."""
         processes.adopt_orphans()
         try:
-            threads = threads_per_rank(self.order["job"]["slots"])
-            self.order["job"]["environ"].setdefault("OMP_NUM_THREADS", str(threads))
-            with open(f"{self.folder}/job", "x") as file:
-                json.dump(self.order["job"], file)
+            job = self.order["job"]
+            job["environ"].setdefault("OMP_NUM_THREADS", str(threads_per_rank(job["slots"])))
+            Path(self.folder, "job").write_text(json.dumps(job))
             environ = {**os.environ, **self.order["environ"], JOB_VARIABLE: self.folder}
             # A session of its own: a terminal's Ctrl-C goes to the launcher alone.
             how = {"start_new_session": True, "preexec_fn": processes.die_with_parent, "cwd": self.order["cwd"]}
@@ -69,9 +68,9 @@ class Host:
                 time.sleep(PAUSE)
         finally:
             processes.kill_descendants()
-            found = processes.reports(self.folder)
+            found = ["status" in end for end in processes.reports(self.folder).values()]
             shutil.rmtree(self.folder, ignore_errors=True)
-        return self._conclude(next(filter(None, backends.values()), 0), len(found))
+        return self._conclude(next(filter(None, backends.values()), 0), all(found) and len(found) >= job["slots"])
 
     def _goes_on(self, backends: dict[int, int | None]) -> bool:
         """Serve what has happened; False when the job is over."""
@@ -92,47 +91,52 @@ class Host:
                 if not self.remote:
                     say(f"{signal.Signals(number).name}: passed on to all ranks; {self.order['grace']:g} s to end")
             self._stop(number, 0.0 if again else self.order["grace"])
+        # Zombies, too. A look before that at the backends, as ranks die with theirs.
+        gone = [n for n, m in processes.reports(self.folder).items() if not os.path.exists(f"/proc/{m['pid']}/exe")]
         backends.update((pid, status) for pid, status in processes.reap().items() if pid in backends)
         members = processes.reports(self.folder)  # all that they had to say before that
-        for name, member in members.items():
-            if "status" not in member and not os.path.exists(f"/proc/{member['pid']}"):
-                what = f"{name} was killed, {processes.named(137)}"  # perhaps by a backend that tears down
-                member |= {"status": 137, "what": what, "stopped": True} | processes.reports(self.folder)[name]
-        failed = sorted((m["time"], m["stopped"], m["what"], m["status"]) for m in members.values() if m.get("status"))
-        for _, stopped, *failure in failed:
-            if not stopped:
-                self._fail(*failure)
+        stopped = bool(self.number) or set(backends.values()) != {None}
+        for name in gone:
+            killed = {"status": 137, "what": f"{name} was killed, {processes.named(137)}", "stopped": stopped}
+            members[name] = killed | members[name]
+        failed = sorted((m for m in members.values() if m.get("status")), key=lambda m: m["time"])
+        settled = self.number or self.remote or not failed or time.monotonic() > failed[0]["time"] + self.order["wait"]
+        for end in failed if settled else []:
+            if not end["stopped"]:
+                self._fail(end)
             elif not self.number:
                 # Perhaps by the backend because of another host, whose report is then on its way.
-                self.outside = tuple(failure)
+                self.outside = end
                 self._stop(signal.SIGTERM, min(self.order["grace"], FAILURE_GRACE))
         left = [name for name, member in members.items() if "status" not in member]
         for name in [name for name in left if self.told.get(name, 0) != self.number]:
             self.told[name] = self.number
             with contextlib.suppress(ProcessLookupError):
                 os.kill(members[name]["pid"], self.number)
-        if self.number:
-            return bool(left) and time.monotonic() < self.deadline
-        return None in backends.values()
+        if None not in backends.values():
+            self.deadline = min(self.deadline, time.monotonic() + SILENCE)
+        goes_on = left or not self.number and (None in backends.values() or not settled)
+        return bool(goes_on) and time.monotonic() < self.deadline
 
     def _stop(self, number: int, grace: float) -> None:
         """Have all ranks and other hosts get a signal, and set a limit to their end."""
         self.number, self.deadline = number, min(self.deadline, time.monotonic() + grace)
 
-    def _fail(self, what: str, status: int) -> None:
+    def _fail(self, end: dict) -> None:
         """Note the first failure, tell the launcher, and stop the rest of the job."""
         if self.failure is None and not self.signalled:
-            self.failure = what, status
+            self.failure = end
             if self.remote:
-                os.write(2, MARK + json.dumps(self.failure).encode() + b"\n")
+                os.write(2, MARK + json.dumps({**end, "age": time.monotonic() - end["time"]}).encode() + b"\n")
             self._stop(signal.SIGTERM, min(self.order["grace"], FAILURE_GRACE))
 
-    def _conclude(self, status: int, members: int) -> int:
+    def _conclude(self, status: int, whole: bool) -> int:
         """Say how the job ended, if not well; the exit status."""
-        if self.outside or status or members < self.order["job"]["slots"]:
+        if self.outside or status or not whole:
             early = f"{self.order['backend']} ended before the ranks had, with exit status {status}"
-            self._fail(*(self.outside or (early, status or 1)))
-        what, status = self.failure or ("", 0)
+            end = {"time": time.monotonic(), "what": early, "status": status or 1, "stopped": False}
+            self._fail(self.outside or end)
+        what, status = (self.failure["what"], self.failure["status"]) if self.failure else ("", 0)
         if self.signalled:
             what, status = f"stopped by {signal.Signals(self.signalled).name}", 128 + self.signalled
             what += ", killed at the end of the grace" * (time.monotonic() >= self.deadline)
@@ -146,9 +150,8 @@ def other_host() -> int:
     with open(0, "rb", buffering=0, closefd=False) as orders:
         order = json.loads(orders.readline())
     os.set_blocking(0, False)
-    launchers, order["folder"] = order["folder"], tempfile.mkdtemp(prefix="gaudi_spawn-")
     # mpirun hands the place of its files on to other hosts, where nobody would remove them.
-    order["commands"] = [[word.replace(launchers, order["folder"]) for word in words] for words in order["commands"]]
+    order = json.loads(json.dumps(order).replace(order["folder"], tempfile.mkdtemp(prefix="gaudi_spawn-")))
     return Host(order, remote=True).run()
 
 
@@ -164,7 +167,7 @@ def connect(folder: str, host: str, *command: str) -> int:
     order = json.loads(Path(folder, "hosts").read_text())[host.rpartition("@")[2]]
     order["commands"] = [["sh", "-c", " ".join(command)]] if command else order["commands"]
     name, pending = f"host {order['job']['host']}", b""
-    processes.report(folder, name)
+    processes.report(folder, name, what=f"{name} is lost, or the connection to it was killed")
     how = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
     ssh = subprocess.Popen(over_ssh(order["login"], processes.python("supervise.other_host")), **how)
     os.set_blocking(ssh.stderr.fileno(), False)
@@ -183,13 +186,12 @@ def connect(folder: str, host: str, *command: str) -> int:
         for output, mark, message in (line.partition(MARK) for line in lines):
             os.write(2, output if mark else output + b"\n")
             if mark:
-                what, status = json.loads(message)
-                processes.report(folder, f"{name} itself", status=status, what=what, stopped=False)
+                end = json.loads(message)
+                processes.report(folder, f"{name} itself", **{**end, "time": time.monotonic() - end["age"]})
                 told = True
-        if data is None:
-            time.sleep(PAUSE)
+        select.select([ssh.stderr], [], [], PAUSE)
     os.write(2, pending)
     status = ssh.wait()
     what = f"{name} is lost: ssh has ended with exit status {status}"
-    processes.report(folder, name, status=int(status > 0 and not told), what=what, stopped=False)
+    processes.report(folder, name, status=int(status == 255 or status > 0 and not told), what=what, stopped=False)
     return status

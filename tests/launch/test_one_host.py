@@ -150,6 +150,16 @@ def test_a_failing_rank_ends_deaf_ones_too(action, rank):
     assert f"rank {rank} is here" in done.stdout
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("action", ["kill", "killwatcher"])
+def test_ranks_that_fail_because_of_another_are_not_named(backend, action, tmp_path):
+    """Also where it is the process that watches over a rank that is killed, which its backend may not see at once."""
+    together = f"together={tmp_path / 'lock'}"
+    done = spawn(*BACKENDS[backend], "--world_size", "3", ACT, "1", action, "deaf", together)
+    assert "rank 1 on host" in last_line(done)
+    assert done.returncode == 137
+
+
 def test_output_of_ranks_goes_to_the_terminal_as_from_a_terminal():
     leader, follower = pty.openpty()
     job = Launch("--world_size", "2", DUMP, stdout=follower, stderr=follower)

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 from running import environment, losses
 
@@ -41,16 +42,7 @@ def test_arguments_and_environment_arrive(backend, hosts, hostfile, tmp_path):
         "OMP_NUM_THREADS": "3",
         "GAUDI_SIMULATOR": "2",
     }
-    options = [
-        "--hostfile",
-        hostfile,
-        "--log_dir",
-        str(tmp_path / "logs"),
-        "--env",
-        "MY_KEY",
-        "--env",
-        "MY_TEXT= a=b ",
-    ]
+    options = ["--hostfile", hostfile, "--log_dir", str(tmp_path / "logs"), "--env", "MY_KEY"]
     options += ["--env", "MY_TEXT= a=b "]
     job = Launch(BACKENDS[backend], *options, DUMP, *OPTIONS, *HOSTILE, environ=environ, inside=hosts[0].inside())
     commands = []
@@ -130,6 +122,33 @@ def test_a_lost_host_ends_its_jobs_with_its_name(event, tmp_path):
             assert "host hostb" in last_line(done)
             # The other host, alone, gives the launcher up as well.
             assert job.survivors(60.0) == []
+
+
+def test_a_lost_host_is_named_though_mpirun_ends_everything_first(tmp_path):
+    """It also kills the process that would tell of the loss, and has exit status 0."""
+    with two_hosts(tmp_path / "etc") as hosts:
+        (tmp_path / "hosts").write_text("hosta slots=2\nhostb slots=2\n")
+        options = ["--use_mpi", "--hostfile", str(tmp_path / "hosts")]
+        job = Launch(*options, ACT, "0", "wait", "deaf", inside=hosts[0].inside())
+        job.wait_for(b"rank 0 is here")
+        below = psutil.Process(job.process.pid).children(recursive=True)
+        [connection] = [one for one in below if "supervise.connect" in one.cmdline()]
+        connection.suspend()
+        hosts[1].stop_sshd()
+        done = job.finish(60)
+        assert done.returncode == 137
+        assert last_line(done).endswith("gaudi_spawn: error: host hostb is lost, or the connection to it was killed")
+        assert job.survivors(60.0) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("action", ["kill", "killwatcher"])
+def test_the_first_rank_to_fail_is_named_on_whatever_host(backend, action, hosts, hostfile, tmp_path):
+    together = f"together={tmp_path / 'lock'}"
+    options = ["--hostfile", hostfile, ACT, "-1", action, "deaf", together]
+    done = spawn(BACKENDS[backend], *options, inside=hosts[0].inside())
+    assert "rank 3 on host hostb" in last_line(done)
+    assert done.returncode == 137
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

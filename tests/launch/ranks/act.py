@@ -1,8 +1,10 @@
-"""A rank that waits, while one of the ranks does something: ``act.py RANK ACTION [deaf]``.
+"""A rank that waits, while one of the ranks does something: ``act.py RANK ACTION [deaf] [together=FILE]``.
 
-A negative RANK counts from the last one. With ``deaf``, no rank heeds SIGINT, SIGTERM or SIGHUP.
+A negative RANK counts from the last one. With ``deaf``, no rank heeds SIGINT, SIGTERM or SIGHUP. With ``together``,
+the other ranks fail once that one has ended, as they would in a collective.
 """
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -22,7 +24,19 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 # A process of its own session, as a data loader that has gone astray would be.
 subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"], start_new_session=True)
 print(f"rank {rank} is here", flush=True)
+[together] = [word.partition("=")[2] for word in sys.argv if word.startswith("together=")] or [None]
+if together and rank != chosen:
+    while not os.path.exists(together):
+        time.sleep(0.01)
+    fcntl.flock(os.open(together, os.O_RDWR), fcntl.LOCK_EX)
+    time.sleep(0.2)  # a traceback
+    os._exit(9)
 if rank == chosen:
+    if together:
+        lock = os.open(f"{together}.new", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(f"{together}.new", together)
+        time.sleep(1.0)  # until the others wait for the lock
     if action.startswith("exit"):
         sys.exit(int(action[4:]))
     if action == "kill":
