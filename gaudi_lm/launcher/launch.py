@@ -106,7 +106,7 @@ def make_plan(options: argparse.Namespace, environ: dict[str, str], cards: int) 
     environ = rank_environment(environ, named_variables(options.env, environ), on_cpu)
     log_dir = os.path.abspath(options.log_dir) if options.log_dir else ""
     if log_dir and not options.dry_run:
-        host.make_folder("--log_dir", log_dir)
+        host.make_folder("--log_dir", log_dir, ",:" * (backend == "mpi"))
     claim = host.claim_port(options.master_port)
     where = (hosts, (options.script, *options.arguments), address, claim.getsockname()[1], local)
     return plan.Plan(backend, *where, mpirun, version, environ, options.map_by, log_dir, options.grace), claim
@@ -128,19 +128,18 @@ def run(job: plan.Plan) -> int:
         os.environ.pop(name)
     processes.adopt_orphans()
     signal.pthread_sigmask(signal.SIG_BLOCK, processes.STOP_SIGNALS)
-    supervisor = os.fork()
+    launcher, supervisor = os.getpid(), os.fork()
     if supervisor == 0:
-        status = 1
         try:
             os.setsid()  # a terminal's Ctrl-C goes to the launcher alone
             processes.die_with_parent(processes.PARENT_ENDED)
             job = supervise.Host(order)
+            job.signals += [processes.PARENT_ENDED] * (os.getppid() != launcher)  # killed before it was watched
             signal.pthread_sigmask(signal.SIG_UNBLOCK, processes.STOP_SIGNALS)
-            status = job.run()
+            os._exit(job.run())
         except BaseException:
             sys.excepthook(*sys.exc_info())
-        finally:
-            os._exit(status)
+            os._exit(1)
     processes.on_signals(lambda number: os.kill(supervisor, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, processes.STOP_SIGNALS)
     code = os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1])

@@ -170,6 +170,7 @@ def clm_flags(assets, output, batch: int, *more: str) -> list[str]:
     text = (
         f"--model_type gpt2 --tokenizer_name {assets.tokenizer} --config_overrides {SMALL} "
         f"--train_file {assets.train} --output_dir {output} --per_device_train_batch_size {batch} --block_size 64 "
-        "--logging_steps 1 --max_steps 12 --learning_rate 1e-3 --do_train --save_strategy no"
+        "--logging_steps 1 --max_steps 12 --learning_rate 1e-3 --lr_scheduler_type constant --save_strategy no "
+        "--do_train"
     )
     return [*text.split(), *more]

@@ -52,6 +52,7 @@ def refused(done: subprocess.CompletedProcess, words: str) -> None:
         (["--env", "NOT_SET_HERE", DUMP], "--env NOT_SET_HERE"),
         (["--env", "HF_TOKEN=abc", DUMP], "--env HF_TOKEN"),
         (["--log_dir", "/dev/null/x", DUMP], "--log_dir /dev/null/x"),
+        (["--use_mpi", "--log_dir", "/no/such,folder", DUMP], "--log_dir /no/such,folder: the backend cannot"),
         (["--hostfile", "hosts", DUMP], "--hostfile needs --use_deepspeed or --use_mpi"),
         (["--hostfile", "/no/such/hosts", "--use_mpi", DUMP], "--hostfile /no/such/hosts: no such file"),
         (["--hostfile", "/no/such/hosts", "--use_deepspeed", DUMP], "--hostfile /no/such/hosts: no such file"),
@@ -113,7 +114,7 @@ def test_another_mpi_is_refused(tmp_path):
     other = tmp_path / "mpirun"
     other.write_text("#!/bin/sh\necho 'HYDRA build details: Version: 4.2'\n")
     other.chmod(0o755)
-    refused(run("--use_mpi", DUMP, PATH=f"{tmp_path}:{os.environ['PATH']}"), "is not Open MPI 4 or 5")
+    refused(run("--use_mpi", DUMP, PATH=f"{tmp_path}:{os.environ['PATH']}"), "names no Open MPI 4 or 5")
 
 
 def test_help_needs_no_torch():

@@ -36,7 +36,9 @@ def test_running_jobs(backend, deaf, round_, tmp_path):
             assert time.monotonic() < deadline, f"{number.name} shows no rank: {job.survivors()}"
             time.sleep(0.05)
     for number, job in jobs.items():
+        assert job.process.poll() is None
         job.process.send_signal(number)
+    for number, job in jobs.items():
         done = job.finish()
         assert job.survivors(GRACE + 5.0) == []
         if number == signal.SIGKILL:
@@ -71,11 +73,21 @@ def test_signals_before_anything_is_started(number):
     """While Python starts and modules are imported, and just after: never a success, and nothing is left."""
     # Before our first line, Python itself answers Ctrl-C with status 1.
     statuses = (-number, 128 + number, 1) if number == signal.SIGINT else (-number, 128 + number)
-    for step in range(12):
+    for step in range(8):
         job = Launch("--use_mpi", "--grace", str(GRACE), ACT, "0", "wait")
-        time.sleep(step * 0.025)
+        time.sleep(step * 0.04)
         job.process.send_signal(number)
         assert job.finish().returncode in statuses
+        assert job.survivors(GRACE + 5.0) == []
+
+
+def test_a_launcher_that_is_killed_while_it_starts_the_job_leaves_nothing():
+    for step in range(12):
+        job = Launch("--use_mpi", "--grace", str(GRACE), ACT, "0", "wait")
+        job.process.stderr.readline()  # "command: ", then the supervisor is started
+        time.sleep(step % 4 * 0.0005)
+        job.process.kill()
+        assert job.finish().returncode == -signal.SIGKILL
         assert job.survivors(GRACE + 5.0) == []
 
 

@@ -1,33 +1,54 @@
-"""run_clm.py under the three backends: two ranks learn what one rank with twice the batch learns."""
+"""run_clm.py under the three backends: two ranks learn what one rank with twice the batch learns.
+
+A signal to the launcher ends them: the ranks save a checkpoint, and the launcher ends as they do.
+"""
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from running import environment, losses
 
-from launch.spawning import BACKENDS, ROOT, clm_flags, log_of, spawn
+from launch.spawning import BACKENDS, ROOT, Launch, clm_flags, log_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_two_ranks_equal_one_with_twice_the_batch(backend, assets, one_rank, tmp_path):
-    script = [str(ROOT / "run_clm.py"), *clm_flags(assets, tmp_path / "out", 4, "--use_cpu")]
-    options = ["--world_size", "2", "--log_dir", str(tmp_path / "logs")]
-    done = spawn(*BACKENDS[backend], *options, *script, environ=environment())
-    assert done.returncode == 0, done.stderr
-    got = losses(tmp_path / "out")
-    assert len(got) == 12
-    assert got[-1] < got[0]
-    assert got == pytest.approx(one_rank, abs=1e-5)
+@pytest.mark.parametrize(
+    ("backend", "number"), [("torch", signal.SIGUSR1), ("mpi", signal.SIGINT), ("deepspeed", signal.SIGTERM)]
+)
+def test_two_ranks_equal_one_with_twice_the_batch_and_save_on_a_signal(backend, number, assets, one_rank, tmp_path):
+    output, logs = tmp_path / "out", tmp_path / "logs"
+    script = [str(ROOT / "run_clm.py"), *clm_flags(assets, output, 4, "--use_cpu", "--max_steps", "100000")]
+    options = [*BACKENDS[backend], "--world_size", "2", "--log_dir", str(logs)]
+    job = Launch(*options, *script, environ=environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 280
+    while "step 13/" not in log_of(logs, 0):
+        assert job.process.poll() is None, job.finish().stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    job.process.send_signal(number)
+    done = job.finish(120)
+    assert job.survivors(5.0) == []
+    assert done.returncode == 128 + number, done.stderr
+    own, other = log_of(logs, 0), log_of(logs, 1)
+    assert "Traceback" not in own + other + done.stderr
+    (step,) = re.findall(rf"training ends after step (\d+); the checkpoint is {output}/checkpoint-\1", own)
+    assert (output / f"checkpoint-{step}" / "manifest.json").is_file()
+    assert not list(output.glob("incomplete-*"))
+    got = losses(output / f"checkpoint-{step}")
+    assert len(got) == int(step) >= 12
+    assert got[:12] == pytest.approx(one_rank, abs=1e-5)
+    assert got[11] < got[0]
     # Logs and progress bars come from the main rank only.
-    assert "gaudi_lm" not in log_of(tmp_path / "logs", 1)
-    assert "INFO" in log_of(tmp_path / "logs", 0)
-    assert "INFO" not in log_of(tmp_path / "logs", 1)
+    assert "INFO" in own
+    assert "INFO" not in other and "gaudi_lm" not in other
 
 
 PLAIN = {

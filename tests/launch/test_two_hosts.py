@@ -13,7 +13,7 @@ from launch.spawning import HOSTILE, OPTIONS, RANKS, ROOT, Launch, clm_flags, du
 
 DUMP, ACT = str(RANKS / "dump.py"), str(RANKS / "act.py")
 BACKENDS = {"mpi": "--use_mpi", "deepspeed": "--use_deepspeed"}
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("hosts")]
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +81,14 @@ def test_addresses_of_version_6_and_unequal_hosts(backend, hosts, tmp_path):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_failing_rank_on_the_other_host(backend, hosts, hostfile):
-    done = spawn(BACKENDS[backend], "--hostfile", hostfile, ACT, "-1", "exit7", inside=hosts[0].inside())
-    assert done.returncode == 7
-    assert last_line(done).startswith("gaudi_spawn: error: rank 3 on host hostb failed with exit status 7")
+@pytest.mark.parametrize("action", ["exit7", "killwatcher"])
+def test_the_first_rank_to_fail_is_named_on_whatever_host(backend, action, hosts, hostfile, tmp_path):
+    together = f"together={tmp_path / 'lock'}"
+    options = ["--hostfile", hostfile, ACT, "-1", action, "deaf", together]
+    done = spawn(BACKENDS[backend], *options, inside=hosts[0].inside())
+    assert done.returncode == {"exit7": 7, "killwatcher": 137}[action]
+    how = {"exit7": "failed with exit status 7", "killwatcher": "was killed, exit status 137 (SIGKILL)"}[action]
+    assert last_line(done).endswith(f"gaudi_spawn: error: rank 3 on host hostb {how}")
     assert "rank 3 is here" in done.stdout
 
 
@@ -139,16 +143,6 @@ def test_a_lost_host_is_named_though_mpirun_ends_everything_first(tmp_path):
         assert done.returncode == 137
         assert last_line(done).endswith("gaudi_spawn: error: host hostb is lost, or the connection to it was killed")
         assert job.survivors(60.0) == []
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("action", ["kill", "killwatcher"])
-def test_the_first_rank_to_fail_is_named_on_whatever_host(backend, action, hosts, hostfile, tmp_path):
-    together = f"together={tmp_path / 'lock'}"
-    options = ["--hostfile", hostfile, ACT, "-1", action, "deaf", together]
-    done = spawn(BACKENDS[backend], *options, inside=hosts[0].inside())
-    assert "rank 3 on host hostb" in last_line(done)
-    assert done.returncode == 137
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
