@@ -86,6 +86,9 @@ def claim_port(wanted: int | None) -> socket.socket:
     claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, bool(wanted))
     try:
         claim.bind(("", wanted or 0))
+        lock = socket.socket(socket.AF_UNIX)  # another launcher would get the port as well, until rank 0 listens
+        lock.bind(f"\0gaudi_spawn:{claim.getsockname()[1]}")
+        lock.detach()  # open until the job ends
     except OSError as error:
         where = f"--master_port {wanted} cannot be used on {socket.gethostname()}"
         raise UserError(f"{where}: {error.strerror}; without --master_port a free port is taken") from error

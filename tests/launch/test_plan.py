@@ -372,6 +372,8 @@ def test_a_busy_port_is_refused_and_a_claimed_one_not_taken_twice():
             host.claim_port(busy)
     claim = host.claim_port(busy)
     assert claim.getsockname()[1] == busy
+    with pytest.raises(UserError, match=f"--master_port {busy}"):
+        host.claim_port(busy)
     with socket.create_server(("", busy)):  # rank 0
         pass
     claim.close()

@@ -61,7 +61,7 @@ PLAIN = {
 
 @pytest.mark.parametrize("backend", PLAIN)
 def test_without_gaudi_spawn(backend, assets, one_rank, tmp_path):
-    """The backends by themselves, as the README shows them: the same results."""
+    """The backends by themselves, as docs/many_hosts.md shows them: the same results."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     python = [] if backend != "mpirun" else [sys.executable]
