@@ -178,10 +178,12 @@ def test_a_setting_that_differs_is_an_error(assets, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_training_across_both(backend, hosts, hostfile, assets, one_rank, tmp_path):
-    script = [str(ROOT / "run_clm.py"), *clm_flags(assets, tmp_path / "out", 2, "--use_habana")]
-    options = ["--hostfile", hostfile, "--world_size", "4", BACKENDS[backend], "--log_dir", str(tmp_path / "logs")]
-    done = spawn(*options, *script, environ=environment(GAUDI_SIMULATOR="2"), inside=hosts[0].inside())
+@pytest.mark.parametrize(("backend", "slots"), [("mpi", 1), ("deepspeed", 2)])
+def test_training_across_both(backend, slots, hosts, assets, one_rank, tmp_path):
+    (tmp_path / "hosts").write_text(f"hosta slots={slots}\nhostb slots={slots}\n")
+    flags = clm_flags(assets, tmp_path / "out", 4 // slots, "--use_habana")
+    options = ["--hostfile", str(tmp_path / "hosts"), BACKENDS[backend], "--log_dir", str(tmp_path / "logs")]
+    environ = environment(GAUDI_SIMULATOR=str(slots))
+    done = spawn(*options, str(ROOT / "run_clm.py"), *flags, environ=environ, inside=hosts[0].inside())
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "out") == pytest.approx(one_rank, abs=1e-5)
