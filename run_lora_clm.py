@@ -54,7 +54,7 @@ class LoraModelArguments(ModelArguments):
     """The model that is tuned, and its adapter."""
 
     adapter_name_or_path: str | None = field(
-        default=None, metadata={"help": "A saved adapter to evaluate, or to go on training; its own settings hold."}
+        default=None, metadata={"help": "A saved adapter to evaluate, or to continue training; its own settings hold."}
     )
     use_fused_rope: bool = field(
         default=True, metadata={"help": "Rotary embeddings by Habana's fused kernel, where the model has them."}
@@ -74,7 +74,7 @@ class LoraDataArguments(DataArguments):
     validation_split_percentage: int = field(
         default=0, metadata={"help": "Percentage of the training rows kept for validation where there is no such set."}
     )
-    max_seq_length: int = field(default=512, metadata={"help": "Tokens in a row; longer examples are truncated."})
+    max_seq_length: int = field(default=512, metadata={"help": "Tokens of an example; longer ones are truncated."})
     pad_to_max_length: bool = field(
         default=False,
         metadata={
@@ -83,14 +83,16 @@ class LoraDataArguments(DataArguments):
         },
     )
     dataset_concatenation: bool = field(
-        default=False, metadata={"help": "Concatenate the examples and cut them into rows of --max_seq_length."}
+        default=False, metadata={"help": "Concatenate the examples and cut them into blocks of --max_seq_length."}
     )
-    train_on_inputs: bool = field(default=True, metadata={"help": "Learn the prompts too, not only the answers."})
+    train_on_inputs: bool = field(
+        default=True, metadata={"help": "Train on the prompts too, not only on the responses."}
+    )
     sql_prompt: bool = field(
         default=False, metadata={"help": "Questions about a database, with columns question, context and answer."}
     )
     chat_prompt: bool = field(
-        default=False, metadata={"help": "Write instruction and answer by the tokenizer's chat template."}
+        default=False, metadata={"help": "Format instruction and response with the tokenizer's chat template."}
     )
     instruction_column_name: str | None = field(
         default=None, metadata={"help": "Column of the instructions, if not `instruction`."}
@@ -98,14 +100,16 @@ class LoraDataArguments(DataArguments):
     input_column_name: str | None = field(
         default=None, metadata={"help": "Column of the inputs that go with them, if not `input`."}
     )
-    output_column_name: str | None = field(default=None, metadata={"help": "Column of the answers, if not `output`."})
+    output_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the responses, if not `output`."}
+    )
     dataset_seed: int = field(default=42, metadata={"help": "Seed of the split by --validation_split_percentage."})
     dataset_cache_directory: str | None = field(
         default=None, metadata={"help": "Where datasets are cached; by default as --cache_dir says."}
     )
     keep_in_memory: bool = field(default=False, metadata={"help": "Keep tokenised data in memory, not on disk."})
     pack_sequences: bool = field(
-        default=False, metadata={"help": "Several examples in a row of --max_seq_length, each kept apart."}
+        default=False, metadata={"help": "Pack several examples into a row of --max_seq_length, each kept apart."}
     )
 
     def check(self, max_steps: int) -> None:
@@ -200,14 +204,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         rows = {s: pack_sequences(texts, max_length, split=s, rows_per_step=step) for s, texts in rows.items()}
         collator = PackedCollator.for_model(model, padding, max_length)
     trainer = build_trainer(
-        model,
-        "causal",
-        training_args,
-        tokenizer,
-        collator,
-        train_dataset=rows.get("train"),
-        eval_dataset=rows.get("validation"),
-    )
+        model, "causal", training_args, tokenizer, collator,
+        train_dataset=rows.get("train"), eval_dataset=rows.get("validation"),
+    )  # fmt: skip
 
     # Train
     metrics = {}

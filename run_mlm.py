@@ -54,7 +54,7 @@ class ScriptArguments:
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are masked."})
     line_by_line: bool = field(
-        default=False, metadata={"help": "Each row of the data is a sequence, instead of blocks of all text."}
+        default=False, metadata={"help": "Each line is a sequence of its own, instead of blocks of concatenated text."}
     )
     pad_to_max_length: bool = field(
         default=False,
@@ -65,7 +65,7 @@ class ScriptArguments:
     )
     pack_sequences: bool = field(
         default=False,
-        metadata={"help": "With --line_by_line: several lines in a row of --max_seq_length, each kept apart."},
+        metadata={"help": "With --line_by_line: pack several lines into a row of --max_seq_length, each kept apart."},
     )
     max_predictions_per_seq: int | None = field(
         default=None,

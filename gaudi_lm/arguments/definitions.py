@@ -40,7 +40,7 @@ class ModelArguments:
     )
     model_revision: str = field(
         default="main",
-        metadata={"help": "Branch, tag or commit of model, configuration and tokenizer on the hub."},
+        metadata={"help": "Branch, tag or commit on the hub, of the model, its configuration and its tokenizer."},
     )
     token: str | None = field(
         default=None, metadata={"help": "Token for gated or private repositories; by default the stored login."}
@@ -162,7 +162,8 @@ class LMTrainingArguments(GaudiTrainingArguments):
         },
     )
     chunked_loss: bool = field(
-        default=True, metadata={"help": "Cross-entropy in chunks of rows; False keeps the logits of a whole batch."}
+        default=True,
+        metadata={"help": "Compute the cross-entropy in chunks of tokens; False keeps the logits of a whole batch."},
     )
     attn_implementation: str | None = field(
         default=None,

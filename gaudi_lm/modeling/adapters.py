@@ -47,31 +47,37 @@ class AdapterArguments:
     lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA's matrices."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA's output is scaled by alpha / rank."})
     lora_dropout: float = field(
-        default=0.05, metadata={"help": "Dropout before LoRA's, AdaLoRA's and VeRA's matrices."}
+        default=0.05, metadata={"help": "Dropout probability before the matrices of LoRA, AdaLoRA and VeRA."}
     )
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Layers that get a LoRA or AdaLoRA: names, a regular expression for the whole name of a layer, or "
+            "help": "Layers that LoRA or AdaLoRA adapt: names, a regular expression for the whole name of a layer, or "
             "all-linear; by default peft's for the model."
         },
     )
-    adalora_init_r: int = field(default=12, metadata={"help": "AdaLoRA: rank of every matrix at first."})
-    adalora_target_r: int = field(default=4, metadata={"help": "AdaLoRA: average rank in the end."})
-    adalora_tinit: int = field(default=50, metadata={"help": "AdaLoRA: steps before ranks are reduced."})
-    adalora_tfinal: int = field(default=100, metadata={"help": "AdaLoRA: steps after ranks are reduced."})
+    adalora_init_r: int = field(default=12, metadata={"help": "AdaLoRA: initial rank of each matrix."})
+    adalora_target_r: int = field(default=4, metadata={"help": "AdaLoRA: target average rank."})
+    adalora_tinit: int = field(default=50, metadata={"help": "AdaLoRA: steps of warm-up before ranks are reduced."})
+    adalora_tfinal: int = field(
+        default=100, metadata={"help": "AdaLoRA: steps of fine-tuning after the last reduction."}
+    )
     adalora_delta_t: int = field(default=10, metadata={"help": "AdaLoRA: steps between two reductions."})
-    adalora_orth_reg_weight: float = field(default=0.5, metadata={"help": "AdaLoRA: weight of orthogonality."})
-    ia3_target_modules: list[str] | None = field(default=None, metadata={"help": "IA3: layers that are scaled."})
+    adalora_orth_reg_weight: float = field(
+        default=0.5, metadata={"help": "AdaLoRA: weight of the orthogonality term in the loss."}
+    )
+    ia3_target_modules: list[str] | None = field(default=None, metadata={"help": "IA3: layers that it scales."})
     feedforward_modules: list[str] | None = field(
-        default=None, metadata={"help": "IA3: those of them that are scaled at their input."}
+        default=None, metadata={"help": "IA3: those of these layers whose input is scaled, not their output."}
     )
     adapter_layers: int = field(
-        default=30, metadata={"help": "llama-adapter: layers that get a prompt, from the top."}
+        default=30, metadata={"help": "llama-adapter: number of layers with a learned prompt, from the top."}
     )
-    adapter_len: int = field(default=10, metadata={"help": "llama-adapter: tokens of a prompt."})
-    vera_target_modules: list[str] | None = field(default=None, metadata={"help": "VeRA: layers that get one."})
-    ln_target_modules: list[str] | None = field(default=None, metadata={"help": "ln_tuning: norms that are tuned."})
+    adapter_len: int = field(default=10, metadata={"help": "llama-adapter: number of tokens of each prompt."})
+    vera_target_modules: list[str] | None = field(default=None, metadata={"help": "VeRA: layers that it adapts."})
+    ln_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "ln_tuning: norm layers that are trained."}
+    )
 
 
 TARGET_FLAGS = {

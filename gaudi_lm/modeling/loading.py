@@ -240,13 +240,13 @@ def load_model(
     # Under ZeRO-3 a rank holds a part of the weight; ds_shape is the whole.
     rows = getattr(embedding, "ds_shape", embedding.shape)[0]
     if len(tokenizer) > rows:
-        logger.info("embedding: enlarged from %d to the tokenizer's %d rows", rows, len(tokenizer))
+        logger.info("embedding: resized from %d to the tokenizer's %d tokens", rows, len(tokenizer))
         model.resize_token_embeddings(len(tokenizer))
     hand_over_flags(model, model_args, training_args)
     fuse_activations(model)
     if not name:
         total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        logger.info("new %s with %.1fM parameters", config.model_type, total / 1e6)
+        logger.info("training a new %s from scratch: %.1fM parameters", config.model_type, total / 1e6)
     return model
 
 
