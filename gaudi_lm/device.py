@@ -1,6 +1,6 @@
 """Which card a run uses, and the environment it needs before torch is imported.
 
-Nothing here imports torch: the scripts call :func:`choose_card` first, then import the rest.
+The scripts call :func:`choose_card` first, then import the rest; only its last step imports torch.
 """
 
 from __future__ import annotations
@@ -8,14 +8,16 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import importlib.metadata
 import importlib.util
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from gaudi_lm.config_files import expand_config_file
@@ -162,6 +164,30 @@ def add_stand_in() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([*paths, gaudi_simulator.STAND_IN])
 
 
+@contextmanager
+def answers_without_pip() -> Iterator[None]:
+    """While this is open, optimum-habana learns the version of Habana's plugin from its metadata.
+
+    optimum-habana 1.21 runs ``pip list`` when it is imported, and ``pip show`` with its models: seconds in every rank.
+    """
+    run = subprocess.run
+
+    def answer(command: object, *args: object, **kwargs: object) -> subprocess.CompletedProcess:
+        if isinstance(command, str) and "pip " in command and "habana-torch-plugin" in command:
+            with suppress(importlib.metadata.PackageNotFoundError):
+                version = importlib.metadata.version("habana-torch-plugin")
+                return subprocess.CompletedProcess(
+                    command, 0, f"habana-torch-plugin {version}\nVersion: {version}", ""
+                )
+        return run(command, *args, **kwargs)
+
+    subprocess.run = answer
+    try:
+        yield
+    finally:
+        subprocess.run = run
+
+
 def _card_flags(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     names = ("use_habana", "use_cpu", "use_lazy_mode", "torch_compile")
@@ -232,6 +258,8 @@ def choose_card(argv: list[str]) -> None:
         # Otherwise `datasets` reports each use of a hub dataset to an address outside the hub.
         os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    with answers_without_pip():
+        importlib.import_module("optimum.habana")
         # Read when tqdm is imported: what is over in a moment needs no bar, and a file no bar ten times a second.
         os.environ.setdefault("TQDM_DELAY", "3")
         os.environ.setdefault("TQDM_MININTERVAL", "0.1" if sys.stderr.isatty() else "15")

@@ -1,9 +1,14 @@
 """What a user sees first: nothing that only the libraries have to say, and a help text in groups."""
 
+import inspect
 import re
+import subprocess
+import sys
 
 import pytest
-from running import ROOT, run
+from optimum.habana.utils import environment as optimum_environment
+from optimum.habana.utils import misc
+from running import ROOT, environment, run
 from simulated.cards import card_environment
 
 SCRIPTS = {
@@ -45,10 +50,33 @@ def test_a_run_prints_only_its_own_log(card, assets, tmp_path):
     result = run(
         "run_clm.py", "--model_name_or_path", assets.gpt2, "--train_file", assets.train, "--block_size", 32,
         "--max_train_samples", 16, "--max_steps", 2, "--do_train", *chosen, "--output_dir", tmp_path / "out",
-        env={} if card == "CPU" else card_environment(), fresh=True,
+        # On a slow machine, what is over in a moment takes long enough for a bar.
+        env={"TQDM_DELAY": "600", **({} if card == "CPU" else card_environment())}, fresh=True,
     )  # fmt: skip
     said = result.stderr.splitlines()
     assert card == "CPU" or said.pop(0).startswith("SIMULATED GAUDI: 1 card in host memory. ")
     odd = [line for line in said if not re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line)]
     assert not odd
     assert not [line for line in result.stdout.splitlines() if not re.match(r"\{'\w+': |\*+ |  \w+ +=|$", line)]
+
+
+STARTED = """
+import runpy, sys
+sys.addaudithook(lambda event, about: event == "subprocess.Popen" and print("started", about[1], flush=True))
+sys.argv = ["run_clm.py", "--use_habana", "--output_dir", "out", "--train_file", "missing.txt", "--do_train"]
+runpy.run_path("run_clm.py", run_name="__main__")
+"""
+
+
+def test_no_pip_is_asked(tmp_path):
+    """optimum-habana asks it for a version, on import and with its models: seconds in each of the ranks."""
+    answer = subprocess.run(
+        [sys.executable, "-c", STARTED], cwd=ROOT, env=environment(**card_environment()), text=True,
+        capture_output=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert answer.returncode == 2, answer.stderr
+    started = [line for line in answer.stdout.splitlines() if line.startswith("started")]
+    assert any("hl-smi" in line for line in started), "the hook sees what optimum-habana starts"
+    assert not [line for line in started if "pip " in line]
+    for asked, way in ((misc.get_habana_frameworks_version, "pip list"), (optimum_environment.get_build, "pip show")):
+        assert way in inspect.getsource(asked), "the library has another way now: drop answers_without_pip"

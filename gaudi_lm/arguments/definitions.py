@@ -15,6 +15,7 @@ from transformers.utils.logging import get_log_levels_dict
 from gaudi_lm.arguments.consistency import check_together
 from gaudi_lm.arguments.gaudi_configs import resolve_gaudi_config
 from gaudi_lm.arguments.refusals import CARD_ONLY
+from gaudi_lm.device import answers_without_pip
 from gaudi_lm.errors import UserError
 
 CARD_BACKEND = "hpu_backend"  # of torch.compile
@@ -204,7 +205,8 @@ class LMTrainingArguments(GaudiTrainingArguments):
         # The datasets hold only what the model takes.
         self.remove_unused_columns = False
         try:
-            with contextlib.redirect_stdout(None):  # on a card this imports optimum-habana's models, which print
+            # On a card this imports optimum-habana's models, which print.
+            with contextlib.redirect_stdout(None), answers_without_pip():
                 super().__post_init__()
         except (ValueError, AssertionError) as error:
             raise UserError(str(error)) from error
