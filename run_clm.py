@@ -128,6 +128,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_dataset=blocks.get("train"),
         eval_dataset=blocks.get("validation"),
     )
+    if training_args.dry_run:
+        return trainer.dry_run()
 
     # Train
     metrics = {}

@@ -212,6 +212,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         evaluation_collator=replace(collator, seed=(EVALUATION_SEED,)),
         max_predictions_per_seq=collator.masked_token_budget,
     )
+    if training_args.dry_run:
+        return trainer.dry_run()
 
     # Train
     metrics = {}

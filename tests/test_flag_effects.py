@@ -37,6 +37,7 @@ ELSEWHERE = {
     "tests/test_bad_input.py": "overwrite_output_dir",
     "tests/test_parsing.py": "greater_is_better",
     "tests/test_documented_commands.py": "deepspeed",
+    "tests/test_dry_run.py": "dry_run dry_run_cards card_memory_gb",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from optimum.habana import GaudiTrainingArguments
 from transformers.utils.logging import get_log_levels_dict
 
 from gaudi_lm.arguments.consistency import check_together
+from gaudi_lm.arguments.dry_runs import prepare_dry_run
 from gaudi_lm.arguments.gaudi_configs import resolve_gaudi_config
 from gaudi_lm.arguments.refusals import CARD_ONLY
 from gaudi_lm.device import answers_without_pip
@@ -182,8 +184,25 @@ class LMTrainingArguments(GaudiTrainingArguments):
         },
     )
 
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Load no weights and write nothing: print parameters, steps and the memory of a card, and end."
+        },
+    )
+    dry_run_cards: int | None = field(
+        default=None,
+        metadata={"help": "With --dry_run in one process: the number of cards that it stands for."},
+    )
+    card_memory_gb: float = field(
+        default=96.0,
+        metadata={"help": "With --dry_run: memory of a card, in units of 2^30 bytes: 96 on Gaudi 2, 128 on Gaudi 3."},
+    )
+
     def __post_init__(self):
         self.overridden_flags: list[str] = []
+        if self.dry_run:
+            prepare_dry_run(self)
         if self.use_cpu:
             self._prefer_cpu()
         elif not self.use_habana:
@@ -221,6 +240,27 @@ class LMTrainingArguments(GaudiTrainingArguments):
         """The device of this rank; accelerate's ``cpu:0`` for several ranks is a place torch 2.13 loads nothing to."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that train; in a dry run, those that this process stands for."""
+        return self.dry_run_cards or super().world_size
+
+    @property
+    def should_save(self) -> bool:
+        """Whether this rank writes; in a dry run none does, not even the folder."""
+        return super().should_save and not self.dry_run
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """Whether the trainer moves the model to the card; in a dry run there is nothing to move."""
+        return super().place_model_on_device and not self.dry_run
+
+    @contextlib.contextmanager
+    def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:
+        """Of several ranks of a host, let the first one prepare what the others then find."""
+        with contextlib.nullcontext() if self.dry_run_cards else super().main_process_first(local, desc):
+            yield
 
     @property
     def rows_per_step(self) -> int:

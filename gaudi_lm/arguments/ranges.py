@@ -106,6 +106,8 @@ RANGES: dict[str, Range] = {
     "ddp_timeout": Range(1, 1e9),
     "neftune_noise_alpha": Range(0, 1e6, odd_low=0, odd="no noise is added at 0"),
     "cache_size_limit": COUNT,
+    "dry_run_cards": Range(1, 2**20),
+    "card_memory_gb": Range(0, without_low=True),
     "max_hpu_graphs": COUNT,
     "context_parallel_size": COUNT,
     "throughput_warmup_steps": FROM_ZERO,

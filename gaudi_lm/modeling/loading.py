@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from argparse import ArgumentTypeError
+from contextlib import nullcontext
 
 import torch
 from transformers import (
@@ -199,7 +200,7 @@ def load_model(
         hub_options["revision"] = config._commit_hash
 
     def make(**options) -> PreTrainedModel:
-        if name:
+        if name and not training_args.dry_run:
             return auto_class.from_pretrained(
                 name,
                 config=config,
@@ -208,13 +209,16 @@ def load_model(
                 **options,
             )
         if options["torch_dtype"] == "auto":
-            options["torch_dtype"] = None
+            options["torch_dtype"] = config.torch_dtype if name else None
+        place = torch.device("meta") if training_args.dry_run else nullcontext()
+        options.pop("device_map", None)
         # Weights that ZeRO-3 has divided are empty to what initialises them (transformers 4.55): they would keep
         # torch's defaults, or fail. So each rank makes the whole model, and DeepSpeed divides it afterwards.
         deepspeed = getattr(training_args, "hf_deepspeed_config", None)
         unset_hf_deepspeed_config()
         try:
-            return auto_class.from_config(config, trust_remote_code=model_args.trust_remote_code, **options)
+            with place:
+                return auto_class.from_config(config, trust_remote_code=model_args.trust_remote_code, **options)
         finally:
             if deepspeed is not None:
                 set_hf_deepspeed_config(deepspeed)
@@ -241,7 +245,7 @@ def load_model(
     rows = getattr(embedding, "ds_shape", embedding.shape)[0]
     if len(tokenizer) > rows:
         logger.info("embedding: resized from %d to the tokenizer's %d tokens", rows, len(tokenizer))
-        model.resize_token_embeddings(len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=not training_args.dry_run)
     hand_over_flags(model, model_args, training_args)
     fuse_activations(model)
     if not name:

@@ -59,6 +59,8 @@ def _find(training_args) -> str | None:
                 "weights by --model_name_or_path"
             )
         return _taken(Path(wanted))
+    if training_args.dry_run:
+        return None  # what is in the folder stays as it is
     here = folder.is_dir() and not training_args.overwrite_output_dir
     if here:
         for name in checkpoints.remove_incomplete(folder):

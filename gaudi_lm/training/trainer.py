@@ -22,6 +22,7 @@ from gaudi_lm.modeling.adalora import RankReduction
 from gaudi_lm.modeling.loss import install_token_loss
 from gaudi_lm.modeling.patches import average_gradients, complete_generation_config, repair_gradient_checkpointing
 from gaudi_lm.training.device_metrics import DeviceMetrics
+from gaudi_lm.training.dry_run import dry_run
 from gaudi_lm.training.evaluation import EvaluatingTrainer
 from gaudi_lm.training.metrics import Throughput
 from gaudi_lm.training.progress import Progress, StepClock
@@ -139,6 +140,10 @@ class LMTrainer(EvaluatingTrainer):
         if self.training_loss.batches == batches:  # a loss that is not the suite's
             self.training_loss.add(loss)
         return loss
+
+    def dry_run(self) -> dict[str, float]:
+        """Print what :meth:`train` would do and take, see :mod:`gaudi_lm.training.dry_run`; the figures of it."""
+        return dry_run(self)
 
     def train(self, *args, **kwargs) -> TrainOutput:
         try:

@@ -1,0 +1,35 @@
+"""The arguments of a dry run: what it needs, and what it sets aside."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from gaudi_lm.errors import UserError
+
+
+def prepare_dry_run(args) -> None:
+    """Refuse what a dry run cannot describe, and let one process stand for many.
+
+    Args:
+        args: :class:`gaudi_lm.arguments.definitions.LMTrainingArguments`, before its own defaults are resolved.
+
+    Raises:
+        UserError: see the message.
+    """
+    if not args.do_train:
+        raise UserError("--dry_run describes a training run: give --do_train")
+    ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
+    if args.dry_run_cards is not None and ranks > 1:
+        raise UserError(
+            f"--dry_run_cards {args.dry_run_cards}: a launcher has started {ranks} ranks, which are counted; leave it "
+            "out, or start the script alone"
+        )
+    args.push_to_hub = False
+    if (args.deepspeed or args.fsdp) and "WORLD_SIZE" not in os.environ:
+        # What a launcher would set for one rank; ranks are asked for by the libraries as soon as they divide a model.
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)
