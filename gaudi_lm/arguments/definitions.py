@@ -195,7 +195,7 @@ class LMTrainingArguments(GaudiTrainingArguments):
         metadata={"help": "With --dry_run in one process: the number of cards that it stands for."},
     )
     card_memory_gb: float = field(
-        default=96.0,
+        default=96,
         metadata={"help": "With --dry_run: memory of a card, in units of 2^30 bytes: 96 on Gaudi 2, 128 on Gaudi 3."},
     )
 
