@@ -204,22 +204,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         rows = {s: pack_sequences(texts, max_length, split=s, rows_per_step=step) for s, texts in rows.items()}
         collator = PackedCollator.for_model(model, padding, max_length)
     trainer = build_trainer(
-<<<<<<< HEAD
         model, "causal", training_args, tokenizer, collator,
         train_dataset=rows.get("train"), eval_dataset=rows.get("validation"),
     )  # fmt: skip
-=======
-        model,
-        "causal",
-        training_args,
-        tokenizer,
-        collator,
-        train_dataset=rows.get("train"),
-        eval_dataset=rows.get("validation"),
-    )
     if training_args.dry_run:
         return trainer.dry_run()
->>>>>>> a25554e (--dry_run: parameters, steps and the memory of a card, by shapes alone)
 
     # Train
     metrics = {}
