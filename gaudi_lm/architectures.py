@@ -40,7 +40,7 @@ class Architecture:
 
     def position_of_first_token(self, config: PretrainedConfig) -> int:
         """Where positions start, for this configuration, which needs a padding id if they start after it."""
-        return config.pad_token_id + 1 if self.first_position == PADDING else self.first_position
+        return config.pad_token_id + 1 if self.first_position == PADDING else int(self.first_position)
 
 
 def _scaled(model: PreTrainedModel) -> tuple[float, None]:

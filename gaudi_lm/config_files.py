@@ -65,7 +65,7 @@ def _read_yaml(path: str, text: str) -> dict:
 
     loader = yaml.SafeLoader(text)
 
-    def value_of(node: yaml.Node) -> str | list | dict | None:
+    def value_of(node: yaml.Node) -> object:
         if isinstance(node, yaml.ScalarNode):
             return None if node.tag == "tag:yaml.org,2002:null" else node.value
         if isinstance(node, yaml.SequenceNode):

@@ -35,7 +35,7 @@ def run_script(main: Callable[[], object]) -> None:
     the last reference. Where the interpreter is torn down first, the thread takes the process down with SIGABRT.
     ``main`` therefore leaves the group alone.
     """
-    status: object = None
+    status: str | int | None = None
     if os.environ.get("WORLD_SIZE", "1") == "1":  # a rank may wait for others, and Python's handlers with it
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, partial(_end_at_once, os.getpid()))  # training has handlers of its own
@@ -59,7 +59,7 @@ def run_script(main: Callable[[], object]) -> None:
         # rank has failed instead, there is nothing to wait for.
         with suppress(Exception):
             sys.modules["torch"].distributed.barrier()
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     gc.collect()  # closes forgotten files
     for stream in (sys.stdout, sys.stderr):
@@ -172,7 +172,7 @@ def answers_without_pip() -> Iterator[None]:
     """
     run = subprocess.run
 
-    def answer(command: object, *args: object, **kwargs: object) -> subprocess.CompletedProcess:
+    def answer(command, *args, **kwargs) -> subprocess.CompletedProcess:
         if isinstance(command, str) and "pip " in command and "habana-torch-plugin" in command:
             with suppress(importlib.metadata.PackageNotFoundError):
                 version = importlib.metadata.version("habana-torch-plugin")
@@ -181,7 +181,7 @@ def answers_without_pip() -> Iterator[None]:
                 )
         return run(command, *args, **kwargs)
 
-    subprocess.run = answer
+    subprocess.run = answer  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -103,4 +103,4 @@ def make_folder(flag: str, path: str, without: str = "") -> None:
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror.lower()}") from error
+        raise UserError(f"{flag} {path}: {str(error.strerror).lower()}") from error

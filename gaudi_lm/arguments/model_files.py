@@ -67,7 +67,7 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def check_model_folders(values: dict[str, object]) -> None:
+def check_model_folders(values: dict) -> None:
     """Refuse local folders with a damaged file, by the flags that name models, tokenizers and adapters.
 
     Args:

@@ -104,7 +104,7 @@ def _group(parser: argparse.ArgumentParser, dataclass_types: tuple[type, ...]) -
     `HfArgumentParser` adds all flags to one group, and argparse has no public way to move them.
     """
     upstream = {field.name for field in fields(TrainingArguments)}
-    headings = {}
+    headings: dict[str, str] = {}
     for kind in (base for whole in dataclass_types for base in reversed(whole.__mro__)):
         package = kind.__module__.partition(".")[0]
         if package not in ("builtins", "transformers", "optimum"):

@@ -60,7 +60,7 @@ class ChatTemplate:
         stops = [text for text in tokenizer.convert_ids_to_tokens(list(stop_ids)) if text]
         self.stops = {*stops, *filter(None, [tokenizer.eos_token])}
         self.special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | self.stops
-        self.in_parts, self.heads = False, set()
+        self.in_parts, self.heads = False, set[str]()
         self.prompt = self.end = self.last_end = ""
         try:
             self._learn()
@@ -162,7 +162,7 @@ class ChatTemplate:
             return text, spans, bool(spans) and self._closed(text[: spans[-1][1]], self.special)
         raise ConversationError(problem)
 
-    def _closed(self, text: str, more: set[str] = frozenset()) -> bool:
+    def _closed(self, text: str, more: set[str] | frozenset[str] = frozenset()) -> bool:
         ends = {end.strip() for end in (self.end, self.last_end) if end} | self.stops | more
         return text.rstrip().endswith(tuple(ends))
 
@@ -194,11 +194,11 @@ class ChatTemplate:
                 break
         else:
             return self._search(text, messages)
-        positions, position = {}, 0
+        positions, position = dict[str, int](), 0
         for piece, mark in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
             position += len(piece)
             positions.setdefault(mark, position)
-        anchors = []
+        anchors: list[tuple] = []
         for number, own in marks.items():
             found = [positions[mark] for mark in own if mark in positions]
             if found:
@@ -267,7 +267,7 @@ class ChatTemplate:
         for end in (self.last_end, self.end) if last else (self.end, self.last_end):
             if end and bare.startswith(end.lstrip()):
                 return stop + len(tail) - len(bare) + len(end.lstrip())
-        token = max((token for token in known or self.special if bare.startswith(token)), key=len, default=None)
+        token = max((token for token in known or self.special if bare.startswith(token)), key=len, default="")
         if token in self.stops or (token and token not in self.heads):
             return stop + len(tail) - len(bare) + len(token)
         if last and not self.end:

@@ -57,14 +57,14 @@ def encode_examples(
         template: the tokenizer's, for the styles ``chat`` and ``messages``.
         format_example: prompt and response of a row, for the styles ``instruction`` and ``sql``.
     """
-    if example_format.style in ("chat", "messages"):
+    if template is not None and example_format.style in ("chat", "messages"):
         return encode_conversations(table, example_format, tokenizer, features, template)
     start = [~token for token in special_ends(tokenizer)[0]]
     if example_format.style == "text":
         tokens, lengths = join_rows(
             start, encode(tokenizer, text_of(table, example_format.columns["text"]).to_pylist(), False)
         )
-    else:
+    elif format_example is not None:
         pairs = [format_example(row) for row in example_parts(table, example_format)]
         prompts, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
         tokens, lengths = encode(tokenizer, prompts + answers, add_special_tokens=False)

@@ -195,7 +195,7 @@ def mark_answers(messages: list[dict], with_empty: bool) -> tuple[list[dict], di
     Returns:
         ``(messages, marks)``: copies; and for each message of the assistant its marks.
     """
-    copies, marks, count = [{**message} for message in messages], {}, 0
+    copies, marks, count = [{**message} for message in messages], dict[int, list[str]](), 0
 
     def mark() -> str:
         nonlocal count

@@ -71,9 +71,9 @@ def _is_own(module_name: str | None) -> bool:
 
 
 def _is_own_file(file: str | None) -> bool:
-    return (
-        bool(file) and not file.startswith(LIBRARIES) and not {"site-packages", "dist-packages"} & {*Path(file).parts}
-    )
+    if not file or file.startswith(LIBRARIES):
+        return False
+    return not {"site-packages", "dist-packages"} & {*Path(file).parts}
 
 
 class _Walk:
@@ -187,7 +187,7 @@ class _Walk:
         for candidate in (name, f"{package}.{name}" if package else name):
             with contextlib.suppress(ImportError, ValueError):
                 spec = spec or importlib.util.find_spec(candidate)
-        if spec is not None and spec.has_location and _is_own_file(spec.origin):
+        if spec is not None and spec.origin and spec.has_location and _is_own_file(spec.origin):
             self.note(hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest())
         else:
             self._named(name, "")

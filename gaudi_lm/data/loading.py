@@ -44,7 +44,7 @@ def _read(files: FileSet, data_args: DataArguments, model_args: ModelArguments) 
 def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDict | IterableDatasetDict | dict:
     source = {"path": data_args.dataset_name, "name": data_args.dataset_config_name, "token": model_args.token}
     try:
-        if Path(data_args.dataset_name).is_dir():
+        if Path(data_args.dataset_name or "").is_dir():
             config = load_dataset_builder(**source, cache_dir=model_args.cache_dir).config
             files = {split: _files_of_folder(config, split) for split in ("train", "validation")}
             if any(files.values()):
@@ -65,7 +65,7 @@ def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDi
 def _files_of_folder(config: BuilderConfig, split: str) -> FileSet | None:
     """The files of a split of a local dataset, where they are of a kind with columns and are nothing special."""
     paths = tuple((config.data_files or {}).get(split, ()))
-    kinds = {kind_of(path) if Path(path).is_file() else None for path in paths}
+    kinds: set = {kind_of(path) if Path(path).is_file() else None for path in paths}
     if len(kinds) != 1 or not kinds <= {"csv", "json", "parquet"} or getattr(config, "field", None):
         return None
     separator = getattr(config, "sep", ",")

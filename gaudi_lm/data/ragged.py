@@ -25,14 +25,14 @@ def join_rows(*parts: tuple[np.ndarray, np.ndarray] | list[int]) -> tuple[np.nda
         ``(tokens, lengths)`` of the joined rows.
     """
     rows = next(len(part[1]) for part in parts if isinstance(part, tuple))
-    parts = [
+    arrays = [
         part if isinstance(part, tuple) else (np.tile(np.array(part, np.int32), rows), np.full(rows, len(part)))
         for part in parts
     ]
-    lengths = sum(part[1] for part in parts)
+    lengths = np.sum([own for _, own in arrays], axis=0)
     joined = np.empty(int(lengths.sum()), dtype=np.int32)
     position = np.cumsum(lengths) - lengths
-    for tokens, own in parts:
+    for tokens, own in arrays:
         joined[np.repeat(position - (np.cumsum(own) - own), own) + np.arange(len(tokens))] = tokens
         position = position + own
     return joined, lengths

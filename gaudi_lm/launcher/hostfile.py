@@ -60,5 +60,5 @@ def read_hostfile(path: str) -> tuple[Host, ...]:
     try:
         return parse_hostfile(Path(path).read_bytes().decode(), path)
     except (UnicodeDecodeError, OSError) as error:
-        what = error.strerror.lower() if isinstance(error, OSError) else "not a text file"
+        what = str(error.strerror).lower() if isinstance(error, OSError) else "not a text file"
         raise UserError(f"--hostfile {path}: {what}") from error

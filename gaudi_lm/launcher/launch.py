@@ -34,7 +34,7 @@ def number(kind: type, least: float, most: float, what: str, text: str) -> float
 
 
 def make_parser(description: str | None = None) -> argparse.ArgumentParser:
-    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    how: dict = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser("gaudi_spawn.py", USAGE, description, **how)
     ranks = partial(number, int, 1, 10**6, "a number of ranks, at least 1")
     port = partial(number, int, 1, 65535, "a port, 1 to 65535")
@@ -44,7 +44,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         raise UserError(f"{message} (--help lists the options)")
 
     add = parser.add_argument
-    parser.error = error
+    parser.error = error  # type: ignore
     add("--world_size", help="number of ranks, one card each (default: 1, or the hostfile's)", type=ranks, metavar="N")
     add("--use_mpi", help="start the ranks with Open MPI's mpirun, version 4 or 5", action="store_true")
     add("--use_deepspeed", help="start the ranks with DeepSpeed's launcher", action="store_true")
@@ -81,7 +81,7 @@ def make_plan(options: argparse.Namespace, environ: dict[str, str], cards: int) 
         raise UserError(f"no script: {USAGE}")
     if not Path(options.script).is_file():
         raise UserError(f"{options.script}: no such script")
-    hosts, path = (Host(socket.gethostname(), options.world_size or 1),), options.hostfile
+    path, hosts = options.hostfile, (*[Host(socket.gethostname(), options.world_size or 1)],)
     if path is not None:
         if backend == "torch":
             raise UserError("--hostfile needs --use_deepspeed or --use_mpi: torch.distributed serves one host")
@@ -102,7 +102,7 @@ def make_plan(options: argparse.Namespace, environ: dict[str, str], cards: int) 
     mpirun, version = host.find_backend(backend)
     address = "127.0.0.1" if all(local) else hosts[0].name
     if local[0] and not all(local):
-        address = host.own_address(hosts[local.index(False)].name, towards=True)
+        address = host.own_address(hosts[local.index(False)].name, towards=True) or address
     environ = rank_environment(environ, named_variables(options.env, environ), on_cpu)
     log_dir = os.path.abspath(options.log_dir) if options.log_dir else ""
     if log_dir and not options.dry_run:
@@ -133,10 +133,10 @@ def run(job: plan.Plan) -> int:
         try:
             os.setsid()  # a terminal's Ctrl-C goes to the launcher alone
             processes.die_with_parent(processes.PARENT_ENDED)
-            job = supervise.Host(order)
-            job.signals += [processes.PARENT_ENDED] * (os.getppid() != launcher)  # killed before it was watched
+            own = supervise.Host(order)
+            own.signals += [processes.PARENT_ENDED] * (os.getppid() != launcher)  # killed before it was watched
             signal.pthread_sigmask(signal.SIG_UNBLOCK, processes.STOP_SIGNALS)
-            os._exit(job.run())
+            os._exit(own.run())
         except BaseException:
             sys.excepthook(*sys.exc_info())
             os._exit(1)

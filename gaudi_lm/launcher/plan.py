@@ -71,10 +71,10 @@ class Plan:
         """For :class:`supervise.Host`: the order of this host, and those of the others by name."""
         meet = {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port)}
         job = {"script": self.script, "logs": f"; logs: {self.log_dir}" * bool(self.log_dir), "slots": 0}
-        order = {"folder": folder, "cwd": os.getcwd(), "grace": self.grace, "backend": BACKENDS[self.backend]}
+        order: dict = {"folder": folder, "cwd": os.getcwd(), "grace": self.grace, "backend": BACKENDS[self.backend]}
         order["wait"] = 0.5 * (len(self.hosts) > 1)  # s until other hosts have told what was before a failure
         order |= {"commands": [], "job": {**job, "world_size": sum(host.slots for host in self.hosts), "environ": {}}}
-        here, others, first_rank = dict(order), {}, 0
+        here, others, first_rank = dict(order), dict[str, dict](), 0
         for index, host in enumerate(self.hosts):
             environ = {**self.environ, **meet}
             slots = {"host": host.name, "first_rank": first_rank, "slots": host.slots, "environ": environ}
@@ -98,7 +98,7 @@ class Plan:
     def check_hosts(self) -> str | None:
         """Log in to the other hosts, all at once; what is wrong with the first one that cannot take part."""
         command = ["sh", "-c", CHECK, "sh", os.getcwd(), sys.executable, processes.__file__, self.script[0]]
-        how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        how: dict = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         others = [host for host, here in zip(self.hosts, self.local, strict=True) if not here]
         checks = [(host, subprocess.Popen(over_ssh(host.login, command), **how)) for host in others]
         answers = [(host, check.communicate()[0].decode(errors="replace"), check.returncode) for host, check in checks]

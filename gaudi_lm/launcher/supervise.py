@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from gaudi_lm.host import threads_per_rank
 from gaudi_lm.launcher import processes
@@ -43,10 +44,10 @@ class Host:
 
     def __init__(self, order: dict, remote: bool = False) -> None:
         self.order, self.remote, self.folder = order, remote, order["folder"]
-        self.signals, self.unread, self.heard = [], b"", time.monotonic()
-        self.failure = self.outside = None  # the report that is to be said, with the exit status
+        self.signals, self.unread, self.heard = list[int](), b"", time.monotonic()
+        self.failure, self.outside = dict[str, Any](), dict[str, Any]()  # the report that is to be said
         self.signalled = self.number = 0  # the signal to the launcher, and the one to the ranks
-        self.told, self.deadline = {}, float("inf")
+        self.told, self.deadline = dict[str, int](), float("inf")
         processes.on_signals(self.signals.append)
 
     def run(self) -> int:
@@ -124,7 +125,7 @@ class Host:
 
     def _fail(self, end: dict) -> None:
         """Note the first failure, tell the launcher, and stop the rest of the job."""
-        if self.failure is None and not self.signalled:
+        if not self.failure and not self.signalled:
             self.failure = end
             if self.remote:
                 os.write(2, MARK + json.dumps({**end, "age": time.monotonic() - end["time"]}).encode() + b"\n")
@@ -162,14 +163,14 @@ def over_ssh(login: str, command: list[str]) -> list[str]:
 
 def connect(folder: str, host: str, *command: str) -> int:
     """Log in to another host and serve its supervisor; its exit status. mpirun starts this in place of ssh."""
-    processes.on_signals((signals := []).append)
+    processes.on_signals((signals := list[int]()).append)
     processes.die_with_parent(PARENT_ENDED)
     order = json.loads(Path(folder, "hosts").read_text())[host.rpartition("@")[2]]
     order["commands"] = [["sh", "-c", " ".join(command)]] if command else order["commands"]
     name, pending = f"host {order['job']['host']}", b""
     processes.report(folder, name, what=f"{name} is lost, or the connection to it was killed")
-    how = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
-    ssh = subprocess.Popen(over_ssh(order["login"], processes.python("supervise.other_host")), **how)
+    how: dict = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
+    ssh: Any = subprocess.Popen(over_ssh(order["login"], processes.python("supervise.other_host")), **how)
     os.set_blocking(ssh.stderr.fileno(), False)
     words, due, told = json.dumps(order).encode() + b"\n", 0.0, False
     while (data := ssh.stderr.read(65536)) != b"":

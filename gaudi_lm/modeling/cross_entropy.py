@@ -126,9 +126,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 by_row, by_class = (grad.t(), grad) if classes == 0 else (grad, grad.t())
                 # Ignored rows and the scale act on the narrow factor of each product: a pass over V columns less.
                 factor = (valid * scale).unsqueeze(1).to(dtype)
-                if need_hidden:
+                if grad_hidden is not None:
                     grad_hidden[rows] = torch.mm(by_row, cast_weight) * factor
-                if need_weight and dtype is torch.float32:
+                if grad_weight is not None and dtype is torch.float32:
                     grad_weight.addmm_(by_class, chunk * factor)
                 elif need_weight:
                     grad_weight += torch.mm(by_class, chunk * factor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from argparse import ArgumentTypeError
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from transformers import (
@@ -173,7 +174,7 @@ def resolve_dtype(name: str | None) -> torch.dtype | str | None:
 
 
 def load_model(
-    auto_class: type,
+    auto_class: Any,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     model_args: ModelArguments,

@@ -56,7 +56,7 @@ def checkpoint_step(folder: Path) -> int | None:
 def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoint folders, the newest first."""
     found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if checkpoint_step(path) is not None]
-    return sorted((path for path in found if path.is_dir()), key=checkpoint_step, reverse=True)
+    return sorted((path for path in found if path.is_dir()), key=lambda path: checkpoint_step(path) or 0, reverse=True)
 
 
 def incomplete(folder: Path) -> Path:

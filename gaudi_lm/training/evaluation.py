@@ -77,13 +77,13 @@ class EvaluationRows(IterableDataset):
             yield row if position < len(own) else {**row, FILLER_SAMPLE: True}
 
     def _streamed_rows(self) -> Iterator[dict]:
-        row, own = None, 0
+        row, own = dict[str, object](), 0
         for index, any_row in enumerate(self.dataset):
             self.rows_seen = index + 1
             if index % self.world_size == self.rank:
                 row, own = {**any_row, SAMPLE_ID: index}, own + 1
                 yield dict(row)
-        if row is None and self.rows_seen:
+        if not row and self.rows_seen:
             row = {**next(iter(self.dataset)), SAMPLE_ID: 0}
         for _ in range(self._padded(self.rows_seen) - own):
             yield {**row, FILLER_SAMPLE: True}
@@ -197,7 +197,7 @@ class EvaluatingTrainer(ResumableTrainer):
         result = token_metrics(**parts)
         if self.compute_loss_func is not None:
             result = {"loss": result["loss"]}
-        found, labels = predictions.over_ranks() if predict else (None, None)
+        found, labels = predictions.over_ranks() if predictions else (None, None)
         if self.compute_metrics is not None and found is not None and labels is not None:
             result |= denumpify_detensorize(self.compute_metrics(EvalPrediction(predictions=found, label_ids=labels)))
         metrics = {

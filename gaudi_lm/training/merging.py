@@ -11,7 +11,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from gaudi_lm.arguments.definitions import ModelArguments
 from gaudi_lm.data.memory import host_copies
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import saved_config
@@ -20,11 +19,11 @@ from gaudi_lm.training.trainer import LMTrainer
 logger = logging.getLogger("gaudi_lm")
 
 
-def check_base_model(model_args: ModelArguments, peft_type: str, do_train: bool) -> None:
+def check_base_model(model_args, peft_type: str, do_train: bool) -> None:
     """Before anything is trained: whether there is a model, and the adapter can be merged into it.
 
     Args:
-        model_args: with ``adapter_name_or_path``, ``merge_adapter`` and ``load_meta_device``.
+        model_args: ``ModelArguments`` with ``adapter_name_or_path``, ``merge_adapter`` and ``load_meta_device``.
         peft_type: of a new adapter.
 
     Raises:

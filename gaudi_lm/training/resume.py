@@ -38,7 +38,7 @@ def find_checkpoint(training_args) -> str | None:
     """
     if not training_args.do_train:
         return None
-    outcome = None
+    outcome: str | UserError | None = None
     if training_args.process_index == 0:
         try:
             outcome = _find(training_args)
@@ -118,7 +118,7 @@ def clear_the_way(folder: Path, step: int, remove: bool) -> None:
         if step == 0 and remove:
             shutil.rmtree(path)
             logger.warning("%s is of an earlier run; removed, for --overwrite_output_dir", path)
-        elif checkpoints.checkpoint_step(path) > step:
+        elif (checkpoints.checkpoint_step(path) or 0) > step:
             aside = path.with_name(f"unused-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)

@@ -161,7 +161,7 @@ class Zero(Shards):
 
     def place(self, live: LiveBytes, model: nn.Module) -> None:
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        settings, size = self.settings, self.dtype.itemsize
+        settings, size = self.settings, self.settings.dtype.itemsize
         elements = sum(p.numel() for p in model.parameters())
         for tensor in (*model.buffers(), *(model.parameters() if settings.stage < 3 else ())):
             live.hold(tensor, "weights")
@@ -207,7 +207,7 @@ class Zero(Shards):
 
     def _reduce(self, live: LiveBytes) -> None:
         """The gradients in the bucket: one copy for the collective, unless they are in its buffer, then shares."""
-        size = self.dtype.itemsize
+        size = self.settings.dtype.itemsize
         if self.settings.stage == 3 or not self.settings.buffers:
             live.for_a_moment("collectives", min(self.filled, self.settings.bucket) * size)
         for p in self.trained:

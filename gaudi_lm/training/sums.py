@@ -38,7 +38,7 @@ class TokenSums:
 
     def flush(self) -> None:
         """Move what has been summed on the card to the host."""
-        if self._losses is not None:
+        if self._losses is not None and self._counts is not None:
             correct, count = self._counts.tolist()
             self.loss_sum += self._losses.item()
             self.correct += correct
