@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DynamoBackend
-from huggingface_hub import constants, get_session, get_token
+from huggingface_hub import get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -88,7 +90,7 @@ def check_together(args) -> None:
 
 
 def _check_scheduler(args) -> None:
-    kwargs = read_mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs or {}, is_file=False)
+    kwargs = read_mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs, is_file=False) or {}
     name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=args.learning_rate)
@@ -172,10 +174,11 @@ def _check_best_model(args) -> None:
 def _check_hub(args) -> None:
     if not args.push_to_hub:
         return
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except OSError as error:  # also in offline mode
-        raise UserError(f"--push_to_hub: {constants.ENDPOINT} cannot be reached, or HF_HUB_OFFLINE is set") from error
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--hub_model_id {name}: {str(error).partition('.')[0]}") from error
     if not (args.hub_token or get_token()):
         raise UserError("--push_to_hub: log in with `hf auth login`, or give --hub_token")
 

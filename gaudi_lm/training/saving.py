@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import checkpoints
 from gaudi_lm.training.agreement import from_main, gather
+from gaudi_lm.training.hub import HubUploads
 from gaudi_lm.training.resume import clear_the_way
 from gaudi_lm.training.resumed_state import Resumption, data_digest
 from gaudi_lm.training.signals import SaveOnSignal, begin_loading
@@ -84,6 +86,7 @@ class ResumableTrainer(GaudiTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.uploads = HubUploads(self.args)
         self.epochs = self.steps_per_epoch = 1
         self.resumption = Resumption()
         self.loading = contextlib.ExitStack()
@@ -99,7 +102,7 @@ class ResumableTrainer(GaudiTrainer):
         """Tells the training data from others; see :func:`gaudi_lm.training.resumed_state.data_digest`."""
         return data_digest(self.train_dataset)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
         output = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = next(map(str, checkpoints.checkpoints_in(output)), True)
@@ -119,10 +122,23 @@ class ResumableTrainer(GaudiTrainer):
                 self.loading.enter_context(checkpoints.data_only())  # until training begins
             return super()._inner_training_loop(batch_size, *args, **kwargs)
 
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """Nothing: a repository is made with the first upload, so that training needs no network."""
+
+    def _finish_current_push(self) -> None:
+        """Nothing: the last upload, after all else, makes up for one of a checkpoint."""
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs) -> None:
+        """Upload what is at the top of ``--output_dir``; where that fails, the log says so. All ranks must call it."""
+        if self.args.should_save:
+            self.uploads.result(commit_message or "End of training")
+        gather(None)  # the other ranks wait as long as it takes
+
     def set_initial_training_values(self, args, dataloader, total_train_batch_size):
         values = list(super().set_initial_training_values(args, dataloader, total_train_batch_size))
         self.epochs, self.steps_per_epoch = values[:2]
-        if self.resumption.step >= values[-1]:
+        stopped = self.resumption.without_better >= (args.early_stopping_patience or math.inf)
+        if stopped or self.resumption.step >= values[-1]:
             values[0] = 0  # no epoch is left: the loop would train one more step before it looks at max_steps
         return tuple(values)
 
@@ -164,8 +180,8 @@ class ResumableTrainer(GaudiTrainer):
                 exportable = [one for one in exportable if isinstance(one, ExportableState)]
                 self.state.stateful_callbacks = TrainerState(stateful_callbacks=exportable).stateful_callbacks
                 self.state.save_to_json(str(staging / checkpoints.STATE))
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
+        if self.args.push_to_hub and self.args.should_save:
+            self.uploads.checkpoint(folder, self.state.global_step)
         if self.args.should_save:
             self._rotate_checkpoints(use_mtime=False, output_dir=str(run_dir))
 

@@ -1,0 +1,69 @@
+"""Uploads to the hub: what is uploaded lies whole on the disk, and an upload that fails is a line in the log."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from transformers.trainer_utils import HubStrategy
+
+from gaudi_lm.arguments.definitions import LMTrainingArguments
+from gaudi_lm.arguments.model_files import first_line
+
+logger = logging.getLogger("gaudi_lm")
+
+TO_RESUME = ["optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "manifest.json", "global_step*", "latest"]
+NOT_THE_RESULT = ["checkpoint-*", "incomplete-*", "complete-files", "_*", "logs"]
+
+
+class HubUploads:
+    """Uploads of the main rank to the repository of ``--hub_model_id``, one after the other, in a thread."""
+
+    def __init__(self, args: LMTrainingArguments):
+        self.args, self.folder = args, Path(args.output_dir).resolve()
+        self.name = args.hub_model_id or self.folder.name
+        self._api = HfApi(token=args.hub_token)
+        self._running: list[Future] = []
+
+    def checkpoint(self, folder: Path, step: int) -> None:
+        """Begin to upload a checkpoint, as ``--hub_strategy`` says; none while an earlier one is still under way."""
+        busy = not all(job.done() for job in self._running)
+        if self.args.hub_strategy == HubStrategy.END or (busy and not self.args.hub_always_push):
+            return
+        self.finish()
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        self._begin(folder, message := f"Training in progress, step {step}", TO_RESUME)
+        if place := places.get(self.args.hub_strategy):
+            self._begin(folder, f"{message}, checkpoint", None, place)
+
+    def result(self, message: str) -> None:
+        """Upload what is at the top of ``--output_dir``, and wait for it."""
+        self.finish(quiet=True)
+        job = self._begin(self.folder, message, NOT_THE_RESULT)
+        if self.finish():
+            logger.info("Uploaded to %s/%s", self._api.endpoint, job.result())
+
+    def finish(self, quiet: bool = False) -> bool:
+        """Wait for what is being uploaded; whether it is on the hub now, which the log says unless ``quiet``."""
+        errors = [error for job in self._running if (error := job.exception())]
+        self._running = []
+        if errors and not quiet:
+            logger.warning(
+                "--push_to_hub: %s was not uploaded (%s). All of it is on the disk: start the run again, or "
+                "`hf upload %s %s`", self.name, first_line(errors[0]), self.name, self.folder,
+            )  # fmt: skip
+        return not errors
+
+    def _begin(self, folder: Path, message: str, ignored: list[str] | None, place: str | None = None) -> Future:
+        self._running.append(self._api.run_as_future(self._upload, folder, message, ignored, place))
+        return self._running[-1]
+
+    def _upload(self, folder: Path, message: str, ignored: list[str] | None, place: str | None) -> str:
+        args, to = self.args, {"commit_message": message, "revision": self.args.hub_revision}
+        name = self._api.create_repo(self.name, private=args.hub_private_repo, exist_ok=True).repo_id
+        if args.hub_revision:
+            self._api.create_branch(name, branch=args.hub_revision, exist_ok=True)
+        self._api.upload_folder(repo_id=name, folder_path=folder, path_in_repo=place, ignore_patterns=ignored, **to)
+        return name

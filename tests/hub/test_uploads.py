@@ -1,0 +1,60 @@
+"""--push_to_hub: nothing is lost where the hub fails, and the next start uploads."""
+
+import pytest
+from huggingface_hub import ModelCard
+from running import results, run
+from test_clm import scratch
+
+from hub.uploads import UploadHub
+
+
+@pytest.fixture
+def uploads():
+    with UploadHub() as hub:
+        yield hub
+
+
+def start(assets, output, hub: UploadHub, *flags) -> str:
+    more = ["--do_train", "--do_eval", "--max_steps", 2, "--max_eval_samples", 4, "--push_to_hub", *flags]
+    log = run("run_clm.py", *scratch(assets, output, *more), env=hub.environment).stderr
+    assert "Traceback" not in log and "hf_writer" not in log
+    return log
+
+
+@pytest.mark.slow
+def test_what_fails_is_one_line_and_the_next_start_uploads(assets, tmp_path, uploads):
+    output = tmp_path / "tiny"
+    for fault, reason in (("down", "("), ("denied", "401"), ("cut", "(")):
+        uploads.fault = fault
+        log = start(assets, output, uploads)
+        (line,) = [line for line in log.splitlines() if "--push_to_hub" in line]
+        assert "WARNING --push_to_hub: tiny was not uploaded" in line and reason in line
+        assert f"`hf upload tiny {output}`" in line
+        assert log.index("Outputs saved to") < log.index("was not uploaded")
+        assert {"model.safetensors", "README.md", "loss_curve.png"} <= {path.name for path in output.iterdir()}
+        assert not uploads.files["me/tiny", "main"]
+    uploads.fault = None
+    assert "/me/tiny\n" in start(assets, output, uploads, "--hub_private_repo")
+    files = uploads.files["me/tiny", "main"]
+    assert {"config.json", "tokenizer.json", "loss_curve.png", "README.md", "all_results.json"} <= files.keys()
+    assert files["model.safetensors"] == (output / "model.safetensors").read_bytes()
+    assert not any(name.startswith(("checkpoint", "optimizer")) for name in files)
+    assert uploads.created["me/tiny"]["private"] is True
+    card = ModelCard(files["README.md"].decode())
+    found = {one.metric_type: one.metric_value for one in card.data.eval_results}
+    figures = results(output)
+    assert found == {name: figures[f"eval_{name}"] for name in ("loss", "perplexity", "accuracy")}
+    assert card.data.model_name == "tiny" and card.data.pipeline_tag == "text-generation"
+
+
+@pytest.mark.slow
+def test_checkpoints_while_training(assets, tmp_path, uploads):
+    flags = ["--hub_model_id", "team/named", "--hub_strategy", "checkpoint", "--hub_revision", "trial"]
+    start(assets, tmp_path / "x", uploads, *flags, "--save_steps", 1, "--hub_always_push")
+    files = uploads.files["team/named", "trial"]
+    assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json", "model.safetensors"} <= files.keys()
+    assert "optimizer.pt" not in files and uploads.created["team/named"]["organization"] == "team"
+    steps = [message for message in uploads.commits if "step" in message]
+    wanted = [f"Training in progress, step {step}" for step in (1, 2)]
+    assert steps == [words for step in wanted for words in (step, f"{step}, checkpoint")]
+    assert uploads.commits[-1] == "End of training"
