@@ -11,6 +11,7 @@ On a machine without a Gaudi, append --use_cpu, or set GAUDI_SIMULATOR=1 to rehe
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from gaudi_lm.arguments.definitions import DataArguments, LMTrainingArguments, ModelArguments
 from gaudi_lm.arguments.parsing import parse
-from gaudi_lm.data.instructions import collate_examples, show_targets, tokenise_examples
+from gaudi_lm.data.instructions import collate_examples, tokenise_examples
 from gaudi_lm.data.loading import load_raw
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
 from gaudi_lm.data.prompts import check_tokenizer, find_format
@@ -112,9 +113,9 @@ class LoraDataArguments(DataArguments):
         default=False, metadata={"help": "Pack several examples into a row of --max_seq_length, each kept apart."}
     )
 
-    def check(self, max_steps: int) -> None:
+    def check(self, max_steps: int, allow_no_split: bool = True) -> None:
         """Refuse what cannot work, by the flag's name."""
-        super().check(max_steps, allow_no_split=True)
+        super().check(max_steps, allow_no_split)
         if self.streaming:
             raise UserError("--streaming: run_lora_clm.py prepares all examples first; leave the flag out")
         for left, right in (("sql_prompt", "chat_prompt"), ("dataset_concatenation", "pack_sequences")):
@@ -179,8 +180,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 use_cache=not (data_args.overwrite_cache and training_args.local_process_index == 0),
                 keep_in_memory=data_args.keep_in_memory,
             )  # fmt: skip
-    first = next(iter(rows.values())).with_format("numpy")[0]
-    logger.info("an example, what is learnt between >>> and <<<: %r", show_targets(first, tokenizer))
     if training_args.bf16 and model_args.torch_dtype is None:
         model_args.torch_dtype = "bfloat16"  # frozen weights lose nothing by it; peft keeps the adapter in fp32
     device = {"device_map": training_args.device.type} if model_args.load_meta_device else {}
@@ -198,7 +197,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     full = data_args.pad_to_max_length or data_args.dataset_concatenation
     lengths = padded_lengths(rows.values(), max_length, full, training_args)
-    collator = partial(collate_examples, padding=padding, lengths=lengths)
+    collator: Callable[[list[dict]], dict] = partial(collate_examples, padding=padding, lengths=lengths)
     if data_args.pack_sequences:
         step = training_args.rows_per_step
         rows = {s: pack_sequences(texts, max_length, split=s, rows_per_step=step) for s, texts in rows.items()}
@@ -235,7 +234,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             trainer,
             task="text-generation",
             base_model=model_args.model_name_or_path,
-            data=data_args.described(),
+            data=data_args,
             library="peft",
         )
     logger.info("done")

@@ -162,6 +162,34 @@ def run_many(script: str, cases: dict[str, list[str]], folder: Path) -> dict[str
     return found
 
 
+def load_elsewhere(*cases: tuple[str, Path, Path | None]) -> None:
+    """Load models and tokenizers by transformers and peft alone, and use them, in a process that has no gaudi_lm.
+
+    Args:
+        cases: the class of transformers, the folder, and that of the base model where the folder holds an adapter.
+    """
+    code = """
+import json, sys
+sys.modules.update(dict.fromkeys(("gaudi_lm", "gaudi_simulator", "optimum", "habana_frameworks")))  # not importable
+import torch, transformers
+from peft import PeftModel
+for kind, folder, base in json.loads(sys.argv[1]):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model, info = getattr(transformers, kind).from_pretrained(base or folder, output_loading_info=True)
+    assert not any(info.values()), (folder, info)
+    plain = model.get_input_embeddings().weight.shape
+    model = PeftModel.from_pretrained(model, folder) if base else model
+    inputs = tokenizer("Explain the for statement.", return_tensors="pt")
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    assert loss.isfinite() and len(tokenizer) <= plain[0], folder
+"""
+    words = json.dumps([[kind, str(folder), base and str(base)] for kind, folder, base in cases])
+    done = subprocess.run(
+        [sys.executable, "-c", code, words], cwd=cases[0][1], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def log_history(output: Path) -> list[dict]:
     """What the trainer logged."""
     return json.loads((output / "trainer_state.json").read_text())["log_history"]

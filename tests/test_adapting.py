@@ -31,7 +31,7 @@ def adapted(folder, word: str):
 
 
 def test_each_diff_is_short():
-    assert len(DIFFS) == 7
+    assert len(DIFFS) == 8
     for diff in DIFFS:
         assert len(diff.splitlines()) <= 15, diff
         assert (REPOSITORY / diff.split("\n")[0].removeprefix("--- a/")).exists()
@@ -55,6 +55,17 @@ def test_other_columns(instructions, tmp_path):
     log = run(script, *flags).stderr
     assert "what is it?" in log and "### Response:" in log
     assert results(tmp_path / "out")["train_loss"] > 0
+
+
+def test_a_mixture(assets, tmp_path):
+    """A fifth of the rows are of the second file; all rows have one length, so a fifth of the tokens are too."""
+    script = adapted(tmp_path / "mine", "interleave_datasets")
+    (tmp_path / "one.txt").write_text("abcdefg hijklmn\n" * 4000)
+    (tmp_path / "more.txt").write_text("7777777 7777777\n" * 4000)
+    flags = scratch(assets, tmp_path / "out", *EVALUATE[:1], "--max_steps", 1, "--show_examples", 200)
+    log = run(script, *flags, "--train_file", tmp_path / "one.txt", cwd=tmp_path).stderr
+    first, second = log.count("abcdefg"), log.count("7777777 7777777")
+    assert second / (first + second) == pytest.approx(0.2, abs=0.05)
 
 
 def test_another_loss(assets, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from running import copy_elsewhere, environment, load_script, losses, run, run_many, run_several
+from running import copy_elsewhere, environment, load_elsewhere, load_script, losses, run, run_many, run_several
 
 from gaudi_lm.data.instructions import collate_examples, tokenise_examples
 from gaudi_lm.data.prompts import find_format
@@ -82,6 +82,9 @@ def test_adapters(instructions, tmp_path):
             assert reloaded.status == 0, f"{kind}, {form}: {reloaded.log}"
             assert reloaded.metrics["eval_loss"] == pytest.approx(end.metrics["eval_loss"], rel=1e-5), (kind, form)
             assert reloaded.metrics["eval_tokens"] == end.metrics["eval_tokens"]
+    forms = [(tmp_path / kind, instructions.llama) for kind in ADAPTERS]
+    forms += [(folder / "merged", None) for folder, _ in forms if folder.name != "llama-adapter"]
+    load_elsewhere(*(("AutoModelForCausalLM", *form) for form in forms))
     # The library's own way to load both, without this suite.
     model = AutoModelForCausalLM.from_pretrained(instructions.llama)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lora")

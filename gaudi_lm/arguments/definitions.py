@@ -123,7 +123,7 @@ class DataArguments:
         files = (Path(file).name for file in (self.train_file, self.validation_file) if file)
         return ", ".join(filter(None, (hub, *files)))
 
-    def check(self, streaming_needs_max_steps: int, allow_no_split: bool = False) -> None:
+    def check(self, max_steps: int, allow_no_split: bool = False) -> None:
         """Refuse what cannot work, by the flag's name.
 
         Raises:
@@ -138,7 +138,7 @@ class DataArguments:
         low = 0 if allow_no_split else 1
         if not low <= self.validation_split_percentage <= 99:
             raise UserError(f"--validation_split_percentage {self.validation_split_percentage} is outside {low}-99")
-        if self.streaming and streaming_needs_max_steps <= 0:
+        if self.streaming and max_steps <= 0:
             raise UserError("--streaming needs --max_steps: the length of a stream is not known in advance")
 
 
@@ -176,6 +176,17 @@ class LMTrainingArguments(GaudiTrainingArguments):
         },
     )
 
+    show_examples: int = field(
+        default=1, metadata={"help": "Log so many training samples as text, what is trained on marked."}
+    )
+    generate: list[str] | None = field(
+        default=None,
+        metadata={"help": "Texts that the trained model continues, or whose masks it fills.", "action": "extend"},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "End training after so many evaluations without a better one; needs a best model."},
+    )
     save_on_signal: bool = field(
         default=True,
         metadata={
@@ -234,6 +245,10 @@ class LMTrainingArguments(GaudiTrainingArguments):
             raise UserError(f"--deepspeed: values that differ from the flags: {'; '.join(differing)}; use auto there")
         if not (self.do_train or self.do_eval):
             raise UserError("nothing to do: give --do_train, --do_eval, or both")
+
+    def to_dict(self) -> dict:
+        """For trackers: all flags of the script, without secrets."""
+        return {**getattr(self, "flags", {}), **super().to_dict()}
 
     @property
     def device(self) -> torch.device:

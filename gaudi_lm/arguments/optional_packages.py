@@ -5,25 +5,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 from gaudi_lm.errors import UserError, unknown
 
 # By value: the modules of which one must be importable, and what pip calls the package.
-REPORTERS: dict[str, tuple[tuple[str, ...], str]] = {
+REPORTERS: dict[str, tuple[tuple[str, ...], str]] = {name: ((name,), name) for name in INTEGRATION_TO_CALLBACK} | {
     "azure_ml": (("azureml",), "azureml-mlflow"),
-    "clearml": (("clearml",), "clearml"),
-    "codecarbon": (("codecarbon",), "codecarbon"),
-    "comet_ml": (("comet_ml",), "comet_ml"),
-    "dagshub": (("dagshub",), "dagshub"),
-    "dvclive": (("dvclive",), "dvclive"),
     "flyte": (("flytekit",), "flytekit"),
-    "mlflow": (("mlflow",), "mlflow"),
-    "neptune": (("neptune",), "neptune"),
-    "swanlab": (("swanlab",), "swanlab"),
+    "mlflow": (("mlflow",), "mlflow-skinny"),
     "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
-    "trackio": (("trackio",), "trackio"),
-    "wandb": (("wandb",), "wandb"),
 }
 
 _BITSANDBYTES = (("bitsandbytes",), "bitsandbytes")

@@ -93,6 +93,8 @@ RANGES: dict[str, Range] = {
     "logging_steps": INTERVAL,
     "save_steps": INTERVAL,
     "eval_steps": INTERVAL,
+    "show_examples": Range(0, 1000),
+    "early_stopping_patience": COUNT,
     "save_total_limit": Range(1, hint="without it all checkpoints are kept"),
     "seed": SEED,
     "data_seed": SEED,
@@ -129,7 +131,7 @@ RANGES: dict[str, Range] = {
 }
 
 
-def check_ranges(values: dict[str, object]) -> None:
+def check_ranges(values: dict) -> None:
     """Refuse numbers outside of their meaning; odd ones get a warning.
 
     Args:

@@ -78,9 +78,11 @@ NEEDS: dict[str, str] = {
     "dry_run_cards": "dry_run",
     "eval_on_start": "do_eval",
     "feedforward_modules": "ia3_target_modules",
+    "early_stopping_patience": "load_best_model_at_end",
     "fsdp_config": "fsdp",
     "fsdp_min_num_params": "fsdp",
     "fsdp_transformer_layer_cls_to_wrap": "fsdp",
+    "generate": "do_train",
     "gradient_checkpointing_kwargs": "gradient_checkpointing",
     "hub_always_push": "push_to_hub",
     "hub_model_id": "push_to_hub",
@@ -160,7 +162,7 @@ def check_flags(values: dict[str, object], defaults: dict[str, object]) -> None:
         raise UserError("--group_by_length cannot be combined with --streaming: it sorts all rows by length")
 
 
-def check_folders(values: dict[str, object]) -> None:
+def check_folders(values: dict) -> None:
     """Refuse folders that could not be written to.
 
     Raises:

@@ -179,8 +179,9 @@ def collate_examples(rows: list[dict], padding: int, lengths: Sequence[int]) -> 
 
 
 def show_targets(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A row as text, its trained parts between ``>>>`` and ``<<<``."""
-    input_ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
+    """A row as text, its trained parts, by their labels, between ``>>>`` and ``<<<``."""
+    labels = np.asarray(row["labels"])
+    input_ids = np.where(labels == IGNORE_INDEX, row["input_ids"], labels)
     borders = np.flatnonzero(np.diff(labels != IGNORE_INDEX)) + 1
     parts = []
     for tokens, target in zip(np.split(input_ids, borders), np.split(labels, borders), strict=True):

@@ -71,17 +71,10 @@ class DeviceMetrics(TrainerCallback):
         return figures
 
     def report_lines(self) -> list[str]:
-        """For the log: the figures, and where graphs were compiled after warm-up."""
-        figures = self.figures()
-        if not figures:
-            return []
-        lines = ["device: " + ", ".join(f"{name} {value:g}" for name, value in figures.items())]
-        if self._compilations_after_warmup:
-            lines.append(
-                f"{self._compilations_after_warmup} graphs were compiled after warm-up: "
-                + ("; ".join(self._recompilations) or "PT_HPU_METRICS_FILE tells when")
-            )
-        return lines
+        """For the log: where graphs were compiled after warm-up."""
+        where = "; ".join(self._recompilations) or "PT_HPU_METRICS_FILE tells when"
+        count = self._compilations_after_warmup
+        return [f"{count} graphs were compiled after warm-up: {where}"] if count else []
 
     def on_step_end(self, args, state, control, **kwargs):
         self._training_steps += 1

@@ -81,10 +81,7 @@ class Throughput:
             self._started = None
 
     def since_last(self) -> dict[str, float]:
-        """Tokens a second of all ranks, and their share of padding, since the last call; nothing during warm-up.
-
-        The clock runs on: call it where the host has just waited for the card. All ranks must call it.
-        """
+        """Tokens a second and padding of all ranks since the last call; the card must just have been waited for."""
         running = 0.0 if self._started is None else time.perf_counter() - self._started
         now = (self.tokens, self.positions, self.seconds + running)
         ranks = gather([new - old for new, old in zip(now, self._last, strict=True)])
@@ -126,8 +123,7 @@ class Throughput:
 def save_loss_curve(history: list[dict], path: Path) -> bool:
     """Draw losses and learning rate over optimizer steps as a PNG picture.
 
-    The line of the training loss is smoothed (its logged values are dots); evaluations are marks. Values that are not
-    finite are left out, and single peaks do not make the rest flat.
+    The training loss is smoothed over its logged values; single peaks do not make the rest flat.
 
     Args:
         history: ``trainer.state.log_history``.

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import platform
 import shlex
 import sys
 from pathlib import Path
+from textwrap import indent
 
 import datasets
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from gaudi_lm.arguments.definitions import DataArguments
 
 SHOWN = (
-    "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "learning_rate", "lr_scheduler_type", "per_device_train_batch_size",
     "gradient_accumulation_steps", "world_size", "optim", "weight_decay", "max_grad_norm", "warmup_ratio", "seed",
 )  # fmt: skip
+CODE = "    "  # what Markdown takes for code, whatever it holds
 RESULTS = ("eval_loss", "eval_perplexity", "eval_accuracy")
 
 
@@ -37,7 +43,8 @@ def write_model_card(
     curve: bool,
     task: str,
     base_model: str | None,
-    data: str,
+    data: DataArguments,
+    samples: list[tuple[str, str]],
     library: str = "transformers",
 ) -> None:
     """Write a model card.
@@ -48,34 +55,49 @@ def write_model_card(
         curve: whether ``loss_curve.png`` will lie beside it.
         task: the hub's name of the task, such as ``text-generation``.
         base_model: hub name or folder of the model that was fine-tuned; None for one from scratch.
-        data: the data in a few words.
+        data: what was trained and evaluated on.
+        samples: prompts, and what the trained model makes of them.
         library: with which the result is loaded, ``transformers`` or ``peft``.
     """
-    args = trainer.args
+    args, state = trainer.args, trainer.state
     on_hub = base_model is not None and not Path(base_model).exists()
+    dataset = data.dataset_name if data.dataset_name and not Path(data.dataset_name).exists() else None
+    logged: dict = next((row for row in reversed(state.log_history) if "eval_loss" in row), {})
+    results = {name: logged[name] for name in RESULTS if math.isfinite(logged.get(name, math.nan))}
+    evaluated = {"dataset_type": dataset or "text", "dataset_name": data.described(), "dataset_split": "validation"}
     meta = ModelCardData(
+        model_name=title,
         library_name=library,
         pipeline_tag=task,
         base_model=base_model if on_hub else None,
+        datasets=[dataset] if dataset else None,
+        license=_license(base_model),
         tags=["gaudi-lm", "generated_from_trainer"],
-        metrics=["perplexity", "accuracy"],
+        eval_results=[
+            EvalResult(task, metric_type=name.removeprefix("eval_"), metric_value=value, **evaluated)
+            for name, value in results.items()
+        ],
     )
-    logged = next((row for row in reversed(trainer.state.log_history) if "eval_loss" in row), {})
-    rows = [("optimizer steps", trainer.state.global_step)]
-    rows += [(name.replace("_", " "), f"{logged[name]:.4f}") for name in RESULTS if name in logged]
-    settings = [(name, getattr(args, name)) for name in SHOWN]
+    rows: list[tuple[str, object]] = [("optimizer steps", f"{state.global_step} ({state.epoch or 0:.3g} epochs)")]
+    if args.load_best_model_at_end and state.best_model_checkpoint:
+        rows.append(("this model, the best by " + args.metric_for_best_model, f"step {state.best_global_step}"))
+    rows += [(name.replace("_", " "), f"{value:.4f}") for name, value in results.items()]
+    length = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+    settings = [(name, getattr(args, name)) for name in (length, *SHOWN)]
     versions = [("torch", torch), ("transformers", transformers), ("datasets", datasets)]
     origin = f"Fine-tuned from `{base_model}`" if base_model else "Trained from scratch"
     lines = [
         f"---\n{meta.to_yaml()}\n---",
         f"\n# {title}\n",
-        f"{origin} on {data} with gaudi-lm ({'Gaudi' if args.use_habana else 'CPU'}).\n",
+        f"{origin} on {data.described()} with gaudi-lm ({'Gaudi' if args.use_habana else 'CPU'}).\n",
         "## Command\n",
         f"```bash\n{command_line()}\n```\n",
         "## Results\n",
         "| | |\n|---|---|",
         *(f"| {name} | {value} |" for name, value in rows),
         "\n![loss curve](loss_curve.png)\n" if curve else "",
+        "## Samples\n" if samples else "",
+        *(f"{indent(prompt, CODE, bool)}\n\ngives\n\n{indent(answer, CODE, bool)}\n" for prompt, answer in samples),
         "## Settings\n",
         "| | |\n|---|---|",
         *(f"| {name} | {getattr(value, 'value', value)} |" for name, value in settings),
@@ -84,3 +106,12 @@ def write_model_card(
         + ".\n",
     ]
     ModelCard("\n".join(lines), ignore_metadata_errors=True).save(path)
+
+
+def _license(base_model: str | None) -> str | None:
+    """The licence in the card of the model that was fine-tuned, where there is one that can be read now."""
+    with contextlib.suppress(Exception):  # there is none, or the hub cannot be reached: the model is what counts
+        folder = Path(base_model or "")
+        card = folder / "README.md" if folder.is_dir() else base_model
+        return ModelCard.load(card, ignore_metadata_errors=True).data.license if base_model else None
+    return None

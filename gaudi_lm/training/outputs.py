@@ -23,6 +23,7 @@ from gaudi_lm.training.metrics import save_loss_curve
 from gaudi_lm.training.model_card import write_model_card
 from gaudi_lm.training.rank_settings import check_settings
 from gaudi_lm.training.resume import find_checkpoint as find_checkpoint  # for the scripts
+from gaudi_lm.training.samples import generate
 from gaudi_lm.training.trainer import LMTrainer
 
 logger = logging.getLogger("gaudi_lm")
@@ -91,7 +92,7 @@ def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
     if split != "train" or not trainer.args.do_eval:
         for line in aligned(trainer.results):
             logger.info(line)
-    for line in trainer.device_metrics.report_lines()[1:]:
+    for line in trainer.device_metrics.report_lines():
         logger.warning(line)
     total = Path(trainer.args.output_dir) / "all_results.json"
     with trainer.files_at_top() as staging:
@@ -127,9 +128,11 @@ def save(trainer: LMTrainer, save_model: bool = True) -> None:
             trainer.save_model(str(staging), _internal_call=True)
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(staging / STATE))
-    trainer.signals.end_after_training(Path(trainer.args.output_dir))
-    if save_model and trainer.args.push_to_hub:
-        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+    args, state = trainer.args, trainer.state
+    if args.load_best_model_at_end and state.best_model_checkpoint:
+        best = (state.best_global_step, state.global_step, args.metric_for_best_model, state.best_metric)
+        logger.info("the model is that of step %d of %d, the best by %s (%.6g)", *best)
+    trainer.signals.end_after_training(Path(args.output_dir))
 
 
 def write_card(trainer: LMTrainer, **card) -> None:
@@ -139,9 +142,13 @@ def write_card(trainer: LMTrainer, **card) -> None:
         card: passed to :func:`gaudi_lm.training.model_card.write_model_card`.
     """
     folder = Path(trainer.args.output_dir)
+    card["samples"] = generate(trainer, card["task"])
     with trainer.files_at_top() as staging:
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(staging / STATE))
             drawn = save_loss_curve(trainer.state.log_history, staging / "loss_curve.png")
             write_model_card(trainer, staging / "README.md", title=folder.resolve().name, curve=drawn, **card)
     logger.info("Outputs saved to %s", os.path.abspath(folder))
+    trainer.close_trackers()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()

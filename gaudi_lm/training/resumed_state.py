@@ -17,12 +17,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import checkpoints
+from gaudi_lm.training.progress import evaluations_without_better
 
 logger = logging.getLogger("gaudi_lm")
 
 # fmt: off
 WITHOUT_EFFECT = {
-    "cache_dir", "disable_tqdm", "do_eval", "do_predict", "do_train", "greater_is_better", "keep_in_memory",
+    "cache_dir", "disable_tqdm", "do_eval", "do_predict", "do_train", "early_stopping_patience", "generate",
+    "greater_is_better", "keep_in_memory", "show_examples",
     "load_best_model_at_end", "load_meta_device", "local_rank", "low_cpu_mem_usage", "merge_adapter",
     "metric_for_best_model", "output_dir", "overwrite_cache", "overwrite_output_dir", "prediction_loss_only",
     "preprocessing_num_workers", "report_to", "resume_from_checkpoint", "run_name", "skip_memory_metrics",
@@ -95,12 +97,14 @@ class Resumption:
 
     def __init__(self, checkpoint: str | None = None):
         self.checkpoint, self.step, self.run = checkpoint, 0, {}
+        self.without_better = 0  # evaluations in a row, for early stopping
         self.changed: dict[str, tuple] = {}
         self.optimizer = ""
         self._noted: list[dict] = []
         if checkpoint is not None:
             state = json.loads((Path(checkpoint) / checkpoints.STATE).read_text())
             self.step = state["global_step"]
+            self.without_better = evaluations_without_better(state)
             self.run = (checkpoints.read_manifest(Path(checkpoint)) or {}).get("run", {})
 
     @staticmethod

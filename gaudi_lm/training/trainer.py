@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from optimum.habana import GaudiTrainer
 from peft import PeftType
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import EvalPrediction, SaveStrategy, TrainOutput
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
@@ -25,7 +27,8 @@ from gaudi_lm.training.device_metrics import DeviceMetrics
 from gaudi_lm.training.dry_run import dry_run
 from gaudi_lm.training.evaluation import EvaluatingTrainer
 from gaudi_lm.training.metrics import Throughput
-from gaudi_lm.training.progress import Progress, StepClock
+from gaudi_lm.training.progress import EarlyStopping, Progress, StepClock
+from gaudi_lm.training.samples import check_prompts, show_samples
 from gaudi_lm.training.sums import TrainingLoss
 
 logger = logging.getLogger("gaudi_lm")
@@ -58,10 +61,22 @@ class LMTrainer(EvaluatingTrainer):
         # The clock waits for the card at the end of warm-up, before that step's figures of the card are read.
         self.progress = Progress(bars=not self.args.disable_tqdm)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
-        ours = (StepClock(self), self.device_metrics, loss, self.rank_reduction, self.progress)
-        for callback in filter(None, ours):
+        early = EarlyStopping(self.args.early_stopping_patience) if self.args.early_stopping_patience else None
+        own = (StepClock(self), self.device_metrics, loss, self.rank_reduction, self.progress, early)
+        for callback in filter(None, own):
             self.add_callback(callback)
         average_gradients(self.accelerator)
+        # transformers ends a tracker's run with the training, before the evaluation that follows it.
+        kinds = tuple(get_reporting_integration_callbacks(self.args.report_to))
+        trackers = [callback for callback in self.callback_handler.callbacks if isinstance(callback, kinds)]
+        self._tracker_ends = [callback.on_train_end for callback in trackers]
+        for callback in trackers:
+            callback.on_train_end = lambda *args, **kwargs: None
+
+    def close_trackers(self) -> None:
+        """End the runs of what ``--report_to`` names, once all has been reported."""
+        for end in self._tracker_ends:
+            end(self.args, self.state, self.control, model=self.model, processing_class=self.processing_class)
 
     def _synchronise(self) -> None:
         if self.args.device.type == "hpu":
@@ -149,7 +164,7 @@ class LMTrainer(EvaluatingTrainer):
         try:
             output = super().train(*args, **kwargs)
         finally:
-            self.progress.close()
+            self.progress.on_train_end()
         return output._replace(training_loss=output.metrics.get("train_loss", float("nan")))
 
     def _maybe_log_save_evaluate(
@@ -215,7 +230,7 @@ class LMTrainer(EvaluatingTrainer):
 
 def build_trainer(
     model,
-    objective: str,
+    objective: Literal["causal", "masked"],
     training_args: LMTrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     collator: Callable[[list[dict]], dict],
@@ -258,7 +273,8 @@ def build_trainer(
         logger.info("Loss of %s language modelling by loss_func, from the full logits", objective)
     if training_args.device.type != "hpu":
         complete_generation_config()
-    return trainer_class(
+    check_prompts(training_args.generate or [], objective == "causal", model.config, tokenizer)
+    trainer = trainer_class(
         model=model,
         objective=objective,
         gaudi_config=gaudi_config(training_args),
@@ -273,3 +289,5 @@ def build_trainer(
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=preprocess_logits_for_metrics,
     )
+    show_samples(trainer)
+    return trainer

@@ -1,0 +1,86 @@
+"""What a model is shown, and what it has learnt, as text."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, pipeline
+
+from gaudi_lm.architectures import architecture_of
+from gaudi_lm.data.instructions import show_targets
+from gaudi_lm.data.masked_token_budget import IGNORE_INDEX
+from gaudi_lm.data.sampling import ignore_filler_samples
+from gaudi_lm.errors import UserError
+from gaudi_lm.training.evaluation import EvaluationRows
+
+if TYPE_CHECKING:
+    from gaudi_lm.training.trainer import LMTrainer
+
+logger = logging.getLogger("gaudi_lm")
+
+SHOWN = 2000  # characters of a sample
+NEW_TOKENS = 40
+CANDIDATES = 3  # for a mask
+
+
+def _new_tokens(prompt: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens follow a prompt, within what the model takes; negative where the prompt alone is too long."""
+    first = architecture_of(config).position_of_first_token(config)
+    limit = (getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length) - first
+    return min(NEW_TOKENS, min(limit, tokenizer.model_max_length) - len(tokenizer(prompt)["input_ids"]))
+
+
+def check_prompts(prompts: list[str], causal: bool, config: PretrainedConfig, tokenizer) -> None:
+    """Before training: a UserError for a prompt that is empty or too long, or lacks a mask for a masked model."""
+    for prompt in prompts:
+        if not causal and tokenizer.mask_token not in prompt:
+            raise UserError(f"--generate {prompt!r}: it has no {tokenizer.mask_token} for the model to fill")
+        if not prompt or _new_tokens(prompt, config, tokenizer) < causal:
+            raise UserError(f"--generate {prompt!r}: it is {'longer than the model takes' if prompt else 'empty'}")
+
+
+def show_samples(trainer: LMTrainer) -> None:
+    """Log the first ``--show_examples`` samples, the tokens of the loss (of masks those behind them) marked."""
+    if trainer.train_dataset is None or not trainer.is_world_process_zero():
+        return
+    tokenizer = trainer.processing_class
+    collate = ignore_filler_samples(trainer.data_collator, labels_from_inputs=trainer.causal)
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    samples = EvaluationRows(trainer.train_dataset, 1, 0, 1)
+    for number, sample in enumerate(itertools.islice(samples, trainer.args.show_examples)):
+        batch = collate([sample])
+        input_ids, labels = batch["input_ids"][0], batch["labels"][0]
+        used = torch.nonzero((input_ids != padding) | (labels != IGNORE_INDEX))[-1] + 1
+        text = show_targets({"input_ids": input_ids[:used], "labels": labels[:used]}, tokenizer)
+        if len(text) > SHOWN:
+            text = f"{text[: SHOWN // 2]} [...] {text[-SHOWN // 2 :]}"
+        logger.info("sample %d, the tokens of the loss between >>> and <<<: %r", number, text)
+
+
+def generate(trainer: LMTrainer, task: str) -> list[tuple[str, str]]:
+    """Each prompt of ``--generate`` with its most probable continuation, or with what fills its masks; logged too.
+
+    Args:
+        task: that of a pipeline of transformers, ``text-generation`` or ``fill-mask``.
+    """
+    answers: list[tuple[str, str]] = []
+    if not (prompts := trainer.args.generate):
+        return answers
+    logging.getLogger("transformers.pipelines.base").setLevel(logging.ERROR)  # which names the device each time
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
+    run = pipeline(task, model=model, tokenizer=tokenizer, device=trainer.args.device)
+    for prompt in prompts:
+        if task == "fill-mask":
+            found = run(prompt, top_k=CANDIDATES)
+            masks = found if isinstance(found[0], list) else [found]
+            words = [", ".join(f"{one['token_str'].strip()} ({one['score']:.2f})" for one in mask) for mask in masks]
+            answers.append((prompt, "; ".join(words)))
+        else:
+            options = {"max_new_tokens": _new_tokens(prompt, model.config, tokenizer), "return_full_text": False}
+            (found,) = run(prompt, do_sample=False, temperature=1.0, pad_token_id=tokenizer.eos_token_id, **options)
+            answers.append((prompt, found["generated_text"]))
+        logger.info("%r -> %r", *answers[-1])
+    return answers
