@@ -51,7 +51,8 @@ def main() -> int:
     script.returncode, when = (status := ended[script.pid]), time.monotonic()
     processes.kill_descendants()
     what = f"{name} {'was stopped from outside,' if stopped else 'failed with'} {processes.named(status)}{job['logs']}"
-    processes.report(where, name, time=when, status=status, what=what, stopped=stopped)
+    # Also a script that heeds the signal and ends with 0 has not done its work.
+    processes.report(where, name, time=when, status=status or int(stopped), what=what, stopped=stopped)
     if stopped:
         # When the first rank ends, a backend kills those that still save; the supervisor waits for all of them.
         time.sleep(3600)

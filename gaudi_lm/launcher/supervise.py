@@ -168,7 +168,7 @@ def connect(folder: str, host: str, *command: str) -> int:
     order = json.loads(Path(folder, "hosts").read_text())[host.rpartition("@")[2]]
     order["commands"] = [["sh", "-c", " ".join(command)]] if command else order["commands"]
     name, pending = f"host {order['job']['host']}", b""
-    processes.report(folder, name, what=f"{name} is lost, or the connection to it was killed")
+    processes.report(folder, name, what=f"{name} is lost, or the connection to it was killed", stopped=True)
     how: dict = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
     ssh: Any = subprocess.Popen(over_ssh(order["login"], processes.python("supervise.other_host")), **how)
     os.set_blocking(ssh.stderr.fileno(), False)

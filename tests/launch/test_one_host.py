@@ -67,17 +67,19 @@ def test_ranks_are_bound_to_cores_by_mpirun(ranks):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_own_choices_are_kept(backend):
+def test_own_choices_are_kept(backend, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     options = ["--master_port", str(port), "--map_by", "none", DUMP]
-    environ = {"OMP_NUM_THREADS": "7", "RANK": "5", "WORLD_SIZE": "9"}
+    environ = {"OMP_NUM_THREADS": "7", "RANK": "5", "WORLD_SIZE": "9", "TMPDIR": str(tmp_path)}
     done = spawn(*BACKENDS[backend], "--world_size", "2", *options, environ=environ)
     assert done.returncode == 0, done.stderr
     got = dumped(done.stdout)
     assert got["environment"]["MASTER_PORT"] == str(port)
     assert got["environment"]["OMP_NUM_THREADS"] == "7"
     assert got["environment"]["RANK"] in ("0", "1")
+    # Neither of the launcher nor of torchelastic, which makes a folder for each job.
+    assert list(tmp_path.iterdir()) == []
     assert set(got["cpus"]) == os.sched_getaffinity(0)
 
 
@@ -122,20 +124,28 @@ def test_dry_run_tells_the_plan_and_hides_secrets(tmp_path):
 @pytest.mark.parametrize(
     ("action", "rank", "status", "words"),
     [
-        ("exit7", -1, 7, "exit status 7"),
-        ("kill", -1, 137, "exit status 137 (SIGKILL)"),
-        ("raise", 0, 1, "exit status 1"),
+        ("exit7", -1, 7, "failed with exit status 7"),
+        ("kill", -1, 137, "failed with exit status 137 (SIGKILL)"),
+        ("raise", 0, 1, "failed with exit status 1"),
+        ("killwatcher", 1, 137, "was killed, exit status 137 (SIGKILL)"),
     ],
 )
 def test_a_failing_rank_ends_the_job(backend, action, rank, status, words, tmp_path):
-    done = spawn(*BACKENDS[backend], "--world_size", "2", "--log_dir", str(tmp_path), ACT, str(rank), action)
+    """By its name, though the others fail as well, and nothing is left in the temporary directory."""
+    logs, files = tmp_path / "logs", tmp_path / "files"
+    files.mkdir()
+    options = [*BACKENDS[backend], "--world_size", "2", "--log_dir", str(logs)]
+    job = [ACT, str(rank), action, *["deaf", f"together={tmp_path / 'lock'}"] * (action != "raise")]
+    done = spawn(*options, *job, environ={"TMPDIR": str(files)})
     chosen = rank % 2
     assert done.returncode == status
     name = f"rank {chosen} on host {socket.gethostname()}"
-    assert last_line(done) == f"gaudi_spawn: error: {name} failed with {words}; logs: {tmp_path}"
-    log = log_of(tmp_path, chosen)
+    place = f"; logs: {logs}" * (action != "killwatcher")
+    assert last_line(done) == f"gaudi_spawn: error: {name} {words}{place}"
+    log = log_of(logs, chosen)
     assert f"rank {chosen} is here" in log
     assert ("RuntimeError: boom" in log) == (action == "raise")
+    assert list(files.iterdir()) == []
 
 
 @pytest.mark.parametrize("action", ["exit7", "kill", "raise"])
@@ -147,16 +157,6 @@ def test_a_failing_rank_ends_deaf_ones_too(action, rank):
     assert done.returncode == {"exit7": 7, "kill": 137, "raise": 1}[action]
     assert f"rank {rank} on host" in last_line(done)
     assert f"rank {rank} is here" in done.stdout
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("action", ["kill", "killwatcher"])
-def test_ranks_that_fail_because_of_another_are_not_named(backend, action, tmp_path):
-    """Also where it is the process that watches over a rank that is killed, which its backend may not see at once."""
-    together = f"together={tmp_path / 'lock'}"
-    done = spawn(*BACKENDS[backend], "--world_size", "3", ACT, "1", action, "deaf", together)
-    assert "rank 1 on host" in last_line(done)
-    assert done.returncode == 137
 
 
 def test_output_of_ranks_goes_to_the_terminal_as_from_a_terminal():

@@ -80,8 +80,7 @@ def test_addresses_of_version_6_and_unequal_hosts(backend, hosts, tmp_path):
     assert {one["environment"]["MASTER_ADDR"] for one in got} == {hosts[1].address6}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("action", ["exit7", "killwatcher"])
+@pytest.mark.parametrize(("backend", "action"), [("mpi", "exit7"), ("mpi", "killwatcher"), ("deepspeed", "exit7")])
 def test_the_first_rank_to_fail_is_named_on_whatever_host(backend, action, hosts, hostfile, tmp_path):
     together = f"together={tmp_path / 'lock'}"
     options = ["--hostfile", hostfile, ACT, "-1", action, "deaf", together]
@@ -164,26 +163,27 @@ def test_a_missing_folder_on_the_other_host_is_named(hosts, hostfile, tmp_path):
     assert last_line(done) == f"gaudi_spawn: error: host hostb: {here / 'my.py'}: no such file"
 
 
-def test_a_setting_that_differs_is_an_error(assets, tmp_path):
+def test_a_setting_that_differs_is_an_error_and_one_that_is_given_is_not(assets, one_rank, tmp_path):
+    """Training with MPI, a rank on each host."""
     with two_hosts(tmp_path / "etc", sshd_lines="SetEnv PT_HPU_OTHER=1\n") as hosts:
         (tmp_path / "hosts").write_text("hosta slots=1\nhostb slots=1\n")
-        options = ["--hostfile", str(tmp_path / "hosts"), "--use_deepspeed"]
-        script = [str(ROOT / "run_clm.py"), *clm_flags(assets, tmp_path / "out", 4, "--use_cpu", "--max_steps", "1")]
-        done = spawn(*options, *script, inside=hosts[0].inside(), environ=environment())
+        options = ["--hostfile", str(tmp_path / "hosts"), "--use_mpi"]
+        script = [str(ROOT / "run_clm.py"), *clm_flags(assets, tmp_path / "out", 4, "--use_habana")]
+        how = {"inside": hosts[0].inside(), "environ": environment(GAUDI_SIMULATOR="1")}
+        done = spawn(*options, *script, **how)
         assert done.returncode == 2, done.stderr
         error = "error: PT_HPU_OTHER: rank 1 on host hostb has another value than rank 0"
         assert sum(line.startswith(error) for line in done.stderr.splitlines()) == 1
         assert not (tmp_path / "out").exists()
-        done = spawn(*options, "--env", "PT_HPU_OTHER=2", *script, inside=hosts[0].inside(), environ=environment())
+        done = spawn(*options, "--env", "PT_HPU_OTHER=2", *script, **how)
         assert done.returncode == 0, done.stderr
+        assert losses(tmp_path / "out") == pytest.approx(one_rank, abs=1e-5)
 
 
-@pytest.mark.parametrize(("backend", "slots"), [("mpi", 1), ("deepspeed", 2)])
-def test_training_across_both(backend, slots, hosts, assets, one_rank, tmp_path):
-    (tmp_path / "hosts").write_text(f"hosta slots={slots}\nhostb slots={slots}\n")
-    flags = clm_flags(assets, tmp_path / "out", 4 // slots, "--use_habana")
-    options = ["--hostfile", str(tmp_path / "hosts"), BACKENDS[backend], "--log_dir", str(tmp_path / "logs")]
-    environ = environment(GAUDI_SIMULATOR=str(slots))
-    done = spawn(*options, str(ROOT / "run_clm.py"), *flags, environ=environ, inside=hosts[0].inside())
+def test_training_across_both(hosts, hostfile, assets, one_rank, tmp_path):
+    """With DeepSpeed, two ranks on each host."""
+    script = [str(ROOT / "run_clm.py"), *clm_flags(assets, tmp_path / "out", 2, "--use_habana")]
+    options = ["--hostfile", hostfile, "--world_size", "4", "--use_deepspeed", "--log_dir", str(tmp_path / "logs")]
+    done = spawn(*options, *script, environ=environment(GAUDI_SIMULATOR="2"), inside=hosts[0].inside())
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "out") == pytest.approx(one_rank, abs=1e-5)
