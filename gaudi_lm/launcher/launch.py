@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -43,15 +44,13 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     def error(message: str) -> None:
         raise UserError(f"{message} (--help lists the options)")
 
-    add = parser.add_argument
-    parser.error = error  # type: ignore
+    add, parser.error = parser.add_argument, error  # type: ignore
     add("--world_size", help="number of ranks, one card each (default: 1, or the hostfile's)", type=ranks, metavar="N")
     add("--use_mpi", help="start the ranks with Open MPI's mpirun, version 4 or 5", action="store_true")
     add("--use_deepspeed", help="start the ranks with DeepSpeed's launcher", action="store_true")
     add("--hostfile", help="several hosts: lines of '[user@]host slots=N', as DeepSpeed reads them", metavar="FILE")
     add("--master_port", help="port of rank 0 where the ranks meet (default: a free one)", type=port, metavar="PORT")
-    text = "an environment variable for all ranks on all hosts; again for more. PT_*, HABANA_*, HCCL_*, HF_*, OMP_* "
-    text += "and paths go along by themselves, tokens, keys and passwords only when named here"
+    text = "a variable for all ranks; PT_*, HABANA_*, HCCL_*, HF_*, OMP_* and paths go along anyway, secrets do not"
     add("--env", help=text, action="append", default=[], metavar="NAME[=VALUE]")
     add("--log_dir", help="where the backend keeps the output of each rank, in files of its own naming", metavar="DIR")
     add("--grace", help="seconds between a signal and SIGKILL (default: 30)", type=seconds, default=30.0, metavar="S")
@@ -142,7 +141,9 @@ def run(job: plan.Plan) -> int:
             os._exit(1)
     processes.on_signals(lambda number: os.kill(supervisor, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, processes.STOP_SIGNALS)
-    code = os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1])
+    while not (ended := os.waitpid(supervisor, os.WNOHANG))[0]:
+        time.sleep(supervise.PAUSE)  # a signal right before a call without end would be served after it
+    code = os.waitstatus_to_exitcode(ended[1])
     processes.kill_descendants()
     shutil.rmtree(folder, ignore_errors=True)
     if code < 0:

@@ -22,7 +22,6 @@ from typing import Any
 
 from gaudi_lm.host import threads_per_rank
 from gaudi_lm.launcher import processes
-from gaudi_lm.launcher.processes import JOB_VARIABLE, PARENT_ENDED
 
 PAUSE = 0.05  # s between two looks at what has happened
 FAILURE_GRACE = 5.0  # s between the first failure and the end of the other ranks
@@ -57,7 +56,7 @@ class Host:
             job = self.order["job"]
             job["environ"].setdefault("OMP_NUM_THREADS", str(threads_per_rank(job["slots"])))
             Path(self.folder, "job").write_text(json.dumps(job))
-            environ = {**os.environ, **self.order["environ"], JOB_VARIABLE: self.folder}
+            environ = {**os.environ, **self.order["environ"], processes.JOB_VARIABLE: self.folder}
             # A session of its own: a terminal's Ctrl-C goes to the launcher alone.
             how = {"start_new_session": True, "preexec_fn": processes.die_with_parent, "cwd": self.order["cwd"]}
             backends: dict[int, int | None] = {}
@@ -81,10 +80,10 @@ class Host:
             *lines, self.unread = (self.unread + data).split(b"\n")
             self.signals += [int(line) for line in lines if line]
         if time.monotonic() > self.heard + SILENCE:
-            self.signals.append(PARENT_ENDED)
+            self.signals.append(processes.PARENT_ENDED)
         while self.signals:
             number = self.signals.pop(0)
-            if number == PARENT_ENDED:
+            if number == processes.PARENT_ENDED:
                 return False
             again = self.signalled == number == signal.SIGINT
             if not self.number:
@@ -164,7 +163,7 @@ def over_ssh(login: str, command: list[str]) -> list[str]:
 def connect(folder: str, host: str, *command: str) -> int:
     """Log in to another host and serve its supervisor; its exit status. mpirun starts this in place of ssh."""
     processes.on_signals((signals := list[int]()).append)
-    processes.die_with_parent(PARENT_ENDED)
+    processes.die_with_parent(processes.PARENT_ENDED)
     order = json.loads(Path(folder, "hosts").read_text())[host.rpartition("@")[2]]
     order["commands"] = [["sh", "-c", " ".join(command)]] if command else order["commands"]
     name, pending = f"host {order['job']['host']}", b""
@@ -176,7 +175,7 @@ def connect(folder: str, host: str, *command: str) -> int:
     while (data := ssh.stderr.read(65536)) != b"":
         told |= bool(signals)
         words += b"".join(b"%d\n" % signals.pop(0) for _ in list(signals))
-        if b"%d\n" % PARENT_ENDED in words:
+        if b"%d\n" % processes.PARENT_ENDED in words:
             ssh.stdin.close()
         elif not ssh.stdin.closed and (words or time.monotonic() > due):
             with contextlib.suppress(BrokenPipeError):
