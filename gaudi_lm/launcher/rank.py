@@ -17,7 +17,7 @@ from gaudi_lm.launcher import processes
 
 
 def main() -> int:
-    """Run the script as one rank; its exit status, 128+n where signal n ended it."""
+    """Run the script as one rank; its exit status, 128+n for signal n. What was stopped is reported as no success."""
     where = os.environ.pop(processes.JOB_VARIABLE)
     job = json.loads(Path(where, "job").read_text())
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"])
@@ -51,7 +51,6 @@ def main() -> int:
     script.returncode, when = (status := ended[script.pid]), time.monotonic()
     processes.kill_descendants()
     what = f"{name} {'was stopped from outside,' if stopped else 'failed with'} {processes.named(status)}{job['logs']}"
-    # Also a script that heeds the signal and ends with 0 has not done its work.
     processes.report(where, name, time=when, status=status or int(stopped), what=what, stopped=stopped)
     if stopped:
         # When the first rank ends, a backend kills those that still save; the supervisor waits for all of them.
