@@ -258,11 +258,11 @@ def choose_card(argv: list[str]) -> None:
         # Otherwise `datasets` reports each use of a hub dataset to an address outside the hub.
         os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    with answers_without_pip():
-        importlib.import_module("optimum.habana")
         # Read when tqdm is imported: what is over in a moment needs no bar, and a file no bar ten times a second.
         os.environ.setdefault("TQDM_DELAY", "3")
         os.environ.setdefault("TQDM_MININTERVAL", "0.1" if sys.stderr.isatty() else "15")
+    with answers_without_pip():
+        importlib.import_module("optimum.habana")
 
 
 def set_up_logging(main_rank: bool, level: int | None = None, bars: bool = True) -> logging.Logger:
