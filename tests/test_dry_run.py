@@ -108,8 +108,8 @@ def test_nothing_is_loaded_or_written_and_the_steps_are_those_of_the_run(assets,
     state = json.loads((output / "trainer_state.json").read_text())
     parameters = 512 * 32 + 128 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
     assert f"parameters: {parameters:,} of gpt2, {parameters:,} of them trained" in planned
-    assert f"steps: {state['max_steps']}, 3 epochs of {state['max_steps'] // 3} (21 rows)" in planned
-    assert "4 rows, 512 tokens" in planned
+    assert f"steps: {state['max_steps']}, 3 epochs of {state['max_steps'] // 3} (21 sequences)" in planned
+    assert "4 sequences, 512 tokens" in planned
     before = tree(output)
     run("run_clm.py", *without, "--dry_run")
     assert tree(output) == before, "a folder of another run was touched"

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils.data import IterableDataset
 
+from gaudi_lm.arguments.model_files import first_line
 from gaudi_lm.data.sampling import TrainingRows, count_tokens, ignore_filler_samples
 from gaudi_lm.errors import UserError
 from gaudi_lm.training.live_memory import KINDS, LiveBytes
@@ -68,20 +68,21 @@ def dry_run(trainer) -> dict[str, float]:
     kind = trainer.model.config.model_type
     print(f"dry run of {Path(sys.argv[0]).name}: no weights are loaded, nothing is written")
     print(f"parameters: {total:,} of {kind}, {trained:,} of them trained ({trained / total:.3%})")
-    parts = (rows, "rows"), (args.gradient_accumulation_steps, "accumulated"), (args.world_size, "cards")
-    print("step: " + " x ".join(f"{number} {what}" for number, what in parts if number > 1 or what == "rows"), end="")
-    print(f" of at most {length} tokens: {args.rows_per_step:,} rows, {figures['tokens_per_step']:,} tokens", end="")
+    parts = {"sequences": rows, "accumulated": args.gradient_accumulation_steps, "cards": args.world_size}
+    product = " x ".join(f"{number} {what}" for what, number in parts.items() if number > 1 or what == "sequences")
+    tokens = f"{args.rows_per_step:,} sequences, {figures['tokens_per_step']:,} tokens"
+    print(f"step: {product} of at most {length} tokens: {tokens}", end="")
     if lengths is None:
         print(f"\nsteps: {steps:,} of a stream, whose length is not known")
     else:
         figures["epochs"] = steps / per_epoch
         mean = float(lengths.mean())
         print(f", {args.rows_per_step * mean:,.0f} without padding" if mean < 0.99 * length else "")
-        print(f"steps: {steps:,}, {figures['epochs']:.4g} epochs of {per_epoch:,} ({len(lengths):,} rows)")
+        print(f"steps: {steps:,}, {figures['epochs']:.4g} epochs of {per_epoch:,} ({len(lengths):,} sequences)")
     try:
         figures |= _report_memory(trainer, batch, _setting(trainer, steps))
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        print(f"memory of a card: not known, since sizes in {kind} depend on values ({error})")
+    except RuntimeError as error:  # of FakeTensor and of what meets one
+        print(f"memory of a card: not known, since {kind} cannot be run without values ({first_line(error)})")
     sys.stdout.flush()
     return figures
 
@@ -96,7 +97,7 @@ def largest_batch(trainer) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
     if isinstance(data, IterableDataset):
         batch = next(iter(trainer.get_train_dataloader()), None)
         if batch is None:
-            raise UserError("--dry_run: the stream has no rows to train on")
+            raise UserError("--dry_run: the stream has nothing to train on")
     else:
         lengths = row_lengths(data)
         longest = np.resize(np.argsort(-lengths, kind="stable")[:size], size)
@@ -147,15 +148,17 @@ def _measure(trainer, batch: dict[str, torch.Tensor], setting: Setting) -> LiveB
 
 
 def _report_memory(trainer, batch: dict[str, torch.Tensor], setting: Setting) -> dict[str, float]:
-    found = {on: _measure(trainer, batch, replace(setting, checkpointing=on)) for on in (False, True)}
+    ways = {"without checkpointing": False}
+    if _can_checkpoint(trainer):
+        ways["with --gradient_checkpointing"] = True
+    found = {on: _measure(trainer, batch, replace(setting, checkpointing=on)) for on in ways.values()}
     now, limit = found[setting.checkpointing], trainer.args.card_memory_gb
     print("memory of a card at the peak of a step, in GB of 2^30 bytes:")
-    names = ("without checkpointing", "with --gradient_checkpointing")
-    print(f"{'':14}{names[0]:>22}{names[1]:>32}")
+    print(" " * 14 + "".join(f"{way:>32}" for way in ways))
     for kind in (*KINDS, "peak"):
         sizes = [live.peak if kind == "peak" else live.at_peak[kind] for live in found.values()]
         if any(sizes):
-            print(f"  {kind:12}{sizes[0] / GB:22.4f}{sizes[1] / GB:32.4f}")
+            print(f"  {kind:12}" + "".join(f"{size / GB:32.4f}" for size in sizes))
     print(f"  logits and loss take {now.highest['loss'] / GB:.4f} GB for a moment")
     peak = now.peak / GB
     if peak <= limit:
@@ -164,6 +167,10 @@ def _report_memory(trainer, batch: dict[str, torch.Tensor], setting: Setting) ->
         print(f"it does not fit: {peak:.4g} GB, and a card has {limit:g} (--card_memory_gb)")
         _advise(trainer, batch, setting, now, limit)
     return {"peak_device_memory_gb": round(peak, 4)}
+
+
+def _can_checkpoint(trainer) -> bool:
+    return trainer.args.gradient_checkpointing or bool(getattr(trainer.model, "supports_gradient_checkpointing", True))
 
 
 def _advise(trainer, batch: dict[str, torch.Tensor], setting: Setting, now: LiveBytes, limit: float) -> None:
@@ -181,7 +188,7 @@ def _advise(trainer, batch: dict[str, torch.Tensor], setting: Setting, now: Live
 
 def _alternatives(trainer, setting: Setting) -> Iterator[Setting]:
     args = trainer.args
-    if not setting.checkpointing:
+    if not setting.checkpointing and _can_checkpoint(trainer):
         yield replace(setting, checkpointing=True, flags="--gradient_checkpointing")
     if setting.rows > 1:
         rows, accumulation = setting.rows // 2, setting.accumulation * 2

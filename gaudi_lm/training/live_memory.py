@@ -30,11 +30,12 @@ def without_data(model: nn.Module, device: torch.device, dtype: torch.dtype | No
         dtype: of the floating-point ones; None leaves each as it is.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    kept: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    kept: list[tuple[dict[str, object], str, Tensor]] = []
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            kept += [(tensors, name, tensor) for name, tensor in tensors.items() if tensor is not None]
+        # The last: tables of positions that some models keep as plain attributes.
+        for tensors in (module._parameters, module._buffers, vars(module)):
+            kept += [(tensors, name, value) for name, value in tensors.items() if isinstance(value, Tensor)]
     for tensors, name, tensor in kept:
         if id(tensor) not in made:  # tied weights stay tied
             wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype

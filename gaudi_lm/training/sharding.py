@@ -35,6 +35,8 @@ class Replicas:
             for p in self.trained:
                 p.grad = torch.empty_like(p)
                 live.hold(p.grad, "gradients")
+                if p.device.type == "cpu":  # where they are no views of the buckets
+                    live.add("collectives", p.numel() * p.element_size())
 
     def make_state(self, live: LiveBytes, optimizer: Optimizer) -> None:
         """The optimizer's state, which is there from the second step on."""
@@ -106,6 +108,7 @@ class Shards(Replicas):
     """Of gradients and optimizer, a card has its share alone, as flat tensors of the optimizer's groups."""
 
     master: torch.dtype | None = None  # of what the optimizer updates; None is that of the weights
+    updated = "weights"  # what that counts as
 
     def __init__(self, cards: int):
         super().__init__(cards)
@@ -116,14 +119,14 @@ class Shards(Replicas):
         return math.ceil(elements / self.cards)
 
     def make_state(self, live: LiveBytes, optimizer: Optimizer) -> None:
-        with live.counting_as("optimizer"):
+        with live.counting_as(self.updated):
             for group in optimizer.param_groups:
                 first, elements = group["params"][0], sum(p.numel() for p in group["params"])
                 part = torch.empty(self.share(elements), dtype=self.master or first.dtype, device=first.device)
                 self.parts.append(nn.Parameter(part))
                 group["params"] = [self.parts[-1]]
-            for part in self.parts:
-                self._update(live, optimizer, part)
+        for part in self.parts:
+            self._update(live, optimizer, part)
 
     def _update(self, live: LiveBytes, optimizer: Optimizer, part: nn.Parameter) -> None:
         """The optimizer's step of one group."""
@@ -151,6 +154,7 @@ class Zero(Shards):
     """DeepSpeed's ZeRO, stage 1 to 3: weights in the dtype of its configuration, the optimizer's own in fp32."""
 
     master = torch.float32
+    updated = "optimizer"
 
     def __init__(self, settings: ZeroSettings, cards: int):
         super().__init__(cards)
@@ -238,7 +242,7 @@ class FullySharded(Shards):
         for p in model.parameters():
             live.leave_out(p)
         whole = _size(model)
-        live.add("weights", math.ceil(whole / self.cards))
+        live.add("weights", math.ceil((whole - sum(p.numel() * p.element_size() for p in self.trained)) / self.cards))
         blocks = [
             _size(module) for module in model.modules() if type(module).__name__ in (base._no_split_modules or ())
         ]
