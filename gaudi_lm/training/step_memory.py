@@ -38,7 +38,8 @@ def step_memory(
         stack.enter_context(mode)
         stack.enter_context(live)
         cards.place(live, model)
-        optimizer = trainer.create_optimizer()
+        with live.counting_as("optimizer"):  # some make their state at once
+            optimizer = trainer.create_optimizer()
         cards.make_state(live, optimizer)
         stack.enter_context(gradients_seen(model, lambda p: cards.take_gradient(live, p)))
         stack.enter_context(loss_counted(live, base.get_output_embeddings()))
