@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_arguments_environment_and_places(backend, ranks, tmp_path):
     environ = {"HF_TOKEN": "s3cr3t", "PT_X": "a b"}
     options = ["--world_size", str(ranks), "--env", "MY_TEXT=it's\n$HOME", "--log_dir", str(tmp_path / "logs")]
@@ -45,7 +45,7 @@ def test_arguments_environment_and_places(backend, ranks, tmp_path):
 
 # `make stress` sets STRESS_ROUNDS.
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("number", range(300 if "STRESS_ROUNDS" in os.environ else 1))
+@pytest.mark.parametrize("number", range(300 if "STRESS_ROUNDS" in os.environ else 3))
 def test_hostile_lists_of_arguments(backend, number):
     """What backends take for their own options wherever it stands, what shells expand, no UTF-8, and 100 kB."""
     draw = random.Random(number)
@@ -148,13 +148,13 @@ def test_a_failing_rank_ends_the_job(backend, action, rank, status, words, tmp_p
     assert list(files.iterdir()) == []
 
 
-@pytest.mark.parametrize("action", ["exit7", "kill", "raise"])
+@pytest.mark.parametrize("action", ["exit1", "exit7", "kill", "raise", "killwatcher"])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_failing_rank_ends_deaf_ones_too(action, rank):
     job = Launch("--use_mpi", "--world_size", "4", ACT, str(rank), action, "deaf")
     done = job.finish()
     assert job.survivors(1.0) == []
-    assert done.returncode == {"exit7": 7, "kill": 137, "raise": 1}[action]
+    assert done.returncode == {"exit1": 1, "exit7": 7, "kill": 137, "raise": 1, "killwatcher": 137}[action]
     assert f"rank {rank} on host" in last_line(done)
     assert f"rank {rank} is here" in done.stdout
 

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
 def test_running_jobs(backend, deaf, round_, tmp_path):
     """Each signal to a job of its own; the jobs run side by side, do not disturb one another, and leave no files."""
     jobs, places = {}, {}
-    for number in SIGNALS if ROUNDS > 2 or not deaf else SIGNALS[1::2]:
+    for number in SIGNALS:
         options = ["--world_size", "2", "--grace", str(GRACE), "--log_dir", str(tmp_path / number.name)]
         places[number] = tmp_path / f"{number.name} files"
         places[number].mkdir()
@@ -61,13 +61,12 @@ def test_running_jobs(backend, deaf, round_, tmp_path):
 @pytest.mark.parametrize("round_", range(ROUNDS // 2))
 def test_starting_jobs(backend, round_):
     """The same while the backend starts: each job is stopped somewhat later than the one before."""
-    signals = SIGNALS * (2 if ROUNDS > 2 else 1)
-    jobs = [(number, Launch(*BACKENDS[backend], "--grace", str(GRACE), ACT, "0", "wait")) for number in signals]
+    jobs = [(number, Launch(*BACKENDS[backend], "--grace", str(GRACE), ACT, "0", "wait")) for number in SIGNALS * 2]
     for _, job in jobs:
         assert b"command: " in job.process.stderr.readline()
     begun = time.monotonic()
     for step, (number, job) in enumerate(jobs):
-        time.sleep(max(0.0, begun + step * 3.6 / len(jobs) - time.monotonic()))
+        time.sleep(max(0.0, begun + step * 0.45 - time.monotonic()))
         job.process.send_signal(number)
     for number, job in jobs:
         done = job.finish()
@@ -80,9 +79,9 @@ def test_signals_before_anything_is_started(number):
     """While Python starts and modules are imported, and just after: never a success, and nothing is left."""
     # Before our first line, Python itself answers Ctrl-C with status 1.
     statuses = (-number, 128 + number, 1) if number == signal.SIGINT else (-number, 128 + number)
-    for step in range(8):
+    for step in range(12):
         job = Launch("--use_mpi", "--grace", str(GRACE), ACT, "0", "wait")
-        time.sleep(step * 0.04)
+        time.sleep(step * 0.025)
         job.process.send_signal(number)
         assert job.finish().returncode in statuses
         assert job.survivors(GRACE + 5.0) == []
