@@ -4,7 +4,7 @@ import json
 
 import pytest
 from huggingface_hub import ModelCard
-from running import load_elsewhere, log_history, losses, run, run_many
+from running import load_elsewhere, log_history, losses, run, run_many, run_ranks
 from safetensors.torch import load_file
 from test_clm import scratch
 
@@ -47,6 +47,17 @@ def test_early_stopping_and_the_best_model(assets, tmp_path):
     again = run("run_clm.py", *flags).stderr
     assert len(losses(output)) == last and "training ends" not in again, "it had ended"
     assert equal(output, output / f"checkpoint-{best}")
+
+
+@pytest.mark.slow
+def test_every_rank_loads_the_best_model(assets, tmp_path):
+    output = tmp_path / "out"
+    flags = [*EVALUATIONS, *WORSE, "--max_steps", 3, "--max_eval_samples", 4, "--load_best_model_at_end"]
+    run_ranks(2, "run_clm.py", *scratch(assets, output, *flags))
+    rows = {row["step"]: row["eval_loss"] for row in reversed(log_history(output)) if "eval_loss" in row}
+    best = min(rows, key=rows.get)
+    assert best < 3 and equal(output, output / f"checkpoint-{best}")
+    assert json.loads((output / "all_results.json").read_text())["eval_loss"] == pytest.approx(rows[best])
 
 
 def test_what_cannot_be_is_said_before_training(assets, tmp_path):

@@ -172,10 +172,10 @@ class ResumableTrainer(GaudiTrainer):
                 self._save_optimizer_and_scheduler(str(staging))
                 self._save_scaler(str(staging))
                 self._save_rng_state(str(staging))
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if self.state.best_global_step and (best == folder or best.exists()):
+                self.state.best_model_checkpoint = str(best)  # on each rank: all of them load it in the end
             if self.args.should_save:
-                best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                if self.state.best_global_step and (best == folder or best.exists()):
-                    self.state.best_model_checkpoint = str(best)
                 exportable = [*self.callback_handler.callbacks, self.control]
                 exportable = [one for one in exportable if isinstance(one, ExportableState)]
                 self.state.stateful_callbacks = TrainerState(stateful_callbacks=exportable).stateful_callbacks
