@@ -175,17 +175,12 @@ class LMTrainingArguments(GaudiTrainingArguments):
             "choices": ["eager", "sdpa", "gaudi_fused_sdpa"],
         },
     )
-
-    show_examples: int = field(
-        default=1, metadata={"help": "Log so many training samples as text, what is trained on marked."}
-    )
+    show_examples: int = field(default=1, metadata={"help": "Log so many training samples, their targets marked."})
     generate: list[str] | None = field(
-        default=None,
-        metadata={"help": "Texts that the trained model continues, or whose masks it fills.", "action": "extend"},
+        default=None, metadata={"help": "Texts for the trained model to continue or fill in.", "action": "extend"}
     )
     early_stopping_patience: int | None = field(
-        default=None,
-        metadata={"help": "End training after so many evaluations without a better one; needs a best model."},
+        default=None, metadata={"help": "End training after so many evaluations in a row without a better one."}
     )
     save_on_signal: bool = field(
         default=True,
@@ -194,7 +189,6 @@ class LMTrainingArguments(GaudiTrainingArguments):
             "status 128 plus the signal's number. False: end at once."
         },
     )
-
     dry_run: bool = field(
         default=False,
         metadata={
@@ -220,9 +214,8 @@ class LMTrainingArguments(GaudiTrainingArguments):
             raise UserError("no card chosen: give --use_habana (a Gaudi, or a simulated one) or --use_cpu")
         else:
             self._match_lazy_mode()
-        self.chosen = {
-            name for name in ("optim", "attn_implementation", "disable_tqdm") if getattr(self, name) is not None
-        }
+        defaulted = ("optim", "attn_implementation", "disable_tqdm")
+        self.chosen = {name for name in defaulted if getattr(self, name) is not None}
         if self.optim is None:
             self.optim = "adamw_torch_fused" if self.use_cpu else "adamw_torch"
         if self.attn_implementation is None:
