@@ -101,6 +101,11 @@ def test_another_metric(assets, tmp_path):
     assert figures["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-6)
     assert figures["eval_accuracy"] == plain["eval_accuracy"]
     assert figures["eval_accuracy"] < figures["eval_top_5_accuracy"] < 1
+    best = ["--metric_for_best_model", "top_5_accuracy", "--eval_strategy", "steps", "--eval_steps", 2]
+    run(script, *scratch(assets, tmp_path / "best", *EVALUATE), *best, "--save_steps", 2, "--load_best_model_at_end")
+    state = json.loads((tmp_path / "best" / "trainer_state.json").read_text())
+    rows = [row["eval_top_5_accuracy"] for row in state["log_history"] if "eval_top_5_accuracy" in row]
+    assert state["best_metric"] == max(rows[:2]), "of the two evaluations while training"
 
 
 SHARE_RIGHT = """

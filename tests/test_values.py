@@ -165,7 +165,10 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
             read_mapping("deepspeed", str(config), is_file=True)
 
 
-@pytest.mark.parametrize(("metric", "greater"), [("loss", False), ("eval_perplexity", False), ("accuracy", True)])
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [("loss", False), ("eval_perplexity", False), ("accuracy", True), ("seen_perplexity", False), ("f1", None)],
+)
 def test_which_of_two_models_is_better(metric, greater):
     """Upstream takes a perplexity for better when it is greater."""
     from gaudi_lm.arguments.consistency import _check_best_model

@@ -151,8 +151,6 @@ def _check_fsdp(args) -> None:
 
 def _check_best_model(args) -> None:
     metric, strategy = args.metric_for_best_model, getattr(args.eval_strategy, "value", args.eval_strategy)
-    if metric is not None and metric.removeprefix("eval_") not in METRICS:
-        raise UserError(f"--metric_for_best_model {metric}: an evaluation gives {', '.join(METRICS)}")
     saved = getattr(args.save_strategy, "value", args.save_strategy)
     if strategy == "no":
         plateau = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type) == "reduce_lr_on_plateau"
@@ -164,11 +162,23 @@ def _check_best_model(args) -> None:
         ):
             if needed:
                 raise UserError(f"{flag} needs evaluations while training: --eval_strategy steps or epoch")
-    if args.greater_is_better is None and metric is not None:
+    if args.greater_is_better is None and metric is not None and metric.rpartition("_")[2] in METRICS:
         # Upstream takes every figure whose name does not end with "loss" for better when greater.
-        args.greater_is_better = metric.removeprefix("eval_") == "accuracy"
+        args.greater_is_better = metric.endswith("accuracy")
     if saved == "best" and metric is None:
         args.metric_for_best_model, args.greater_is_better = "loss", False
+
+
+def check_best_metric(name: str | None, eval_dataset: object) -> None:
+    """Refuse a ``--metric_for_best_model`` that no evaluation gives; with several sets, each figure has a set's name.
+
+    Raises:
+        UserError: there is no such figure.
+    """
+    sets = [f"{one}_" for one in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+    names = [f"{prefix}{metric}" for prefix in sets for metric in METRICS]
+    if name is not None and name.removeprefix("eval_") not in names:
+        raise UserError(f"--metric_for_best_model {name}: an evaluation gives {', '.join(names)}")
 
 
 def _check_hub(args) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import EvalPrediction, SaveStrategy, TrainOutput
 
+from gaudi_lm.arguments.consistency import check_best_metric
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.arguments.gaudi_configs import gaudi_config
 from gaudi_lm.data.memory import host_copies
@@ -34,6 +35,10 @@ from gaudi_lm.training.sums import TrainingLoss
 logger = logging.getLogger("gaudi_lm")
 
 
+# Private methods of transformers and optimum-habana that are overridden, where no public one or callback would do:
+# `_maybe_log_save_evaluate`, as the loss of a step is of all ranks by label tokens, and callbacks come after the log;
+# here and in `saving`, `_save*`, `_load*`, `_inner_training_loop`, `_finish_current_push`, as files are written as a
+# whole or not, and resumed runs are exact; `_issue_warnings_after_load`, as tied weights are not missing.
 class LMTrainer(EvaluatingTrainer):
     """GaudiTrainer for models with :func:`gaudi_lm.modeling.loss.install_token_loss`.
 
@@ -273,6 +278,8 @@ def build_trainer(
         logger.info("Loss of %s language modelling by loss_func, from the full logits", objective)
     if training_args.device.type != "hpu":
         complete_generation_config()
+    if compute_metrics is None:
+        check_best_metric(training_args.metric_for_best_model, eval_dataset)
     check_prompts(training_args.generate or [], objective == "causal", model.config, tokenizer)
     trainer = trainer_class(
         model=model,
