@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import os
 import re
@@ -82,18 +83,21 @@ def own_address(name: str, towards: bool = False) -> str | None:
 
 def claim_port(wanted: int | None) -> socket.socket:
     """A socket on the port where the ranks meet: it keeps all but rank 0 off that port until it is closed."""
-    claim = socket.socket()
-    claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, bool(wanted))
-    try:
-        claim.bind(("", wanted or 0))
-        lock = socket.socket(socket.AF_UNIX)  # another launcher would get the port as well, until rank 0 listens
-        lock.bind(f"\0gaudi_spawn:{claim.getsockname()[1]}")
-        lock.detach()  # open until the job ends
-    except OSError as error:
-        where = f"--master_port {wanted} cannot be used on {socket.gethostname()}"
-        raise UserError(f"{where}: {error.strerror}; without --master_port a free port is taken") from error
-    claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # two may have a port where neither listens yet
-    return claim
+    while True:
+        claim = socket.socket()
+        claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, bool(wanted))
+        try:
+            claim.bind(("", wanted or 0))
+            lock = socket.socket(socket.AF_UNIX)  # another launcher would get the port as well, until rank 0 listens
+            lock.bind(f"\0gaudi_spawn:{claim.getsockname()[1]}")
+            lock.detach()  # open until the job ends
+        except OSError as error:
+            if wanted is None and error.errno == errno.EADDRINUSE:
+                continue  # of a job whose rank 0 does not listen yet, or never does: the next one
+            where = f"--master_port {wanted} cannot be used on {socket.gethostname()}"
+            raise UserError(f"{where}: {error.strerror}; without --master_port a free port is taken") from error
+        claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # two may have a port where neither listens yet
+        return claim
 
 
 def make_folder(flag: str, path: str, without: str = "") -> None:

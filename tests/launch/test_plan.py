@@ -16,7 +16,7 @@ from gaudi_lm.errors import UserError
 from gaudi_lm.launcher import hostfile, launch, plan, processes, supervise
 from gaudi_lm.launcher.hostfile import Host
 from gaudi_lm.training.rank_settings import digests, disagreement
-from launch.spawning import HOSTILE, OPTIONS
+from launch.spawning import HOSTILE, OPTIONS, ROOT
 
 # What an argument can hold: any bytes but NUL, as Python shows them.
 ARGUMENT = st.one_of(
@@ -377,10 +377,22 @@ def test_a_busy_port_is_refused_and_a_claimed_one_not_taken_twice():
     with socket.create_server(("", busy)):  # rank 0
         pass
     claim.close()
-    claims = [host.claim_port(None) for _ in range(200)]
-    assert len({claim.getsockname()[1] for claim in claims}) == 200
-    for claim in claims:
-        claim.close()
+
+
+CLAIMS = """
+from gaudi_lm.host import claim_port
+taken = set()
+for _ in range(400):
+    with claim_port(None) as claim:
+        taken.add(claim.getsockname()[1])
+print(len(taken))
+"""
+
+
+def test_a_free_port_is_not_one_that_another_job_will_use():
+    """Its launcher has let go of it, and its rank 0 does not listen yet. In a process, as a claim ends with it."""
+    done = subprocess.run([sys.executable, "-c", CLAIMS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "400\n", done.stderr
 
 
 def test_which_hosts_are_this_one():
