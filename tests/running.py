@@ -29,8 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_script(name: str) -> ModuleType:
-    """A script such as ``run_lora_clm`` as a module, for its functions."""
-    with unittest.mock.patch.object(sys, "argv", [f"{name}.py", "--use_cpu"]):
+    """A script such as ``run_lora_clm`` as a module, for its functions; the tests' own environment stays as it is."""
+    patch = unittest.mock.patch
+    argv, hook = (
+        patch.object(sys, "argv", [f"{name}.py", "--use_cpu"]),
+        patch.object(sys, "excepthook", sys.excepthook),
+    )
+    with argv, hook, patch.dict(os.environ):
         return importlib.import_module(name)
 
 

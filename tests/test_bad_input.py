@@ -3,10 +3,13 @@
 import gzip
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from running import ROOT, run, run_many
+
+import gaudi_simulator
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +212,8 @@ def test_a_real_card_wins(tmp_path):
     """With a real habana_frameworks the stand-in stays away, and asking for simulated cards is an error."""
     (tmp_path / "habana_frameworks").mkdir()
     (tmp_path / "habana_frameworks" / "__init__.py").write_text("")
+    plugin = "habana_torch_plugin-1.24.0.dist-info"
+    shutil.copytree(Path(gaudi_simulator.STAND_IN, plugin), tmp_path / plugin)
     probe = tmp_path / "probe.py"
     probe.write_text(
         "import os, sys\nfrom gaudi_lm.device import choose_card\nchoose_card(sys.argv[1:])\n"
