@@ -30,6 +30,7 @@ def test_logs_are_no_obstacle(tmp_path, path, allowed):
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).write_text("something")
     run_flags = SimpleNamespace(
+        dry_run=False,
         do_train=True, resume_from_checkpoint=None, output_dir=str(tmp_path), overwrite_output_dir=False,
         process_index=0, world_size=1,
     )  # fmt: skip
