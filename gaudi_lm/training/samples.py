@@ -44,9 +44,9 @@ def check_prompts(prompts: list[str], causal: bool, config: PretrainedConfig, to
 
 def show_samples(trainer: LMTrainer) -> None:
     """Log the first ``--show_examples`` samples, the tokens of the loss (of masks those behind them) marked."""
-    if trainer.train_dataset is None or not trainer.is_world_process_zero():
-        return
     tokenizer = trainer.processing_class
+    if tokenizer is None or trainer.train_dataset is None or not trainer.is_world_process_zero():
+        return
     collate = ignore_filler_samples(trainer.data_collator, labels_from_inputs=trainer.causal)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     samples = EvaluationRows(trainer.train_dataset, 1, 0, 1)
