@@ -195,13 +195,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # Trainer
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    full = data_args.pad_to_max_length or data_args.dataset_concatenation
-    lengths = padded_lengths(rows.values(), max_length, full, training_args)
-    collator: Callable[[list[dict]], dict] = partial(collate_examples, padding=padding, lengths=lengths)
+    collator: Callable[[list[dict]], dict]
     if data_args.pack_sequences:
         step = training_args.rows_per_step
         rows = {s: pack_sequences(texts, max_length, split=s, rows_per_step=step) for s, texts in rows.items()}
         collator = PackedCollator.for_model(model, padding, max_length)
+    else:
+        full = data_args.pad_to_max_length or data_args.dataset_concatenation
+        lengths = padded_lengths(rows.values(), max_length, full, training_args)
+        collator = partial(collate_examples, padding=padding, lengths=lengths)
     trainer = build_trainer(
         model, "causal", training_args, tokenizer, collator,
         train_dataset=rows.get("train"), eval_dataset=rows.get("validation"),

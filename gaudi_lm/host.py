@@ -81,23 +81,23 @@ def own_address(name: str, towards: bool = False) -> str | None:
         return socket.gethostname() if towards or name == socket.gethostname() else None
 
 
-def claim_port(wanted: int | None) -> socket.socket:
+def claim_port(wanted: int | None, tries: int = 100) -> socket.socket:
     """A socket on the port where the ranks meet: it keeps all but rank 0 off that port until it is closed."""
-    while True:
-        claim = socket.socket()
-        claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, bool(wanted))
-        try:
-            claim.bind(("", wanted or 0))
-            lock = socket.socket(socket.AF_UNIX)  # another launcher would get the port as well, until rank 0 listens
-            lock.bind(f"\0gaudi_spawn:{claim.getsockname()[1]}")
-            lock.detach()  # open until the job ends
-        except OSError as error:
-            if wanted is None and error.errno == errno.EADDRINUSE:
-                continue  # of a job whose rank 0 does not listen yet, or never does: the next one
-            where = f"--master_port {wanted} cannot be used on {socket.gethostname()}"
-            raise UserError(f"{where}: {error.strerror}; without --master_port a free port is taken") from error
-        claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # two may have a port where neither listens yet
-        return claim
+    claim = socket.socket()
+    claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, bool(wanted))
+    try:
+        claim.bind(("", wanted or 0))
+        lock = socket.socket(socket.AF_UNIX)  # another launcher would get the port as well, until rank 0 listens
+        lock.bind(f"\0gaudi_spawn:{claim.getsockname()[1]}")
+        lock.detach()  # open until the job ends
+    except OSError as error:
+        claim.close()
+        if wanted is None and error.errno == errno.EADDRINUSE and tries > 1:
+            return claim_port(None, tries - 1)  # it is that of a job whose rank 0 does not listen yet, or never does
+        where, way = f"--master_port {wanted or ''}".rstrip(), "; without --master_port a free port is taken"
+        raise UserError(f"{where} on {socket.gethostname()}: {error.strerror}{way * bool(wanted)}") from error
+    claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # two may have a port where neither listens yet
+    return claim
 
 
 def make_folder(flag: str, path: str, without: str = "") -> None:

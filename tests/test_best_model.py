@@ -1,6 +1,7 @@
 """The best model: told before training whether it can be found, kept at the top, named in log and card; samples."""
 
 import json
+import shutil
 
 import pytest
 from huggingface_hub import ModelCard
@@ -81,6 +82,19 @@ def test_what_cannot_be_is_said_before_training(assets, tmp_path):
         (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
         assert status == 2 and said in line, log
     assert not (tmp_path / "out").exists()
+
+
+def test_the_card_has_the_licence_of_the_base_model(assets, tmp_path):
+    """Where the base model's own card names one; a card that cannot be read is no reason to lose a run."""
+    cards = {"apache-2.0": "---\nlicense: apache-2.0\n---\n# A model\n", None: "---\nlicense: [\n---\n"}
+    for number, (licence, card) in enumerate(cards.items()):
+        base, output = tmp_path / f"base{number}", tmp_path / f"out{number}"
+        shutil.copytree(assets.gpt2, base)
+        (base / "README.md").write_text(card)
+        flags = ["--model_name_or_path", base, "--train_file", assets.train, "--block_size", 32, "--use_cpu"]
+        flags += ["--max_train_samples", 16, "--max_steps", 1, "--do_train", "--save_strategy", "no"]
+        run("run_clm.py", *flags, "--output_dir", output)
+        assert ModelCard.load(output / "README.md").data.license == licence
 
 
 def test_a_masked_model_fills_masks(masked_assets, assets, tmp_path):

@@ -7,16 +7,14 @@ import json
 
 import numpy as np
 import pytest
-from datasets import Dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenised import tokenised
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from gaudi_lm.data.chat_templates import ChatTemplate
 from gaudi_lm.data.completions import encode_with_offsets
 from gaudi_lm.data.conversations import ConversationError, read_messages
-from gaudi_lm.data.instructions import tokenise_examples
-from gaudi_lm.data.prompts import find_format
 from gaudi_lm.device import UserError
 
 EOS = "<|endoftext|>"
@@ -309,11 +307,8 @@ def learnt(row: dict) -> np.ndarray:
 
 
 def rows_of(tokenizer, examples: list[dict], max_length: int = 300, concatenate: bool = False, inputs: bool = False):
-    data = Dataset.from_list(examples)
-    return tokenise_examples(
-        data, find_format(data), tokenizer, max_length,
-        train_on_inputs=inputs, concatenate=concatenate, limit=None, split="train",
-    ).with_format("numpy")  # fmt: skip
+    rows = tokenised(tokenizer, examples, max_length, train_on_inputs=inputs, concatenate=concatenate)
+    return rows.with_format("numpy")
 
 
 @pytest.mark.parametrize("template", [CHATML, END_OF_ALL, END_OF_LAST, OTHER_END, REASONING, MARKS, STRICT])

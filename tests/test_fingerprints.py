@@ -11,16 +11,15 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 from running import copy_elsewhere, environment, load_script, run, run_ranks
+from tokenised import LORA, tokenised
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
 from gaudi_lm.data import blocks, masking
 from gaudi_lm.data.blocks import map_rows, tokenise
 from gaudi_lm.data.fingerprints import fingerprint
-from gaudi_lm.data.instructions import tokenise_examples
-from gaudi_lm.data.prompts import find_format
 
-LORA, MLM = load_script("run_lora_clm"), load_script("run_mlm")
+MLM = load_script("run_mlm")
 SOURCE = """
 import re
 
@@ -187,11 +186,7 @@ def on_disk(tmp_path):
 
 
 def examples(rows: Dataset, tokenizer, **style) -> Dataset:
-    rows = rows.remove_columns("text")
-    form = find_format(rows, **style)
-    options = {"train_on_inputs": False, "concatenate": False, "limit": None, "split": "train"}
-    options["format_example"] = LORA.format_example
-    return tokenise_examples(rows, form, tokenizer, 256, **options)
+    return tokenised(tokenizer, rows.remove_columns("text"), 256, style)
 
 
 MAKERS = {

@@ -4,14 +4,14 @@ import json
 
 import pytest
 from datasets import Dataset
-from running import load_script, run_several
+from running import run_several
+from tokenised import tokenised
 from transformers import AutoTokenizer
 
-from gaudi_lm.data.instructions import show_targets, tokenise_examples
+from gaudi_lm.data.instructions import show_targets
 from gaudi_lm.data.prompts import find_format
 
 ASK, SAY = "Explain part {}.", "Assert statements are a convenient way to insert part {}."
-LORA = load_script("run_lora_clm")
 MESSAGES = [{"role": "user", "content": ASK}, {"role": "assistant", "content": SAY}]
 SHAREGPT = [{"from": "human", "value": ASK}, {"from": "gpt", "value": SAY}]
 ALPACA = {"instruction": ASK, "input": "", "output": SAY}
@@ -56,17 +56,7 @@ def test_columns(tokenizer, case):
     data = Dataset.from_list([json.loads(json.dumps(row).replace("part {}", f"part {number}")) for number in range(3)])
     example_format = find_format(data)
     assert str(example_format).startswith(columns)
-    rows = tokenise_examples(
-        data,
-        example_format,
-        tokenizer,
-        128,
-        train_on_inputs=False,
-        concatenate=False,
-        limit=None,
-        split="train",
-        format_example=LORA.format_example,
-    )
+    rows = tokenised(tokenizer, data, 128)
     assert len(rows) == 3
     for number, found in enumerate(rows.with_format("numpy")):
         shown = show_targets(found, tokenizer)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from running import copy_elsewhere, environment, load_elsewhere, load_script, losses, run, run_many, run_several
+from running import copy_elsewhere, environment, load_elsewhere, losses, run, run_many, run_several
+from tokenised import tokenised
 
-from gaudi_lm.data.instructions import collate_examples, tokenise_examples
-from gaudi_lm.data.prompts import find_format
+from gaudi_lm.data.instructions import collate_examples
 
 ADAPTERS = {
     "lora": ["--lora_target_modules", "all-linear", "--train_on_inputs", "False"],
@@ -129,19 +129,7 @@ def test_resume_is_exact_and_equals_a_plain_loop(instructions, tmp_path):
 
     tokenizer = AutoTokenizer.from_pretrained(instructions.llama)
     data = Dataset.from_json(str(instructions.train), cache_dir=str(tmp_path / "cache"))
-    rows = list(
-        tokenise_examples(
-            data,
-            find_format(data),
-            tokenizer,
-            128,
-            train_on_inputs=False,
-            concatenate=False,
-            limit=24,
-            split="train",
-            format_example=load_script("run_lora_clm").format_example,
-        ).with_format("numpy")
-    )
+    rows = list(tokenised(tokenizer, data, 128, limit=24).with_format("numpy"))
     set_seed(3)
     config = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(instructions.llama), config).train()

@@ -3,14 +3,12 @@
 Tokens are words here, so that the tables can be read: an untrained word stands as it is, a trained one between stars.
 """
 
-from functools import partial
-
 import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from running import load_script
+from tokenised import LORA, tokenised
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -18,13 +16,11 @@ from gaudi_lm.data.instructions import (
     collate_examples,
     finish_rows,
     show_targets,
-    tokenise_examples,
 )
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
-from gaudi_lm.data.prompts import ExampleFormat, find_format
+from gaudi_lm.data.prompts import find_format
 from gaudi_lm.device import UserError
 
-LORA = load_script("run_lora_clm")
 CHAT = "<bos> {% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {{ eos_token }} {% endfor %}" + (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
@@ -58,12 +54,7 @@ def words(tokenizer, input_ids, labels) -> str:
 def spans(tokenizer, examples: list[dict], max_length: int = 200, inputs: bool = False, **flags) -> list[str]:
     """The rows of `tokenise_examples` as words."""
     concatenate = flags.pop("concatenate", False)
-    data = Dataset.from_list(examples)
-    rows = tokenise_examples(
-        data, find_format(data, **flags), tokenizer, max_length,
-        train_on_inputs=inputs, concatenate=concatenate, limit=None, split="train",
-        format_example=partial(LORA.format_example, sql="sql_prompt" in flags),
-    )  # fmt: skip
+    rows = tokenised(tokenizer, examples, max_length, flags, train_on_inputs=inputs, concatenate=concatenate)
     return [words(tokenizer, row["input_ids"], row["labels"]) for row in rows.with_format("numpy")]
 
 
@@ -101,18 +92,7 @@ def test_instruction(pad):
 def test_padded(pad):
     """The EOS is learnt, and padding is not, also where they are one token."""
     tokenizer = make_tokenizer(pad)
-    example_format = ExampleFormat("instruction", {"instruction": "instruction", "input": "input", "output": "output"})
-    rows = tokenise_examples(
-        Dataset.from_list(ALPACA),
-        example_format,
-        tokenizer,
-        200,
-        train_on_inputs=False,
-        concatenate=False,
-        limit=None,
-        split="t",
-        format_example=LORA.format_example,
-    ).with_format("numpy")
+    rows = tokenised(tokenizer, ALPACA, 200).with_format("numpy")
     padding = tokenizer.pad_token_id if pad else tokenizer.eos_token_id
     batch = collate_examples(list(rows), padding, lengths=[40])
     filler = tokenizer.convert_ids_to_tokens(padding)
@@ -138,18 +118,7 @@ def test_concatenated():
 
 def test_packed():
     tokenizer = make_tokenizer("<eos>")
-    data = Dataset.from_list(ALPACA)
-    rows = tokenise_examples(
-        data,
-        find_format(data),
-        tokenizer,
-        64,
-        train_on_inputs=False,
-        concatenate=False,
-        limit=None,
-        split="train",
-        format_example=LORA.format_example,
-    )
+    rows = tokenised(tokenizer, ALPACA, 64)
     packed = pack_sequences(rows, 64).with_format("numpy")
     batch = PackedCollator(length=64, pad_token_id=1, causal=True)(list(packed))
     found = [words(tokenizer, *row) for row in zip(batch["input_ids"], batch["labels"], strict=True)]

@@ -75,6 +75,21 @@ def test_a_mask_depends_on_seed_and_draw_alone(tokenizer):
         assert not any(torch.equal(a, b) for a, b in zip(other["labels"], together["labels"], strict=True))
 
 
+def test_shares_of_the_chosen_tokens(tokenizer):
+    """As a copy of the script may set them; the same tokens are chosen."""
+    rows = rows_of(tokenizer, 20, 100)
+    shares = {"masks": (1.0, 0.0), "random": (0.0, 1.0), "kept": (0.0, 0.0), "usual": (0.8, 0.1)}
+    batches = {name: MaskingCollator(tokenizer, 0.3, (7,), *pair)(rows) for name, pair in shares.items()}
+    chosen = batches["usual"]["labels"] != -100
+    seen = {name: batch["input_ids"][chosen] for name, batch in batches.items()}
+    assert all(torch.equal(batch["labels"], batches["usual"]["labels"]) for batch in batches.values())
+    targets = batches["usual"]["labels"][chosen]
+    assert (seen["masks"] == tokenizer.mask_token_id).all() and torch.equal(seen["kept"], targets)
+    assert (seen["random"] != tokenizer.mask_token_id).all() and (seen["random"] != targets).float().mean() > 0.9
+    with pytest.raises(ValueError, match="together at most 1"):
+        MaskingCollator(tokenizer, 0.3, (7,), mask_share=0.8, random_share=0.3)
+
+
 def test_surplus_masks_are_undone_and_counted(tokenizer):
     rows = rows_of(tokenizer, 8, 100)
     whole = MaskingCollator(tokenizer, 0.15, seed=(1,))(rows)

@@ -182,6 +182,16 @@ def test_which_of_two_models_is_better(metric, greater):
     assert Flags.greater_is_better is greater
 
 
+def test_metrics_of_several_sets_have_their_names():
+    from gaudi_lm.arguments.consistency import check_best_metric
+
+    for name, sets in ((None, None), ("eval_loss", None), ("seen_loss", {"seen": [], "new": []}), (None, {"a": []})):
+        check_best_metric(name, sets)
+    for name, sets, given in (("seen_loss", None, "loss, perplexity"), ("loss", {"seen": []}, "seen_loss, seen_per")):
+        with pytest.raises(UserError, match=f"^--metric_for_best_model {name}: an evaluation gives {given}"):
+            check_best_metric(name, sets)
+
+
 def test_folders_without_permission(monkeypatch, tmp_path):
     """Tests may run as root, who may write everywhere."""
     from gaudi_lm.arguments.refusals import check_folders

@@ -1,4 +1,4 @@
-"""The arguments of a dry run: what it needs, and what it sets aside."""
+"""The arguments of a dry run: what it needs, and what it overrides."""
 
 from __future__ import annotations
 

@@ -81,6 +81,8 @@ class MaskingCollator:
     assemble: Callable[[list[dict]], dict[str, torch.Tensor]] | None = None
 
     def __post_init__(self):
+        if self.mask_share + self.random_share > 1:
+            raise ValueError("mask_share and random_share are parts of the same tokens: together at most 1")
         size = len(self.tokenizer)
         self._special = np.zeros(size, dtype=bool)
         self._special[[token for token in self.tokenizer.all_special_ids if token < size]] = True

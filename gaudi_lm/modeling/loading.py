@@ -211,14 +211,14 @@ def load_model(
             )
         if options["torch_dtype"] == "auto":
             options["torch_dtype"] = config.torch_dtype if name else None
-        place = torch.device("meta") if training_args.dry_run else nullcontext()
+        made_on = torch.device("meta") if training_args.dry_run else nullcontext()
         options.pop("device_map", None)
         # Weights that ZeRO-3 has divided are empty to what initialises them (transformers 4.55): they would keep
         # torch's defaults, or fail. So each rank makes the whole model, and DeepSpeed divides it afterwards.
         deepspeed = getattr(training_args, "hf_deepspeed_config", None)
         unset_hf_deepspeed_config()
         try:
-            with place:
+            with made_on:
                 return auto_class.from_config(config, trust_remote_code=model_args.trust_remote_code, **options)
         finally:
             if deepspeed is not None:

@@ -118,12 +118,11 @@ def install_token_loss(
         return TokenLossOutput(loss=loss, loss_sum=loss_sum.detach(), correct=correct, count=count, aux_loss=added)
 
     # The keyword arguments tell the trainer that the loss is normalised here, also for models that cannot do it.
-    vars(forward)["token_loss_original"] = original
+    forward.token_loss_original = original  # type: ignore[attr-defined]
     extra = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
     listed = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    vars(forward)["__signature__"] = inspect.Signature(
-        [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *listed, extra]
-    )
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = inspect.Signature([itself, *listed, extra])  # type: ignore[attr-defined]
     base.forward = MethodType(forward, base)
     ignore_missing_mask(base)
 

@@ -33,10 +33,10 @@ class HubUploads:
         if self.args.hub_strategy == HubStrategy.END or (busy and not self.args.hub_always_push):
             return
         self.finish()
-        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        folders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
         self._begin(folder, message := f"Training in progress, step {step}", TO_RESUME)
-        if place := places.get(self.args.hub_strategy):
-            self._begin(folder, f"{message}, checkpoint", None, place)
+        if path_in_repo := folders.get(self.args.hub_strategy):
+            self._begin(folder, f"{message}, checkpoint", None, path_in_repo)
 
     def result(self, message: str) -> None:
         """Upload what is at the top of ``--output_dir``, and wait for it."""
@@ -56,14 +56,15 @@ class HubUploads:
             )  # fmt: skip
         return not errors
 
-    def _begin(self, folder: Path, message: str, ignored: list[str] | None, place: str | None = None) -> Future:
-        self._running.append(self._api.run_as_future(self._upload, folder, message, ignored, place))
+    def _begin(self, folder: Path, message: str, ignored: list[str] | None, path_in_repo: str | None = None) -> Future:
+        self._running.append(self._api.run_as_future(self._upload, folder, message, ignored, path_in_repo))
         return self._running[-1]
 
-    def _upload(self, folder: Path, message: str, ignored: list[str] | None, place: str | None) -> str:
+    def _upload(self, folder: Path, message: str, ignored: list[str] | None, path_in_repo: str | None) -> str:
         args, to = self.args, {"commit_message": message, "revision": self.args.hub_revision}
         name = self._api.create_repo(self.name, private=args.hub_private_repo, exist_ok=True).repo_id
         if args.hub_revision:
             self._api.create_branch(name, branch=args.hub_revision, exist_ok=True)
-        self._api.upload_folder(repo_id=name, folder_path=folder, path_in_repo=place, ignore_patterns=ignored, **to)
+        to |= {"repo_id": name, "path_in_repo": path_in_repo}
+        self._api.upload_folder(folder_path=folder, ignore_patterns=ignored, **to)
         return name

@@ -52,8 +52,8 @@ def without_data(model: nn.Module, device: torch.device, dtype: torch.dtype | No
 
 def empty_on(mode: FakeTensorMode, device: torch.device, shape: torch.Size, dtype: torch.dtype) -> FakeTensor:
     """A tensor without data that says it is on ``device``."""
-    place = device if device.type == "cpu" else torch.device(device.type, device.index or 0)
-    return FakeTensor(mode, torch.empty(shape, dtype=dtype, device="meta"), place)
+    located = device if device.type == "cpu" else torch.device(device.type, device.index or 0)
+    return FakeTensor(mode, torch.empty(shape, dtype=dtype, device="meta"), located)
 
 
 class LiveBytes(TorchDispatchMode):

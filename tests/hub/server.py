@@ -111,8 +111,22 @@ def enter_network(pid: int | None) -> None:
             raise OSError(ctypes.get_errno(), "setns")
 
 
+class Served:
+    """A server that runs in a thread while a ``with`` lasts."""
+
+    _server: ThreadingHTTPServer
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
 @dataclass
-class Hub:
+class Hub(Served):
     """What is served and what was asked.
 
     `root` holds `models/<owner>/<name>/<branch>/...` and the same under `datasets`. `moved` maps an old name, like
@@ -149,14 +163,6 @@ class Hub:
         # A socket stays in the namespace of the thread that made it.
         with ThreadPoolExecutor(1, initializer=enter_network, initargs=(self.namespace,)) as thread:
             self._server = thread.submit(Server, (self.address, 0), BoundHandler).result()
-
-    def __enter__(self) -> "Hub":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
     @property
     def url(self) -> str:

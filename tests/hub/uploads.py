@@ -8,12 +8,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from hub.server import Served
 
-class UploadHub:
+
+class UploadHub(Served):
     """What has been uploaded: ``files[repository, revision][path]``; use it in a ``with``.
 
     Attributes:
@@ -33,14 +34,6 @@ class UploadHub:
         Bound.hub = hub
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
         self._server.daemon_threads = True
-
-    def __enter__(self) -> "UploadHub":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
     @property
     def environment(self) -> dict[str, str]:
