@@ -282,13 +282,13 @@ def set_up_logging(main_rank: bool, level: int | None = None, bars: bool = True)
     logger = logging.getLogger("gaudi_lm")
     logger.setLevel(level or (logging.INFO if main_rank else logging.ERROR))
     libraries = level or (logging.WARNING if main_rank else logging.ERROR)
-    transformers.utils.logging.set_verbosity(libraries)
-    datasets.utils.logging.set_verbosity(libraries)
-    # Both come through our handler; left alone, transformers prints twice where CI is set.
-    for library in (transformers, datasets):
-        library.utils.logging.enable_propagation()
-        for handler in logging.getLogger(library.__name__).handlers[:]:
-            logging.getLogger(library.__name__).removeHandler(handler)
+    # All come through our handler; left alone, each has a format of its own, and transformers prints twice where CI is
+    # set. DeepSpeed is imported by now where a run needs it.
+    for name in ("transformers", "datasets", "huggingface_hub", "optimum", "DeepSpeed"):
+        library = logging.getLogger(name)
+        library.setLevel(libraries)
+        library.propagate = True
+        library.handlers.clear()
     if not (main_rank and bars):
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()

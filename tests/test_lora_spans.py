@@ -108,6 +108,12 @@ def test_padded(pad):
     assert whole["labels"].tolist() == [[-100, 6, 7]] * 2 and "attention_mask" not in whole
 
 
+@pytest.mark.parametrize("made", [None, "text", ("a", 7), ("a",), ("a", "b", "c"), {"prompt": "a"}])
+def test_what_a_format_example_of_ones_own_makes_is_two_texts(made):
+    with pytest.raises(UserError, match="^format_example makes two texts of an example, prompt and response, not "):
+        tokenised(make_tokenizer(), ALPACA, 200, format_example=lambda row: made)
+
+
 def test_concatenated():
     tokenizer = make_tokenizer()
     joined = " ".join(EXPECTED).split()

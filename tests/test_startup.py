@@ -79,3 +79,32 @@ def test_no_pip_is_asked(tmp_path):
     assert not [line for line in started if "pip " in line]
     for asked, way in ((misc.get_habana_frameworks_version, "pip list"), (optimum_environment.get_build, "pip show")):
         assert way in inspect.getsource(asked), "the library has another way now: drop answers_without_pip"
+
+
+LOGGED = """
+import logging, sys
+sys.argv = ["run_clm.py", "--use_cpu"]
+from gaudi_lm.device import choose_card, set_up_logging
+choose_card(sys.argv[1:])
+import datasets, deepspeed, huggingface_hub, optimum.utils.logging, transformers
+optimum.utils.logging.get_logger("optimum.x")
+set_up_logging(main_rank=True)
+for name in ("gaudi_lm", "transformers.x", "datasets.x", "huggingface_hub.x", "optimum.x", "DeepSpeed"):
+    logging.getLogger(name).warning("from %s", name)
+    logging.getLogger(name).debug("no fact of %s", name)
+"""
+
+
+@pytest.mark.parametrize("ci", ["true", None])
+def test_each_line_of_a_library_comes_once_in_one_format(ci):
+    """Most have handlers of their own; where CI is set, some hand their lines on as well."""
+    environ = {name: value for name, value in environment().items() if name != "CI"} | ({"CI": ci} if ci else {})
+    done = subprocess.run(
+        [sys.executable, "-c", LOGGED], cwd=ROOT, env=environ, text=True, capture_output=True, timeout=280, check=True
+    )
+    lines = [
+        line for line in [*done.stdout.splitlines(), *done.stderr.splitlines()] if "from " in line or "fact" in line
+    ]
+    assert [re.sub(r"^\d\d:\d\d:\d\d WARNING from ", "", line) for line in lines] == [
+        "gaudi_lm", "transformers.x", "datasets.x", "huggingface_hub.x", "optimum.x", "DeepSpeed",
+    ]  # fmt: skip

@@ -21,6 +21,7 @@ from gaudi_lm.data.conversations import ConversationError
 from gaudi_lm.data.prompts import ExampleFormat, conversation, example_parts, refused_values, text_of
 from gaudi_lm.data.ragged import join_rows
 from gaudi_lm.data.tokenization import encode, special_ends
+from gaudi_lm.errors import UserError
 
 
 @dataclass
@@ -64,9 +65,8 @@ def encode_examples(
         tokens, lengths = join_rows(
             start, encode(tokenizer, text_of(table, example_format.columns["text"]).to_pylist(), False)
         )
-    elif format_example is not None:
-        pairs = [format_example(row) for row in example_parts(table, example_format)]
-        prompts, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
+    else:
+        prompts, answers = format_examples(example_parts(table, example_format), format_example)
         tokens, lengths = encode(tokenizer, prompts + answers, add_special_tokens=False)
         border = int(lengths[: len(prompts)].sum())
         prompt, answer = (~tokens[:border], lengths[: len(prompts)]), (tokens[border:], lengths[len(prompts) :])
@@ -77,6 +77,21 @@ def encode_examples(
         tokens, lengths = tokens[np.repeat(read, lengths)], np.where(read, lengths, 0)
     ends = np.full(len(table), tokenizer.eos_token_id, np.int32)
     return EncodedRows(tokens, lengths, ends, np.zeros(len(table), bool), problems)
+
+
+def format_examples(rows: list[dict[str, str]], format_example: Callable | None) -> tuple[list[str], list[str]]:
+    """All prompts, and all responses; a UserError where ``format_example``, which users write, makes others."""
+    prompts, answers = [], []
+    for row in rows:
+        match format_example(row) if format_example else None:
+            case (str(prompt), str(answer)):
+                prompts.append(prompt)
+                answers.append(answer)
+            case other:
+                raise UserError(
+                    f"format_example makes two texts of an example, prompt and response, not {other!r:.80}"
+                )
+    return prompts, answers
 
 
 def encode_conversations(
