@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from gaudi_lm.arguments.context_parallel import data_ranks
 from gaudi_lm.arguments.definitions import DataArguments, LMTrainingArguments, ModelArguments
 from gaudi_lm.arguments.parsing import parse
 from gaudi_lm.data.blocks import group_into_blocks, tokenise
@@ -89,7 +90,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     config = load_config(model_args, script_args.model_type, script_args.config_overrides)
     tokenizer = load_tokenizer(model_args)
     fit_vocabulary(config, tokenizer, model_args.model_name_or_path is None, script_args.config_overrides)
-    block_size = length_limit("--block_size", script_args.block_size, tokenizer, config)
+    block_size = length_limit(
+        "--block_size", script_args.block_size, tokenizer, config, parts=training_args.context_parallel_size
+    )
 
     # Preprocessing
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
@@ -98,8 +101,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for split, texts in raw.items():
             limit, column = limits[split], columns[split]
             if split == "train":
-                ranks = training_args.process_index, training_args.world_size
-                texts, limit = rank_share(texts, column, limit, *ranks)
+                texts, limit = rank_share(texts, column, limit, *data_ranks(training_args))
             blocks[split] = StreamedBlocks(
                 texts, tokenizer, column, block_size, repeat=split == "train", max_rows=limit
             )

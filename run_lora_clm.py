@@ -161,7 +161,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(model_args)
     for example_format in formats.values():
         check_tokenizer(example_format, tokenizer, data_args.train_on_inputs)
-    max_length = length_limit("--max_seq_length", data_args.max_seq_length, tokenizer, config)
+    parts = training_args.context_parallel_size
+    max_length = length_limit("--max_seq_length", data_args.max_seq_length, tokenizer, config, parts=parts)
 
     # Preprocessing
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}

@@ -6,7 +6,8 @@ from running import copy_elsewhere, losses, results, run
 from test_clm import scratch
 from transformers import default_data_collator
 
-from gaudi_lm.data.sampling import FILLER_SAMPLE, REAL_SAMPLES, SAMPLE_ID, ignore_filler_samples
+from gaudi_lm.data.sampling import FILLER_SAMPLE, REAL_SAMPLES, SAMPLE_ID, cut_rows, ignore_filler_samples
+from gaudi_lm.errors import UserError
 
 TRAINING = ("--do_train", "--do_eval", "--max_steps", 3, "--gradient_accumulation_steps", 2, "--max_eval_samples", 6)
 
@@ -91,3 +92,21 @@ def test_padding_is_no_label():
     batch = ignore_filler_samples(collate, labels_from_inputs=True)([{"input_ids": [1, 2], SAMPLE_ID: 0}])
     assert batch["labels"].tolist() == [[1, -100]]
     assert "labels" not in ignore_filler_samples(collate)([{"input_ids": [1, 2]}])
+
+
+def test_parts_of_rows_have_all_labels_once():
+    """A part brings along the label that its last token predicts, which is the first of the next part."""
+    ids = torch.arange(24).reshape(2, 12)
+    batch = {
+        "input_ids": ids,
+        "labels": ids + 100,
+        "attention_mask": torch.ones_like(ids),
+        "real_rows": ids[:, 0] >= 0,
+    }
+    parts = [cut_rows(batch, part, 2) for part in range(2)]
+    assert torch.equal(torch.cat([part["input_ids"] for part in parts], 1), ids)
+    assert [part["labels"].shape[1] for part in parts] == [7, 7] and parts[0]["attention_mask"].shape == (2, 6)
+    predicted = torch.cat([part["labels"][:, 1:] for part in parts], 1)
+    assert torch.equal(predicted[:, :-1], batch["labels"][:, 1:]) and predicted[:, -1].tolist() == [-100, -100]
+    with pytest.raises(UserError, match=r"^--context_parallel_size 5: rows of 12 tokens are no multiple of 25$"):
+        cut_rows(batch, 0, 5)

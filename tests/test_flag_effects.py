@@ -37,6 +37,7 @@ ELSEWHERE = {
     "tests/test_bad_input.py": "overwrite_output_dir",
     "tests/test_parsing.py": "greater_is_better",
     "tests/test_documented_commands.py": "deepspeed",
+    "tests/simulated/test_context_parallel.py": "context_parallel_size",
     "tests/test_dry_run.py": "dry_run dry_run_cards card_memory_gb",
     "tests/test_trackers.py": "logging_dir report_to hub_token",
     "tests/hub/test_uploads.py": "push_to_hub hub_model_id hub_private_repo hub_strategy hub_always_push hub_revision",

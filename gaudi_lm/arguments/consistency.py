@@ -19,6 +19,7 @@ from transformers import get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import FSDPOption
 
+from gaudi_lm.arguments.context_parallel import check_context_parallel
 from gaudi_lm.arguments.optional_packages import check_optimizer, check_reporters, require
 from gaudi_lm.errors import UserError, nearest, unknown, warn
 
@@ -74,6 +75,7 @@ def check_together(args) -> None:
     _check_checkpointing(read_mapping("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs, False))
     _check_deepspeed(args, read_mapping("deepspeed", args.deepspeed, is_file=True))
     _check_fsdp(args)
+    check_context_parallel(args)
     _check_best_model(args)
     _check_compile(args)
     _check_hub(args)

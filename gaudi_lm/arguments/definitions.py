@@ -14,6 +14,7 @@ from optimum.habana import GaudiTrainingArguments
 from transformers.utils.logging import get_log_levels_dict
 
 from gaudi_lm.arguments.consistency import check_together
+from gaudi_lm.arguments.context_parallel import data_ranks
 from gaudi_lm.arguments.dry_runs import prepare_dry_run
 from gaudi_lm.arguments.gaudi_configs import resolve_gaudi_config
 from gaudi_lm.arguments.refusals import CARD_ONLY
@@ -196,8 +197,7 @@ class LMTrainingArguments(GaudiTrainingArguments):
         },
     )
     dry_run_cards: int | None = field(
-        default=None,
-        metadata={"help": "With --dry_run in one process: the number of cards that it stands for."},
+        default=None, metadata={"help": "With --dry_run in one process: the number of cards that it stands for."}
     )
     card_memory_gb: float = field(
         default=96,
@@ -273,7 +273,7 @@ class LMTrainingArguments(GaudiTrainingArguments):
     @property
     def rows_per_step(self) -> int:
         """Rows of one optimizer step, of all ranks."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * data_ranks(self)[1]
 
     def _prefer_cpu(self) -> None:
         defaults = {f.name: f.default for f in fields(GaudiTrainingArguments)}

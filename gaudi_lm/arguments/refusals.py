@@ -17,7 +17,6 @@ REFUSED: dict[str, str] = {
     "adafactor": "use --optim adafactor",
     "auto_find_batch_size": "packed rows and padded lengths are planned for one size; give "
     "--per_device_train_batch_size",
-    "context_parallel_size": "ranks of one sequence group would get different rows; leave it at 1",
     "ddp_backend": "cards talk by HCCL, CPU processes by gloo",
     "debug": "the library's hooks fail on attention masks, which are boolean",
     "do_predict": f"{_NO_PREDICTIONS}; use --do_eval",
@@ -107,6 +106,7 @@ CARD_ONLY: dict[str, object] = {
     "use_hpu_graphs_for_inference": False,
     "use_hpu_graphs_for_training": False,
     "gaudi_config_name": None,
+    "context_parallel_size": 1,
     "deepspeed": None,
     "ddp_timeout": 1800,
     "disable_tensor_cache_hpu_graphs": False,

@@ -86,7 +86,7 @@ def padded_lengths(splits: Iterable, max_length: int, pad_to_max_length: bool, a
     Returns:
         Rising lengths; none where a batch is padded to its longest row.
     """
-    if pad_to_max_length:
+    if pad_to_max_length or args.context_parallel_size > 1:
         return [max_length]
     if args.device.type != "hpu":
         return []

@@ -55,7 +55,7 @@ def loader_options(args: LMTrainingArguments) -> dict:
 
 
 def ignore_filler_samples(
-    collator: Callable[[list[dict]], dict], labels_from_inputs: bool = False
+    collator: Callable[[list[dict]], dict], labels_from_inputs: bool = False, part: tuple[int, int] = (0, 1)
 ) -> Callable[[list[dict]], dict]:
     """Any collator of ``transformers`` or of one's own, for the batches of a trainer.
 
@@ -66,8 +66,35 @@ def ignore_filler_samples(
 
     Args:
         labels_from_inputs: where the collator makes no labels, each token that is not padding is one.
+        part: ``(k, n)`` takes the k-th of n parts of each row, see :func:`cut_rows`.
     """
-    return partial(_collate, collator, labels_from_inputs)
+    whole = partial(_collate, collator, labels_from_inputs)
+    return whole if part[1] == 1 else partial(_collate_part, whole, part)
+
+
+def _collate_part(collate: Callable[[list[dict]], dict], part: tuple[int, int], rows: list[dict]) -> dict:
+    return cut_rows(collate(rows), *part)
+
+
+def cut_rows(batch: dict[str, torch.Tensor], part: int, parts: int) -> dict[str, torch.Tensor]:
+    """The ``part``-th of ``parts`` parts of the rows of a batch, for context parallelism.
+
+    Labels of the part have one column more than its tokens: the last token predicts the first label of the next part.
+
+    Raises:
+        UserError: the length of the rows cannot be divided so.
+    """
+    rows, length = batch["input_ids"].shape
+    if length % parts**2:
+        raise UserError(f"--context_parallel_size {parts}: rows of {length} tokens are no multiple of {parts**2}")
+    start, end = length // parts * part, length // parts * (part + 1)
+    cut = {
+        name: value[:, start : end + (name == "labels")] if value.shape[:2] == (rows, length) else value
+        for name, value in batch.items()
+    }
+    if end == length:
+        cut["labels"] = torch.nn.functional.pad(cut["labels"], (0, 1), value=-100)
+    return cut
 
 
 def _needs_sample_id(collator: Callable) -> bool:

@@ -8,6 +8,7 @@ import sys
 
 from optimum.habana.distributed import apply_zero3_leaf_promotion
 from optimum.habana.transformers.trainer import _get_input_update_settings
+from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -17,6 +18,9 @@ from gaudi_lm.device import UserError
 from gaudi_lm.modeling.patches import FLASH_ATTENTION
 
 logger = logging.getLogger("gaudi_lm")
+
+# Types whose fused attention exchanges parts of rows in optimum-habana 1.21, and whose loss has no other terms.
+CONTEXT_PARALLEL = ("llama", "qwen2")
 
 
 def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training_args: LMTrainingArguments) -> None:
@@ -93,3 +97,34 @@ def promote_leaves(model: PreTrainedModel) -> None:
     if model.config.model_type not in known:
         raise UserError(f"--use_zero3_leaf_promotion: {model.config.model_type} is not among {', '.join(known)}")
     apply_zero3_leaf_promotion(model)
+
+
+def check_parts_of_rows(
+    model: PreTrainedModel | PeftModel, training_args: LMTrainingArguments, own_figures: bool
+) -> None:
+    """Refuse ``--context_parallel_size`` where a part of a row would not know of the others.
+
+    Args:
+        own_figures: there is a loss or a metric of a script's own, which would see parts.
+
+    Raises:
+        UserError: see the message.
+    """
+    size = training_args.context_parallel_size
+    if size == 1:
+        return
+    flag = f"--context_parallel_size {size}"
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = base.config
+    if config.model_type not in CONTEXT_PARALLEL:
+        raise UserError(f"{flag}: {config.model_type} is not among {', '.join(CONTEXT_PARALLEL)}")
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name)
+        if heads % size:
+            raise UserError(f"{flag} does not divide the {heads} {name[4:].replace('_', ' ')} of the model")
+    if isinstance(model, PeftModel) and (
+        model.active_peft_config.is_prompt_learning or model.peft_type == "ADAPTION_PROMPT"
+    ):
+        raise UserError(f"{flag}: --peft_type {model.peft_type.lower()} puts tokens in front of every part of a row")
+    if own_figures:
+        raise UserError(f"{flag}: a loss_func or compute_metrics of a script's own would see parts of rows")

@@ -256,16 +256,22 @@ def load_model(
 
 
 def length_limit(
-    flag: str, wanted: int | None, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, default: int = 1024
+    flag: str,
+    wanted: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    default: int = 1024,
+    parts: int = 1,
 ) -> int:
     """The block length: what was asked for, within the tokenizer's and the model's limits; each reduction is logged.
 
     Args:
         flag: ``--block_size`` or ``--max_seq_length``, for the messages.
         wanted: the flag's value, or None for the largest that the limits and ``default`` allow.
+        parts: of a row, by ``--context_parallel_size``.
 
     Raises:
-        UserError: a length below 1.
+        UserError: a length below 1, or not a multiple of the square of ``parts``.
     """
     if wanted is not None and wanted < 1:
         raise UserError(f"{flag} {wanted}: it must be at least 1")
@@ -279,9 +285,10 @@ def length_limit(
         length = min(*limits.values(), default)
         if default < min(limits.values()):
             logger.info("%s: %d by default; the model and the tokenizer would allow more", flag, default)
-        return length
     for name, limit in limits.items():
         if length > limit:
             logger.warning("%s: reduced from %d to %d, %s", flag, length, limit, name)
             length = limit
+    if length % parts**2:  # DeepSpeed exchanges equal parts of a part
+        raise UserError(f"--context_parallel_size {parts}: {flag} {length} is no multiple of {parts**2}")
     return length

@@ -91,7 +91,9 @@ def install_token_loss(
         if "use_cache" in parameters and kwargs.get("past_key_values") is None:
             kwargs["use_cache"] = False
         if objective == "causal":
-            labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+            inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+            # A part of a row comes with the first label of the next part.
+            labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1 : 1 + inputs.shape[1]]
         smoothing = label_smoothing if self.training else 0.0
         if reason:
             with _uncompiled(self.config):

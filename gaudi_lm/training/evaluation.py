@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from optimum.habana import GaudiTrainer
 from optimum.habana.transformers.trainer import _get_input_update_settings
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, denumpify_detensorize
 
+from gaudi_lm.arguments.context_parallel import data_ranks, sequence_part
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX
 from gaudi_lm.data.sampling import (
     FILLER_SAMPLE,
@@ -96,18 +98,19 @@ def evaluation_loader(
     rank: int,
     world_size: int,
     labels_from_inputs: bool = False,
+    part: tuple[int, int] = (0, 1),
     **options,
 ) -> DataLoader:
     """Batches of the rows of this rank; ``labels`` of completing rows are -100.
 
     Args:
-        labels_from_inputs: see :func:`gaudi_lm.data.sampling.ignore_filler_samples`.
+        labels_from_inputs, part: see :func:`gaudi_lm.data.sampling.ignore_filler_samples`.
         options: of the ``DataLoader``; a stream is read by this process alone, which counts its rows.
     """
     rows = EvaluationRows(dataset, batch_size, rank, world_size)
     if not rows.sized:
         options |= {"num_workers": 0, "prefetch_factor": None}
-    collate = ignore_filler_samples(collator, labels_from_inputs)
+    collate = ignore_filler_samples(collator, labels_from_inputs, part)
     return DataLoader(rows, batch_size=batch_size, collate_fn=collate, **options)
 
 
@@ -141,6 +144,12 @@ class EvaluatingTrainer(ResumableTrainer):
     evaluation_collator: Callable[[list[dict]], dict]
     _graphed_model: torch.nn.Module | None = None
 
+    def _prepare_input(self, data):
+        # Parts of rows are cut when they are collated, with the label that follows; GaudiTrainer would cut them again.
+        if self.args.context_parallel_size > 1:
+            return super(GaudiTrainer, self)._prepare_input(data)
+        return super()._prepare_input(data)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Token-weighted loss, perplexity and accuracy, and the speed of the evaluation, over all ranks.
 
@@ -166,14 +175,17 @@ class EvaluatingTrainer(ResumableTrainer):
 
     def _run_over(self, dataset, ignore_keys: list[str] | None, prefix: str, predict: bool) -> PredictionOutput:
         args = self.args
-        ranks = (args.process_index, args.world_size)
         options = {**loader_options(args), "worker_init_fn": self.worker_init, "labels_from_inputs": self.causal}
-        loader = evaluation_loader(dataset, self.evaluation_collator, args.eval_batch_size, *ranks, **options)
+        options["part"] = sequence_part(args)
+        loader = evaluation_loader(
+            dataset, self.evaluation_collator, args.eval_batch_size, *data_ranks(args), **options
+        )
         model = self._evaluation_model()
         self.callback_handler.eval_dataloader = loader
         update, extra_inputs = _get_input_update_settings(self.model)
         warmup = 0 if self.is_in_train else args.throughput_warmup_steps
-        throughput, sums, started = Throughput(warmup, self._synchronise), TokenSums(), time.perf_counter()
+        throughput = Throughput(warmup, self._synchronise, args.context_parallel_size)
+        sums, started = TokenSums(), time.perf_counter()
         throughput.begin_step()
         dtype = torch.bfloat16 if args.bf16_full_eval and not self.is_in_train else None
         predictions = Predictions() if predict else None

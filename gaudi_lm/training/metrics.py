@@ -43,13 +43,16 @@ class Throughput:
     Args:
         warmup_steps: optimizer steps at the start of this process that do not count.
         synchronise: waits until the card has done its work; called at the end of warm-up and where the clock stops.
+        parts: ranks that share a sample.
     """
 
-    def __init__(self, warmup_steps: int, synchronise: Callable[[], None]):
+    def __init__(self, warmup_steps: int, synchronise: Callable[[], None], parts: int = 1):
         self.warmup_steps = warmup_steps
         self.synchronise = synchronise
+        self.parts = parts
         self.seconds = 0.0
-        self.steps_seen = self.steps = self.samples = self.tokens = self.positions = 0
+        self.steps_seen = self.steps = self.tokens = self.positions = 0
+        self.samples = 0.0
         self._started: float | None = None
         self._last = (0, 0, 0.0)  # tokens, positions and seconds at the last log line
 
@@ -69,7 +72,7 @@ class Throughput:
             self.synchronise()
         if self._started is not None:
             self.steps += 1
-            self.samples += samples
+            self.samples += samples / self.parts
             self.tokens += tokens
             self.positions += positions
 

@@ -15,6 +15,7 @@ import torch
 from optimum.habana import GaudiTrainer
 from torch.optim.lr_scheduler import LambdaLR
 
+from gaudi_lm.arguments.context_parallel import data_ranks
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import checkpoints
 from gaudi_lm.training.progress import evaluations_without_better
@@ -119,7 +120,7 @@ class Resumption:
             "optimizer": trainer.resumption.optimizer,
             "data": trainer.data_digest,
             "rows": len(dataset) if isinstance(dataset, datasets.Dataset) else None,
-            "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * data_ranks(args)[1],
             "steps_per_epoch": trainer.steps_per_epoch,
         }
 

@@ -16,12 +16,14 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import EvalPrediction, SaveStrategy, TrainOutput
 
 from gaudi_lm.arguments.consistency import check_best_metric
+from gaudi_lm.arguments.context_parallel import data_ranks, sequence_part
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.arguments.gaudi_configs import gaudi_config
 from gaudi_lm.data.memory import host_copies
 from gaudi_lm.data.sampling import TrainingBatches, TrainingRows, count_tokens, ignore_filler_samples, loader_options
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import RankReduction
+from gaudi_lm.modeling.attention import check_parts_of_rows
 from gaudi_lm.modeling.loss import install_token_loss
 from gaudi_lm.modeling.patches import average_gradients, complete_generation_config, repair_gradient_checkpointing
 from gaudi_lm.training.device_metrics import DeviceMetrics
@@ -56,10 +58,11 @@ class LMTrainer(EvaluatingTrainer):
         self.causal = objective == "causal"
         self.evaluation_collator = evaluation_collator or self.data_collator
         self.model_accepts_loss_kwargs = True
-        self.throughput = Throughput(self.args.throughput_warmup_steps, self._synchronise)
+        warmup = self.args.throughput_warmup_steps
+        self.throughput = Throughput(warmup, self._synchronise, self.args.context_parallel_size)
         self._window = (0, 0, 0)
         self.results: dict[str, float] = {}  # of the whole run, see :func:`gaudi_lm.training.outputs.report`
-        self.device_metrics = DeviceMetrics(self.args.throughput_warmup_steps)
+        self.device_metrics = DeviceMetrics(warmup)
         adalora = getattr(self.model, "peft_type", None) == PeftType.ADALORA
         self.rank_reduction = RankReduction(self.model) if adalora else None
         loss = TrainingLoss(self.args.logging_nan_inf_filter, adds_orthogonality=adalora)
@@ -90,7 +93,7 @@ class LMTrainer(EvaluatingTrainer):
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
         options = {**loader_options(args), "worker_init_fn": self.worker_init}
-        options["collate_fn"] = ignore_filler_samples(self.data_collator, labels_from_inputs=self.causal)
+        options["collate_fn"] = ignore_filler_samples(self.data_collator, self.causal, sequence_part(args))
         if args.dataloader_persistent_workers:
             options["persistent_workers"] = True
             # They are started once in a whole run and again in a resumed one: dropout is not to depend on that.
@@ -99,15 +102,9 @@ class LMTrainer(EvaluatingTrainer):
             # A second worker would read the same stream again.
             options["num_workers"] = min(options["num_workers"], 1)
             return DataLoader(self.train_dataset, batch_size=args.per_device_train_batch_size, **options)
-        sampler = TrainingBatches(
-            self.train_dataset,
-            batch_size=self._train_batch_size,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            rank=args.process_index,
-            world_size=args.world_size,
-            drop_last=args.dataloader_drop_last,
-            group_by_length=args.group_by_length,
-        )
+        seed = args.seed if args.data_seed is None else args.data_seed
+        order = {"drop_last": args.dataloader_drop_last, "group_by_length": args.group_by_length}
+        sampler = TrainingBatches(self.train_dataset, self._train_batch_size, seed, *data_ranks(args), **order)
         loader = DataLoader(TrainingRows(self.train_dataset), batch_sampler=sampler, **options)
         loader.set_epoch = sampler.set_epoch
         return loader
@@ -278,6 +275,7 @@ def build_trainer(
         logger.info("Loss of %s language modelling by loss_func, from the full logits", objective)
     if training_args.device.type != "hpu":
         complete_generation_config()
+    check_parts_of_rows(model, training_args, own_figures=bool(loss_func or compute_metrics))
     if compute_metrics is None:
         check_best_metric(training_args.metric_for_best_model, eval_dataset)
     check_prompts(training_args.generate or [], objective == "causal", model.config, tokenizer)

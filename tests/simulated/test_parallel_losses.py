@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two cards")]
 
 STEPS = 10
 MODES = {"lazy": "1", "eager": "0", "compile": "0"}
-FORMS = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP")
+FORMS = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP", "context")
 TASKS = ("full", "lora")
 FSDP = {
     "transformer_layer_cls_to_wrap": ["GaudiLlamaDecoderLayer"],
@@ -50,10 +50,14 @@ def settings(form: str, folder: Path) -> list:
     if form == "FSDP":
         (folder / "fsdp.json").write_text(json.dumps(FSDP))
         return ["--fsdp", "full_shard auto_wrap", "--fsdp_config", folder / "fsdp.json"]
-    zero = {"stage": int(form[-1]), "stage3_param_persistence_threshold": 0}
+    zero = {"stage": 1 if form == "context" else int(form[-1]), "stage3_param_persistence_threshold": 0}
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     (folder / "zero.json").write_text(json.dumps({**dict.fromkeys(auto, "auto"), "zero_optimization": zero}))
-    return ["--deepspeed", folder / "zero.json"]
+    return ["--deepspeed", folder / "zero.json", *(CONTEXT if form == "context" else [])]
+
+
+CONTEXT = ["--context_parallel_size", 2, "--attn_implementation", "gaudi_fused_sdpa"]
+CONTEXT += ["--flash_attention_causal_mask", "True"]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +87,8 @@ def one_card(request, models, assets, instructions, tmp_path_factory) -> tuple[s
 def test_two_cards_give_the_losses_of_one(one_card, form, mode, models, assets, instructions, tmp_path):
     task, wanted = one_card
     layers = 1 if mode == "compile" else 2
-    flags = command(task, models[layers], assets, instructions, tmp_path / "out", 2) + settings(form, tmp_path)
+    rows = 4 if form == "context" else 2  # both cards have a part of each of the four rows
+    flags = command(task, models[layers], assets, instructions, tmp_path / "out", rows) + settings(form, tmp_path)
     if mode == "compile":
         flags += ["--torch_compile", "--torch_compile_backend", "hpu_backend"]
     run_ranks(2, *flags, env=card_environment(2, PT_HPU_LAZY_MODE=MODES[mode]))
