@@ -26,6 +26,7 @@ BENCHMARKS = {
     "syncs": "running",
     "weak_scaling": "running",
     "simulator_overhead": "running",
+    "fp8": "precision",
 }
 # Two figures of one run.
 ANSWERED_BY = {"clm_limit": "clm_step", "syncs": "graphs"}

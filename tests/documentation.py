@@ -18,6 +18,13 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)\n```$", read_pages(), re.MULTILINE | re.DOTALL)
 
 
+def large_commands() -> dict[str, str]:
+    """The commands of docs/large_models.md, by the name of the configuration file that stands before each."""
+    page = (REPOSITORY / "docs/large_models.md").read_text()
+    found = re.findall(r"`configs/(\w+)\.json`(?:(?!```).)*?\n```bash\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL)
+    return dict(found)
+
+
 def headings(page: str) -> list[str]:
     """The anchors that GitHub gives to the headings of a page: its text without code blocks."""
     found = re.findall(r"^#+ (.*)$", page, re.MULTILINE)

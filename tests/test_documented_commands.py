@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from documentation import code_blocks, read_pages
+from documentation import code_blocks, large_commands, read_pages
 from hub.fixtures import stand_in_hub
 from hub.server import Hub
 from hub.stand_ins import POSITIONS
@@ -33,6 +33,7 @@ REPOSITORY = Path(__file__).parents[1]
 SPECIFICATION = json.loads((Path(__file__).parent / "data" / "specification.json").read_text())
 COMMANDS = {Path(entry["config"]).stem: "\n".join(entry["command"]) for entry in SPECIFICATION["commands"]}
 BLOCKS = code_blocks("bash")
+LARGE = large_commands()  # executed by tests/simulated/test_large_commands.py
 PLACEHOLDER = re.compile(r"path_(?:to|for)_\w+")
 # The only command that is shortened: one step and four samples of 128 tokens, for a model of 657 million parameters.
 SHORTENED = " --max_steps 1 --max_eval_samples 4 --block_size 128"
@@ -71,7 +72,7 @@ def test_the_deepspeed_configuration_is_printed():
 
 def test_every_configuration_file_is_listed():
     listed = re.findall(r"^\| .* \| `(configs/\w+\.json)` \|$", read_pages(), re.MULTILINE)
-    assert sorted(listed) == sorted(f"configs/{name}.json" for name in COMMANDS)
+    assert sorted(listed) == sorted(f"configs/{name}.json" for name in [*COMMANDS, *LARGE])
     assert sorted(listed) == sorted(f"configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.json"))
 
 
@@ -96,7 +97,7 @@ for script, file, flags in arguments:
         raise Parsed
 
     module.parse = capture
-    for argv in ([file], flags):
+    for argv in (file, flags):
         try:
             module.main(argv)
         except Parsed:
@@ -110,10 +111,15 @@ print(json.dumps(found))
 @pytest.mark.slow
 def test_files_and_commands_parse_to_the_same_arguments(tmp_path: Path):
     asked = []
-    for name in COMMANDS:
-        command = words(documented(name))
+    for name in [*COMMANDS, *LARGE]:
+        command = words(LARGE[name] if name in LARGE else documented(name))
         index = next(number for number, word in enumerate(command) if word.startswith("run_"))
-        asked.append([Path(command[index]).stem, f"configs/{name}.json", command[index + 1 :]])
+        flags, changed = command[index + 1 :], []
+        if "--context_parallel_size" in flags:  # more than there are ranks here
+            config = json.loads((REPOSITORY / f"configs/{name}.json").read_text())
+            assert str(config["context_parallel_size"]) == flag(flags, "context_parallel_size")
+            changed = ["--context_parallel_size", "1"]
+        asked.append([Path(command[index]).stem, [f"configs/{name}.json", *changed], flags + changed])
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "GAUDI_SIMULATOR": "1"}
     launched = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run(
@@ -355,7 +361,11 @@ def test_use_cpu_appended(name: str, sandbox: Sandbox):
     check_output(script, sandbox, ranks=1)
 
 
-OTHER_BLOCKS = [block for block in BLOCKS if not any(allowed_forms(c).fullmatch(block) for c in COMMANDS.values())]
+OTHER_BLOCKS = [
+    block
+    for block in BLOCKS
+    if block not in LARGE.values() and not any(allowed_forms(c).fullmatch(block) for c in COMMANDS.values())
+]
 
 
 @pytest.mark.slow

@@ -73,11 +73,11 @@ def wikitext_lines() -> Iterator[str]:
             yield f" {block} \n"
 
 
-def write_wikitext(folder: Path) -> None:
+def write_wikitext(folder: Path, train: int = TRAIN_CHARACTERS, held_out: int = HELD_OUT_CHARACTERS) -> None:
     """The dataset repository `Salesforce/wikitext`, with its one configuration that the commands name."""
     lines = wikitext_lines()
     configuration = "wikitext-2-raw-v1"
-    splits = {"test": HELD_OUT_CHARACTERS, "train": TRAIN_CHARACTERS, "validation": HELD_OUT_CHARACTERS}
+    splits = {"test": held_out, "train": train, "validation": held_out}
     (folder / configuration).mkdir(parents=True)
     for split, characters in splits.items():
         rows = []
@@ -91,7 +91,7 @@ def write_wikitext(folder: Path) -> None:
     (folder / "README.md").write_text(card)
 
 
-def write_alpaca(folder: Path) -> None:
+def write_alpaca(folder: Path, count: int = INSTRUCTIONS) -> None:
     """The dataset repository `tatsu-lab/alpaca`: instructions, some with an input, answers, and the whole text."""
     rows = []
     for title, blocks in paragraphs():
@@ -99,7 +99,7 @@ def write_alpaca(folder: Path) -> None:
             question = {"instruction": f"What is said about {title}?", "input": "", "output": block[:600]}
             shorten = {"instruction": "Shorten the text.", "input": block[:400], "output": block.split(". ")[0][:200]}
             rows.append(shorten if len(rows) % 3 == 2 else question)
-    rows = rows[:INSTRUCTIONS]
+    rows = rows[:count]
     for row in rows:
         given = f"\n\n### Input:\n{row['input']}" if row["input"] else ""
         row["text"] = f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n{row['output']}"
@@ -122,11 +122,11 @@ def train_byte_level(special_tokens: list[str], size: int = VOCABULARY) -> Token
     return tokenizer
 
 
-def masked_tokenizer() -> RobertaTokenizerFast:
+def masked_tokenizer(length: int = POSITIONS) -> RobertaTokenizerFast:
     """A tokenizer as RoBERTa's: byte-level BPE, a start and an end around each text, and a mask."""
     tokenizer = train_byte_level(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    return RobertaTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS)
+    return RobertaTokenizerFast(tokenizer_object=tokenizer, model_max_length=length)
 
 
 def train_llama(size: int = VOCABULARY) -> Tokenizer:
