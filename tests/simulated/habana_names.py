@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOTS = ("habana_frameworks", "intel_transformer_engine")
-PACKAGES = ("accelerate", "deepspeed", "optimum.habana", "peft", "transformers")
+PACKAGES = ("accelerate", "deepspeed", "optimum.habana", "peft", "torch", "transformers")
 
 
 def used_names() -> dict[str, set[str]]:
@@ -16,18 +16,39 @@ def used_names() -> dict[str, set[str]]:
         # Not `find_spec("optimum.habana")`, which would import `optimum`.
         top = Path(importlib.util.find_spec(package.partition(".")[0]).submodule_search_locations[0])
         folder = top.joinpath(*package.split(".")[1:])
+        trees, inherited = {}, dict[str, str]()
         for path in sorted(folder.rglob("*.py")):
             text = path.read_text(encoding="utf-8")
-            if any(word in text for word in (*ROOTS, "torch.hpu", "ops.hpu")):
-                for name in names_in(ast.parse(text)):
-                    found.setdefault(name, set()).add(str(path.relative_to(top.parent)))
+            if any(word in text for word in (*ROOTS, "torch.hpu", "ops.hpu", "self.ht.")):
+                trees[path] = ast.parse(text)
+                # What a class has put into an attribute, its subclasses in other files find there.
+                inherited |= {name: whole for name, whole in _aliases(trees[path]).items() if name.startswith("self.")}
+        for path, tree in trees.items():
+            for name in names_in(tree, inherited):
+                found.setdefault(name, set()).add(str(path.relative_to(top.parent)))
     return found
 
 
-def names_in(tree: ast.Module) -> set[str]:
-    """Names that a module imports, and attributes of what it imported, also by way of `self.x = imported`."""
-    aliases = {"torch.hpu": "habana_frameworks.torch.hpu", "torch.ops.hpu": "torch.ops.hpu"}
+def names_in(tree: ast.Module, inherited: dict[str, str] | None = None) -> set[str]:
+    """Names that a module imports, and attributes of what it imported, also by way of `self.x = imported`.
+
+    Args:
+        inherited: such `self.x` of other modules, and what each is.
+    """
+    aliases = {"torch.hpu": "habana_frameworks.torch.hpu", "torch.ops.hpu": "torch.ops.hpu", **(inherited or {})}
     aliases.update(zip(ROOTS, ROOTS, strict=True))
+    found = _imported(tree, aliases)
+    return found | set(_attributes(tree, aliases))
+
+
+def _aliases(tree: ast.Module) -> dict[str, str]:
+    aliases = dict(zip(ROOTS, ROOTS, strict=True))
+    _imported(tree, aliases)
+    return aliases
+
+
+def _imported(tree: ast.Module, aliases: dict[str, str]) -> set[str]:
+    """Names that a module imports; what it calls them joins ``aliases``."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -60,7 +81,7 @@ def names_in(tree: ast.Module) -> set[str]:
             for target in node.targets:
                 if source and isinstance(target, ast.Name):
                     aliases.setdefault(target.id, source)
-    return found | set(_attributes(tree, aliases))
+    return found
 
 
 def _attributes(tree: ast.Module, aliases: dict[str, str]) -> Iterator[str]:

@@ -74,4 +74,6 @@ class A:
     found = names_in(ast.parse(text))
     for name in ("hpu.Event", "hpu.random.seed", "core.step.mark", "hpu.random.other", "hpu.synchronize", "core"):
         assert habana + name in found, (name, found)
+    later = names_in(ast.parse("self.ht.core.x()"), {"self.ht": "habana_frameworks.torch"})
+    assert habana + "core.x" in later, "put there by a base class in another file"
     assert {"torch.ops.hpu.thing.default", habana + "hpex.normalization.FusedRMSNorm"} <= found
