@@ -45,8 +45,8 @@ test-fast: .venv/dev
 # Twenty launches for each backend and signal, where nothing may survive and nothing interrupted be a success; 300 hostile
 # lists of arguments for each backend; 200 endings of several ranks. Each kind of run killed twenty times; full disks.
 stress: .venv/dev
-	STRESS_ROUNDS=20 $(BIN)/python -m pytest --timeout 3600 tests/launch/test_signals.py tests/launch/test_ending.py \
-	  tests/launch/test_one_host.py tests/test_kills.py tests/test_full_disk.py
+	STRESS_ROUNDS=20 $(BIN)/python -m pytest --timeout 3600 tests/launcher/test_signals.py tests/launcher/test_ending.py \
+	  tests/launcher/test_one_host.py tests/training/test_kills.py tests/training/test_full_disk.py
 
 # Takes more than an hour; nothing else should run meanwhile.
 bench: .venv/dev

@@ -1,4 +1,4 @@
-"""What installed packages call and the simulated card lacks. `tests/simulated/test_names.py` holds it against them."""
+"""What installed packages call and the simulated card lacks. `tests/simulator/test_names.py` holds it against them."""
 
 _HABANA = "habana_frameworks.torch."
 _WITHOUT = "AttributeError on the first call"

@@ -2,9 +2,10 @@
 
 Nothing is patched by importing this. :func:`patch_libraries` is called once by a script's set-up, before a model is
 loaded; the others get the one object that they change, or are for :func:`gaudi_lm.training.trainer.build_trainer`.
-With a release of the library that a patch was not written for, the patch is left out; `tests/test_patches.py` has a
-test for each, which fails when the library no longer needs it. What the trainer overrides in GaudiTrainer is in
-`gaudi_lm/training/`, and when AdaLoRA's ranks are reduced in :mod:`gaudi_lm.modeling.adalora`.
+With a release of the library that a patch was not written for, the patch is left out;
+`tests/modeling/test_patches.py` has a test for each, which fails when the library no longer needs it. What the trainer
+overrides in GaudiTrainer is in `gaudi_lm/training/`, and when AdaLoRA's ranks are reduced in
+:mod:`gaudi_lm.modeling.adalora`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import ModelCard
 from running import results, run
-from test_clm import scratch
+from short_runs import scratch
 
 from hub.uploads import UploadHub
 

@@ -1,0 +1,112 @@
+"""Collators of transformers in place of the scripts' own: as they are, and with the same counts and losses."""
+
+import pytest
+import torch
+from running import copy_elsewhere, losses, results, run
+from short_runs import scratch
+from transformers import default_data_collator
+
+from gaudi_lm.data.sampling import FILLER_SAMPLE, REAL_SAMPLES, SAMPLE_ID, cut_rows, ignore_filler_samples
+from gaudi_lm.errors import UserError
+
+TRAINING = ("--do_train", "--do_eval", "--max_steps", 3, "--gradient_accumulation_steps", 2, "--max_eval_samples", 6)
+
+
+def changed(script: str, folder, *changes: tuple[str, str]):
+    copy = copy_elsewhere(script, folder)
+    text = copy.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    copy.write_text(text)
+    return copy
+
+
+IMPORT = "from transformers import AutoModelForCausalLM,"
+USE = "        collate_blocks,\n"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_standard_collators_of_blocks(assets, tmp_path, streaming):
+    """The same losses, to the bit, as with the script's own collator."""
+    more = (*TRAINING, *(["--streaming"] if streaming else []))
+    run("run_clm.py", *scratch(assets, tmp_path / "own", *more))
+    default = changed(
+        "run_clm.py", tmp_path / "a",
+        (IMPORT, f"{IMPORT} default_data_collator,"), (USE, "        default_data_collator,\n"),
+    )  # fmt: skip
+    modeling = changed(
+        "run_clm.py", tmp_path / "b",
+        (IMPORT, f"{IMPORT} DataCollatorForLanguageModeling,"),
+        ("    # Trainer\n", "    tokenizer.add_special_tokens({'pad_token': '<pad>'})\n"),
+        (USE, "        DataCollatorForLanguageModeling(tokenizer, mlm=False),\n"),
+    )  # fmt: skip
+    for name, script in {"default": default, "modeling": modeling}.items():
+        run(script, *scratch(assets, tmp_path / name, *more))
+        assert losses(tmp_path / name) == losses(tmp_path / "own")
+        for figure in ("eval_loss", "eval_tokens", "eval_samples", "train_loss"):
+            assert results(tmp_path / name)[figure] == results(tmp_path / "own")[figure]
+
+
+def test_standard_collator_of_masks(assets, masked_assets, tmp_path):
+    script = changed(
+        "run_mlm.py", tmp_path / "mine",
+        ("from transformers import AutoModelForMaskedLM,", "from transformers import AutoModelForMaskedLM, "
+         "DataCollatorForLanguageModeling,"),
+        ("        collator,\n", "        DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3),\n"),
+        ("        evaluation_collator=replace(collator, seed=(EVALUATION_SEED,)),\n"
+         "        max_predictions_per_seq=collator.masked_token_budget,\n", ""),
+    )  # fmt: skip
+    texts = ["--train_file", assets.train, "--validation_file", assets.validation, "--max_seq_length", 32]
+    flags = [*masked_assets.scratch("bert"), *texts, "--line_by_line", "--use_cpu", "--logging_steps", 1, *TRAINING]
+    run(script, *flags, "--output_dir", tmp_path / "out")
+    assert len(losses(tmp_path / "out")) == 3
+    assert 0 < results(tmp_path / "out")["eval_tokens"] < 6 * 32
+
+
+class Recorder:
+    """Keeps the rows that it gets."""
+
+    def __init__(self, needs_sample_id: bool):
+        self.needs_sample_id = needs_sample_id
+
+    def __call__(self, rows):
+        self.rows = rows
+        return {"input_ids": torch.tensor([row["input_ids"] for row in rows], dtype=torch.int32)}
+
+
+@pytest.mark.parametrize("needs", [False, True])
+def test_the_sample_id_reaches_a_collator_that_asks(needs):
+    rows = [{"input_ids": [1, 2], SAMPLE_ID: 7}, {"input_ids": [3, 4], SAMPLE_ID: 8, FILLER_SAMPLE: True}]
+    recorder = Recorder(needs)
+    batch = ignore_filler_samples(recorder, labels_from_inputs=True)(rows)
+    assert [row.get(SAMPLE_ID) for row in recorder.rows] == ([7, 8] if needs else [None, None])
+    assert set(batch) == {"input_ids", "labels", REAL_SAMPLES} and batch["labels"].dtype == torch.int64
+    assert batch["labels"].tolist() == [[1, 2], [-100, -100]] and batch[REAL_SAMPLES].tolist() == [True, False]
+
+
+def test_padding_is_no_label():
+    def collate(rows):
+        return default_data_collator([{**row, "attention_mask": [1, 0]} for row in rows])
+
+    batch = ignore_filler_samples(collate, labels_from_inputs=True)([{"input_ids": [1, 2], SAMPLE_ID: 0}])
+    assert batch["labels"].tolist() == [[1, -100]]
+    assert "labels" not in ignore_filler_samples(collate)([{"input_ids": [1, 2]}])
+
+
+def test_parts_of_rows_have_all_labels_once():
+    """A part brings along the label that its last token predicts, which is the first of the next part."""
+    ids = torch.arange(24).reshape(2, 12)
+    batch = {
+        "input_ids": ids,
+        "labels": ids + 100,
+        "attention_mask": torch.ones_like(ids),
+        "real_rows": ids[:, 0] >= 0,
+    }
+    parts = [cut_rows(batch, part, 2) for part in range(2)]
+    assert torch.equal(torch.cat([part["input_ids"] for part in parts], 1), ids)
+    assert [part["labels"].shape[1] for part in parts] == [7, 7] and parts[0]["attention_mask"].shape == (2, 6)
+    predicted = torch.cat([part["labels"][:, 1:] for part in parts], 1)
+    assert torch.equal(predicted[:, :-1], batch["labels"][:, 1:]) and predicted[:, -1].tolist() == [-100, -100]
+    with pytest.raises(UserError, match=r"^--context_parallel_size 5: rows of 12 tokens are no multiple of 25$"):
+        cut_rows(batch, 0, 5)

@@ -1,0 +1,189 @@
+"""Two hosts on one machine, joined by a cable, an sshd in each: DeepSpeed and MPI jobs across both."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+from running import environment, losses
+
+from launcher.hosts import two_hosts
+from launcher.spawning import HOSTILE, OPTIONS, RANKS, ROOT, Launch, clm_flags, dumped, last_line, log_of, spawn
+
+DUMP, ACT = str(RANKS / "dump.py"), str(RANKS / "act.py")
+BACKENDS = {"mpi": "--use_mpi", "deepspeed": "--use_deepspeed"}
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("hosts")]
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    with two_hosts(tmp_path_factory.mktemp("hosts") / "etc") as both:
+        yield both
+
+
+@pytest.fixture
+def hostfile(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# rehearsal\nhosta slots=2\nroot@hostb slots=2\r\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_and_environment_arrive(backend, hosts, hostfile, tmp_path):
+    environ = {
+        "PT_X": "it's\n$HOME; `id`",
+        "HCCL_X": "1",
+        "HF_TOKEN": "s3cr3t",
+        "HF_HOME": "/h",
+        "MY_KEY": "n4m3d",
+        "MY_LEFT_OUT": "1",
+        "PYTHONPATH": "/a b",
+        "OMP_NUM_THREADS": "3",
+        "GAUDI_SIMULATOR": "2",
+    }
+    options = ["--hostfile", hostfile, "--log_dir", str(tmp_path / "logs"), "--env", "MY_KEY"]
+    options += ["--env", "MY_TEXT= a=b "]
+    job = Launch(BACKENDS[backend], *options, DUMP, *OPTIONS, *HOSTILE, environ=environ, inside=hosts[0].inside())
+    commands = []
+    while job.process.poll() is None:
+        commands += [line for line in job._survivors() if "s3cr3t" in line or "n4m3d" in line]
+    done = job.finish()
+    assert done.returncode == 0, done.stderr
+    assert not commands, "a secret on a command line"
+    assert "s3cr3t" not in done.stderr and "n4m3d" not in done.stderr
+    got = [dumped(log_of(tmp_path / "logs", rank)) for rank in range(4)]
+    assert [one["host"] for one in got] == ["hosta", "hosta", "hostb", "hostb"]
+    assert all(one["arguments"] == [os.fsencode(word) for word in [*OPTIONS, *HOSTILE]] for one in got)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    places = [tuple(int(one["environment"][name]) for name in names) for one in got]
+    assert places == [(0, 0, 4, 2), (1, 1, 4, 2), (2, 0, 4, 2), (3, 1, 4, 2)]
+    for name in ("PT_X", "HCCL_X", "HF_HOME", "MY_KEY", "OMP_NUM_THREADS", "GAUDI_SIMULATOR"):
+        assert [one["environment"][name] for one in got] == [environ[name]] * 4
+    assert [one["environment"]["MY_TEXT"] for one in got] == [" a=b "] * 4
+    assert [one["environment"]["MASTER_ADDR"] for one in got] == [hosts[0].address] * 4
+    assert all(one["environment"]["PYTHONPATH"].startswith("/a b:") for one in got)
+    for one in got[2:]:
+        assert not {"HF_TOKEN", "MY_LEFT_OUT"} & one["environment"].keys()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_addresses_of_version_6_and_unequal_hosts(backend, hosts, tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text(f"[{hosts[1].address6}] slots=1\n{hosts[0].address6} slots=2\n")
+    options = ["--hostfile", str(path), "--world_size", "3", "--log_dir", str(tmp_path)]
+    done = spawn(BACKENDS[backend], *options, DUMP, inside=hosts[0].inside())
+    assert done.returncode == 0, done.stderr
+    got = [dumped(log_of(tmp_path, rank)) for rank in range(3)]
+    assert [one["host"] for one in got] == ["hostb", "hosta", "hosta"]
+    assert [one["environment"]["LOCAL_RANK"] for one in got] == ["0", "0", "1"]
+    assert {one["environment"]["MASTER_ADDR"] for one in got} == {hosts[1].address6}
+
+
+@pytest.mark.parametrize(("backend", "action"), [("mpi", "exit7"), ("mpi", "killwatcher"), ("deepspeed", "exit7")])
+def test_the_first_rank_to_fail_is_named_on_whatever_host(backend, action, hosts, hostfile, tmp_path):
+    together = f"together={tmp_path / 'lock'}"
+    options = ["--hostfile", hostfile, ACT, "-1", action, "deaf", together]
+    done = spawn(BACKENDS[backend], *options, inside=hosts[0].inside())
+    assert done.returncode == {"exit7": 7, "killwatcher": 137}[action]
+    how = {"exit7": "failed with exit status 7", "killwatcher": "was killed, exit status 137 (SIGKILL)"}[action]
+    assert last_line(done).endswith(f"gaudi_spawn: error: rank 3 on host hostb {how}")
+    assert "rank 3 is here" in done.stdout
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_signals_reach_the_other_host(backend, name, hosts, hostfile, tmp_path):
+    options = ["--hostfile", hostfile, "--grace", "2", "--log_dir", str(tmp_path)]
+    job = Launch(BACKENDS[backend], *options, ACT, "0", "wait", inside=["env", *hosts[0].inside()])
+    deadline = time.monotonic() + 60
+    while "is here" not in log_of(tmp_path, 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.process.send_signal(signal.Signals[name])
+    done = job.finish()
+    assert job.survivors(7.0) == []
+    assert done.returncode == (143 if name == "SIGTERM" else -9)
+    assert ("rank 3 got SIGTERM" in log_of(tmp_path, 3)) == (name == "SIGTERM")
+
+
+@pytest.mark.parametrize("event", ["cable", "sshd"])
+def test_a_lost_host_ends_its_jobs_with_its_name(event, tmp_path):
+    with two_hosts(tmp_path / "etc") as hosts:
+        (tmp_path / "hosts").write_text("hosta slots=2\nhostb slots=2\n")
+        options = ["--hostfile", str(tmp_path / "hosts"), "--grace", "2"]
+        jobs = [Launch(name, *options, ACT, "0", "wait", inside=hosts[0].inside()) for name in BACKENDS.values()]
+        for job in jobs:
+            job.wait_for(b"rank 0 is here")
+        if event == "cable":
+            hosts[1].cable("down")
+        else:
+            hosts[1].stop_sshd()
+        for job in jobs:
+            done = job.finish(60)
+            assert done.returncode not in (0, None)
+            assert "host hostb" in last_line(done)
+            # The other host, alone, gives the launcher up as well.
+            assert job.survivors(60.0) == []
+
+
+def test_a_lost_host_is_named_though_mpirun_ends_everything_first(tmp_path):
+    """It also kills the process that would tell of the loss, and has exit status 0."""
+    with two_hosts(tmp_path / "etc") as hosts:
+        (tmp_path / "hosts").write_text("hosta slots=2\nhostb slots=2\n")
+        options = ["--use_mpi", "--hostfile", str(tmp_path / "hosts")]
+        job = Launch(*options, ACT, "0", "wait", "deaf", inside=hosts[0].inside())
+        job.wait_for(b"rank 0 is here")
+        below = psutil.Process(job.process.pid).children(recursive=True)
+        [connection] = [one for one in below if "supervise.connect" in one.cmdline()]
+        connection.suspend()
+        hosts[1].stop_sshd()
+        done = job.finish(60)
+        assert done.returncode == 137
+        assert last_line(done).endswith("gaudi_spawn: error: host hostb is lost, or the connection to it was killed")
+        assert job.survivors(60.0) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_unreachable_host_is_named_at_once(backend, hosts, tmp_path):
+    (tmp_path / "hosts").write_text("hosta slots=2\nhostb slots=2\nhostc slots=2\n")
+    done = spawn(BACKENDS[backend], "--hostfile", str(tmp_path / "hosts"), DUMP, inside=hosts[0].inside())
+    assert done.returncode == 1
+    assert last_line(done).startswith("gaudi_spawn: error: host hostc: ")
+    assert "command: " not in done.stderr
+
+
+def test_a_missing_folder_on_the_other_host_is_named(hosts, hostfile, tmp_path):
+    here = tmp_path / "only_here"
+    here.mkdir()
+    (here / "my.py").write_text("print('hello')\n")
+    hosts[1].run("mount", "-t", "tmpfs", "none", str(here))
+    done = spawn("--use_mpi", "--hostfile", hostfile, str(here / "my.py"), inside=hosts[0].inside())
+    assert done.returncode == 1
+    assert last_line(done) == f"gaudi_spawn: error: host hostb: {here / 'my.py'}: no such file"
+
+
+def test_a_setting_that_differs_is_an_error_and_one_that_is_given_is_not(assets, one_rank, tmp_path):
+    """Training with MPI, a rank on each host."""
+    with two_hosts(tmp_path / "etc", sshd_lines="SetEnv PT_HPU_OTHER=1\n") as hosts:
+        (tmp_path / "hosts").write_text("hosta slots=1\nhostb slots=1\n")
+        options = ["--hostfile", str(tmp_path / "hosts"), "--use_mpi"]
+        script = [str(ROOT / "run_clm.py"), *clm_flags(assets, tmp_path / "out", 4, "--use_habana")]
+        how = {"inside": hosts[0].inside(), "environ": environment(GAUDI_SIMULATOR="1")}
+        done = spawn(*options, *script, **how)
+        assert done.returncode == 2, done.stderr
+        error = "error: PT_HPU_OTHER: rank 1 on host hostb has another value than rank 0"
+        assert sum(line.startswith(error) for line in done.stderr.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+        done = spawn(*options, "--env", "PT_HPU_OTHER=2", *script, **how)
+        assert done.returncode == 0, done.stderr
+        assert losses(tmp_path / "out") == pytest.approx(one_rank, abs=1e-5)
+
+
+def test_training_across_both(hosts, hostfile, assets, one_rank, tmp_path):
+    """With DeepSpeed, two ranks on each host."""
+    script = [str(ROOT / "run_clm.py"), *clm_flags(assets, tmp_path / "out", 2, "--use_habana")]
+    options = ["--hostfile", hostfile, "--world_size", "4", "--use_deepspeed", "--log_dir", str(tmp_path / "logs")]
+    done = spawn(*options, *script, environ=environment(GAUDI_SIMULATOR="2"), inside=hosts[0].inside())
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "out") == pytest.approx(one_rank, abs=1e-5)

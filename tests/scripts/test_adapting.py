@@ -1,0 +1,169 @@
+"""docs/adapting.md: each diff applies to its script, and the result does what the page says."""
+
+import json
+import subprocess
+
+import pytest
+from documentation import REPOSITORY
+from running import copy_elsewhere, losses, results, run, run_ranks
+from short_runs import common, scratch
+
+from gaudi_lm.arguments.definitions import LMTrainingArguments
+from gaudi_lm.errors import UserError
+from gaudi_lm.training.trainer import build_trainer
+
+from documentation import code_blocks  # isort: skip
+
+DIFFS = code_blocks("diff")
+EVALUATE = ("--do_train", "--do_eval", "--max_steps", 4, "--max_eval_samples", 6)
+
+
+def adapted(folder, word: str):
+    """A copy of a script with the one diff that has this word applied."""
+    (diff,) = [diff for diff in DIFFS if word in diff]
+    script = copy_elsewhere(diff.split("\n")[0].removeprefix("--- a/"), folder)
+    done = subprocess.run(
+        ["patch", str(script)], input=diff + "\n", cwd=folder, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return script
+
+
+def test_each_diff_is_short():
+    assert len(DIFFS) == 8
+    for diff in DIFFS:
+        assert len(diff.splitlines()) <= 15, diff
+        assert (REPOSITORY / diff.split("\n")[0].removeprefix("--- a/")).exists()
+
+
+def test_other_data(instructions, tmp_path):
+    script = adapted(tmp_path / "mine", "Question: ")
+    flags = [*common(instructions, tmp_path / "out"), "--do_train", "--max_steps", 2, "--use_cpu"]
+    log = run(script, *flags, "--train_on_inputs", "False").stderr
+    assert "Question: Explain" in log and ">>>" in log
+    assert results(tmp_path / "out")["train_loss"] > 0
+
+
+def test_other_columns(instructions, tmp_path):
+    rows = [json.loads(line) for line in instructions.train.read_text().splitlines()]
+    lines = [json.dumps({"title": row["instruction"], "body": row["output"], "id": 7}) for row in rows]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    script = adapted(tmp_path / "mine", "read_row")
+    flags = [*common(instructions, tmp_path / "out"), "--do_train", "--max_steps", 2, "--use_cpu"]
+    flags[flags.index("--train_file") + 1] = tmp_path / "train.jsonl"
+    log = run(script, *flags).stderr
+    assert "what is it?" in log and "### Response:" in log
+    assert results(tmp_path / "out")["train_loss"] > 0
+
+
+def test_a_mixture(assets, tmp_path):
+    """A fifth of the rows are of the second file; all rows have one length, so a fifth of the tokens are too."""
+    script = adapted(tmp_path / "mine", "interleave_datasets")
+    (tmp_path / "one.txt").write_text("abcdefg hijklmn\n" * 4000)
+    (tmp_path / "more.txt").write_text("7777777 7777777\n" * 4000)
+    flags = scratch(assets, tmp_path / "out", *EVALUATE[:1], "--max_steps", 1, "--show_examples", 200)
+    log = run(script, *flags, "--train_file", tmp_path / "one.txt", cwd=tmp_path).stderr
+    first, second = log.count("abcdefg"), log.count("7777777 7777777")
+    assert second / (first + second) == pytest.approx(0.2, abs=0.05)
+
+
+def test_another_loss(assets, tmp_path):
+    """The loss is above the ordinary one by its penalty, and means the same however a step is split."""
+    script = adapted(tmp_path / "mine", "loss_func")
+    steps = {"plain": ["run_clm.py", 8, 1], "own": [script, 8, 1], "split": [script, 2, 4]}
+    for name, (path, batch, accumulation) in steps.items():
+        more = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
+        log = run(path, *scratch(assets, tmp_path / name, *EVALUATE), *more).stderr
+        assert ("by loss_func, from the full logits" in log) == (name != "plain")
+    assert 0 < losses(tmp_path / "own")[0] - losses(tmp_path / "plain")[0] < 0.1
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "own"), rel=1e-4)
+    run_ranks(2, script, *scratch(assets, tmp_path / "ranks", *EVALUATE), "--per_device_train_batch_size", 4)
+    assert losses(tmp_path / "ranks") == pytest.approx(losses(tmp_path / "own"), rel=1e-4)
+    assert results(tmp_path / "ranks")["eval_loss"] == pytest.approx(results(tmp_path / "own")["eval_loss"], rel=1e-4)
+    figures, plain = results(tmp_path / "own"), results(tmp_path / "plain")
+    assert 0 < figures["eval_loss"] - plain["eval_loss"] < 0.1
+    assert figures["eval_tokens"] == plain["eval_tokens"] and "eval_perplexity" not in figures
+
+
+def test_label_smoothing_is_of_the_ordinary_loss(tmp_path):
+    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True, label_smoothing_factor=0.1)
+    with pytest.raises(UserError, match="--label_smoothing_factor"):
+        build_trainer(None, "causal", args, None, None, loss_func=print)
+
+
+def test_another_metric(assets, tmp_path):
+    script = adapted(tmp_path / "mine", "compute_metrics")
+    run("run_clm.py", *scratch(assets, tmp_path / "plain", *EVALUATE))
+    run(script, *scratch(assets, tmp_path / "own", *EVALUATE))
+    figures, plain = results(tmp_path / "own"), results(tmp_path / "plain")
+    assert losses(tmp_path / "own") == losses(tmp_path / "plain")
+    assert figures["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-6)
+    assert figures["eval_accuracy"] == plain["eval_accuracy"]
+    assert figures["eval_accuracy"] < figures["eval_top_5_accuracy"] < 1
+    best = ["--metric_for_best_model", "top_5_accuracy", "--eval_strategy", "steps", "--eval_steps", 2]
+    run(script, *scratch(assets, tmp_path / "best", *EVALUATE), *best, "--save_steps", 2, "--load_best_model_at_end")
+    state = json.loads((tmp_path / "best" / "trainer_state.json").read_text())
+    rows = [row["eval_top_5_accuracy"] for row in state["log_history"] if "eval_top_5_accuracy" in row]
+    assert state["best_metric"] == max(rows[:2]), "of the two evaluations while training"
+
+
+SHARE_RIGHT = """
+import datasets
+import evaluate
+
+class ShareRight(evaluate.Metric):
+    def _info(self):
+        numbers = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(description="-", citation="-", inputs_description="-", features=numbers)
+
+    def _compute(self, predictions, references):
+        return {"share_right": sum(a == b for a, b in zip(predictions, references)) / len(references)}
+"""
+
+
+@pytest.mark.slow
+def test_a_metric_of_evaluate(assets, tmp_path):
+    (tmp_path / "share_right.py").write_text(SHARE_RIGHT)
+    script = adapted(tmp_path / "mine", "compute_metrics")
+    text = script.read_text()
+    top_5 = 'return {"top_5_accuracy": (best == labels[..., None]).any(-1)[labels != -100].mean()}'
+    assert top_5 in text
+    load = f"evaluate.load({str(tmp_path / 'share_right.py')!r})"
+    own = f"return {load}.compute(predictions=best[..., 0][labels != -100], references=labels[labels != -100])"
+    script.write_text(
+        text.replace(top_5, own).replace("import numpy as np\n", "import evaluate\nimport numpy as np\n")
+    )
+    run(script, *scratch(assets, tmp_path / "own", *EVALUATE), env={"HF_HOME": str(tmp_path / "home")}, fresh=True)
+    figures = results(tmp_path / "own")
+    assert figures["eval_share_right"] == pytest.approx(figures["eval_accuracy"])
+
+
+def test_another_collator(assets, masked_assets, tmp_path):
+    script = adapted(tmp_path / "mine", "DataCollatorForWholeWordMask")
+    texts = ["--train_file", assets.train, "--validation_file", assets.validation, "--max_seq_length", 32]
+    flags = [*masked_assets.scratch("bert"), *texts, "--line_by_line", "--use_cpu", "--logging_steps", 1, *EVALUATE]
+    run(script, *flags, "--output_dir", tmp_path / "out")
+    assert len(losses(tmp_path / "out")) == 4
+    assert 0 < results(tmp_path / "out")["eval_tokens"] < 6 * 32
+
+
+def test_another_trainer_and_several_evaluation_sets(assets, tmp_path):
+    script = adapted(tmp_path / "mine", "MyTrainer")
+    decay = ["--weight_decay", 0.9, "--learning_rate", 0.1]
+    run("run_clm.py", *scratch(assets, tmp_path / "plain", *EVALUATE, *decay))
+    run(script, *scratch(assets, tmp_path / "own", *EVALUATE, *decay))
+    figures = results(tmp_path / "own")
+    assert figures["eval_seen_samples"] == 4 and figures["eval_unseen_samples"] == 6
+    assert 0 < figures["eval_seen_loss"] != figures["eval_unseen_loss"] > 0
+    assert "eval_loss" not in figures
+    # GPT-2 has no matrix that transformers does not decay.
+    assert losses(tmp_path / "own") == losses(tmp_path / "plain")
+
+
+def test_callbacks(assets, tmp_path):
+    script = adapted(tmp_path / "mine", "EarlyStoppingCallback")
+    steps = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1, "--load_best_model_at_end"]
+    worse = ["--learning_rate", 100, "--metric_for_best_model", "eval_loss", "--max_grad_norm", 0, "--optim", "sgd"]
+    flags = scratch(assets, tmp_path / "out", *EVALUATE[:2], "--max_steps", 12, "--max_eval_samples", 2)
+    run(script, *flags, *steps, *worse)
+    assert len(losses(tmp_path / "out")) < 12

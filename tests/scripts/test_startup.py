@@ -1,0 +1,110 @@
+"""What a user sees first: nothing that only the libraries have to say, and a help text in groups."""
+
+import inspect
+import re
+import subprocess
+import sys
+
+import pytest
+from optimum.habana.utils import environment as optimum_environment
+from optimum.habana.utils import misc
+from running import ROOT, environment, run
+from simulator.cards import card_environment
+
+SCRIPTS = {
+    "run_clm.py": ["model", "data", "this script", "training"],
+    "run_mlm.py": ["model", "data", "this script", "training"],
+    "run_lora_clm.py": ["model", "data", "this script", "adapter", "training"],
+}
+LIBRARIES = ["Gaudi (optimum-habana)", "training (transformers)"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_in_groups_and_names_each_flag_once(script):
+    result = run(ROOT / script, "--help", fresh=True)
+    assert result.stderr == ""
+    first, _, rest = result.stdout.partition("\n\n")
+    assert first == f"usage: {script} [FILE] [FLAGS]"
+    headings = re.findall(r"^(\S.*):$", rest, re.MULTILINE)
+    assert headings[0] == "options" and headings[-2:] == LIBRARIES
+    assert set(SCRIPTS[script]) <= set(headings[1:-2])
+    of_data = rest.partition("\ndata:\n")[2].partition(":\n")[0]
+    assert "--train_file" in of_data and "--learning_rate" not in of_data
+    flags = re.findall(r"^  (--\S+)", rest, re.MULTILINE)
+    assert len(flags) == len(set(flags)) > 100
+    assert not [flag for flag in flags if "-" in flag.removeprefix("--")], "one spelling is shown"
+    assert not re.search(r"^  --\w+.*, --", rest, re.MULTILINE)
+    assert "--use_fast_tokenizer" in flags and "--no_use_fast_tokenizer" not in flags
+
+
+def test_an_error_is_all_that_is_printed(tmp_path):
+    result = run("run_clm.py", "--use_cpu", "--output_dir", tmp_path / "out", code=2, fresh=True)
+    assert result.stdout == ""
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr)
+
+
+@pytest.mark.parametrize("card", ["CPU", "simulated"])
+def test_a_run_prints_only_its_own_log(card, assets, tmp_path):
+    chosen = ["--use_cpu"] if card == "CPU" else ["--use_habana", "--use_lazy_mode"]
+    result = run(
+        "run_clm.py", "--model_name_or_path", assets.gpt2, "--train_file", assets.train, "--block_size", 32,
+        "--max_train_samples", 16, "--max_steps", 2, "--do_train", *chosen, "--output_dir", tmp_path / "out",
+        env={} if card == "CPU" else card_environment(), fresh=True,
+    )  # fmt: skip
+    said = result.stderr.splitlines()
+    assert card == "CPU" or said.pop(0).startswith("SIMULATED GAUDI: 1 card in host memory. ")
+    odd = [line for line in said if not re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line)]
+    assert not odd
+    assert not [line for line in result.stdout.splitlines() if not re.match(r"\{'\w+': |\*+ |  \w+ +=|$", line)]
+
+
+STARTED = """
+import runpy, sys
+sys.addaudithook(lambda event, about: event == "subprocess.Popen" and print("started", about[1], flush=True))
+sys.argv = ["run_clm.py", "--use_habana", "--output_dir", "out", "--train_file", "missing.txt", "--do_train"]
+runpy.run_path("run_clm.py", run_name="__main__")
+"""
+
+
+def test_no_pip_is_asked(tmp_path):
+    """optimum-habana asks it for a version, on import and with its models: seconds in each of the ranks."""
+    answer = subprocess.run(
+        [sys.executable, "-c", STARTED], cwd=ROOT, env=environment(**card_environment()), text=True,
+        capture_output=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert answer.returncode == 2, answer.stderr
+    started = [line for line in answer.stdout.splitlines() if line.startswith("started")]
+    assert any("hl-smi" in line for line in started), "the hook sees what optimum-habana starts"
+    assert not [line for line in started if "pip " in line]
+    for asked, way in ((misc.get_habana_frameworks_version, "pip list"), (optimum_environment.get_build, "pip show")):
+        assert way in inspect.getsource(asked), "the library has another way now: drop answers_without_pip"
+
+
+LOGGED = """
+import logging, sys
+sys.argv = ["run_clm.py", "--use_cpu"]
+from gaudi_lm.device import choose_card, set_up_logging
+choose_card(sys.argv[1:])
+import datasets, deepspeed, huggingface_hub, optimum.utils.logging, transformers
+optimum.utils.logging.get_logger("optimum.x")
+set_up_logging(main_rank=True)
+for name in ("gaudi_lm", "transformers.x", "datasets.x", "huggingface_hub.x", "optimum.x", "DeepSpeed"):
+    logging.getLogger(name).warning("from %s", name)
+    logging.getLogger(name).debug("no fact of %s", name)
+"""
+
+
+@pytest.mark.parametrize("ci", ["true", None])
+def test_each_line_of_a_library_comes_once_in_one_format(ci):
+    """Most have handlers of their own; where CI is set, some hand their lines on as well."""
+    environ = {name: value for name, value in environment().items() if name != "CI"} | ({"CI": ci} if ci else {})
+    done = subprocess.run(
+        [sys.executable, "-c", LOGGED], cwd=ROOT, env=environ, text=True, capture_output=True, timeout=280, check=True
+    )
+    lines = [
+        line for line in [*done.stdout.splitlines(), *done.stderr.splitlines()] if "from " in line or "fact" in line
+    ]
+    assert [re.sub(r"^\d\d:\d\d:\d\d WARNING from ", "", line) for line in lines] == [
+        "gaudi_lm", "transformers.x", "datasets.x", "huggingface_hub.x", "optimum.x", "DeepSpeed",
+    ]  # fmt: skip

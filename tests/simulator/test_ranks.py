@@ -1,0 +1,68 @@
+"""Several simulated cards at once: collectives under mpirun and torchrun, ZeRO under the launcher of DeepSpeed."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cards import card_environment
+from running import ROOT, environment
+
+import gaudi_simulator
+
+RANKS = ROOT / "tests" / "simulator" / "ranks"
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
+def launch(*command: str | Path, **changes: str) -> str:
+    """Standard output of two ranks."""
+    port = free_port()
+    env = environment(
+        **card_environment(2, **changes),
+        PYTHONPATH=gaudi_simulator.STAND_IN,
+        MASTER_ADDR="localhost",
+        MASTER_PORT=port,
+        PATH=f"{BIN}:/usr/bin:/bin",
+        PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe",
+    )
+    result = subprocess.run(
+        [str(part).replace("PORT", port) for part in command],
+        capture_output=True, text=True, env=env, timeout=900,
+    )  # fmt: skip
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("heavy")
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+def test_collectives(launcher):
+    command = {
+        "mpirun": [BIN / "mpirun", "--allow-run-as-root", "-np", "2", sys.executable],
+        "torchrun": [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", "PORT"],
+    }[launcher]
+    out = launch(*command, RANKS / "collectives.py")
+    assert "rank 0 done" in out and "rank 1 done" in out  # the line ends may mix
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("heavy")
+def test_zero():
+    out = launch(BIN / "deepspeed", "--num_gpus", "2", "--master_port", "PORT", RANKS / "zero.py")
+    assert "rank 0 done" in out and "rank 1 done" in out
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("heavy")
+def test_under_torch_compile():
+    out = launch(
+        BIN / "torchrun", "--nproc_per_node", "2", "--master_port", "PORT", RANKS / "compiled.py", PT_HPU_LAZY_MODE="0"
+    )
+    assert "rank 0 done" in out and "rank 1 done" in out

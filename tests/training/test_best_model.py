@@ -1,0 +1,109 @@
+"""The best model: told before training whether it can be found, kept at the top, named in log and card; samples."""
+
+import json
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+from running import load_elsewhere, log_history, losses, run, run_many, run_ranks
+from safetensors.torch import load_file
+from short_runs import scratch
+
+EVALUATIONS = ("--do_train", "--do_eval", "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1)
+WORSE = ("--max_grad_norm", 0, "--optim", "sgd", "--learning_rate", 100, "--lr_scheduler_type", "constant")
+
+
+def equal(one, other) -> bool:
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return all(a[name].equal(b[name]) for name in a | b)
+
+
+@pytest.mark.slow
+def test_early_stopping_and_the_best_model(assets, tmp_path):
+    """Each step makes the model worse, from the second on; the samples are in log and card."""
+    output = tmp_path / "out"
+    flags = [*EVALUATIONS, *WORSE, "--max_steps", 9, "--max_eval_samples", 2, "--load_best_model_at_end"]
+    flags += ["--early_stopping_patience", 2, "--metric_for_best_model", "perplexity", "--show_examples", 2]
+    flags += ["--generate", "The for statement", "--generate", "a ``` b", "c"]
+    flags = scratch(assets, output, *flags)
+    log = run("run_clm.py", *flags).stderr
+    rows = [row for row in log_history(output) if "eval_perplexity" in row][:-1]  # the last is of the best model
+    best = min(rows, key=lambda row: row["eval_perplexity"])["step"]
+    last = best + 2
+    assert rows[-1]["step"] == len(losses(output)) == last < 9
+    said = f"step {last}/9: training ends, 2 evaluations without a better perplexity\n"
+    assert log.count(said) == 1 and "generation flags" not in log and "Device set" not in log
+    assert f"the model is that of step {best} of {last}, the best by perplexity" in log
+    assert equal(output, output / f"checkpoint-{best}") and not equal(output, output / f"checkpoint-{last}")
+    card = (output / "README.md").read_text()
+    assert f"| this model, the best by perplexity | step {best} |" in card
+    (figure,) = [one for one in ModelCard(card).data.eval_results if one.metric_type == "perplexity"]
+    assert figure.metric_value == json.loads((output / "all_results.json").read_text())["eval_perplexity"]
+    assert "num_train_epochs" not in card and "| max_steps | 9 |" in card
+    samples = [line for line in log.splitlines() if "the tokens of the loss between >>> and <<<" in line]
+    assert len(samples) == 2 and all(">>>" in line.partition(": ")[2] for line in samples)
+    for prompt in ("The for statement", "a ``` b", "c"):
+        assert f"INFO {prompt!r} -> '" in log and f"\n    {prompt}\n\ngives\n\n    " in card
+    load_elsewhere(("AutoModelForCausalLM", output, None))
+    again = run("run_clm.py", *flags).stderr
+    assert len(losses(output)) == last and "training ends" not in again, "it had ended"
+    assert equal(output, output / f"checkpoint-{best}")
+
+
+@pytest.mark.slow
+def test_every_rank_loads_the_best_model(assets, tmp_path):
+    output = tmp_path / "out"
+    flags = [*EVALUATIONS, *WORSE, "--max_steps", 3, "--max_eval_samples", 4, "--load_best_model_at_end"]
+    run_ranks(2, "run_clm.py", *scratch(assets, output, *flags))
+    rows = {row["step"]: row["eval_loss"] for row in reversed(log_history(output)) if "eval_loss" in row}
+    best = min(rows, key=rows.get)
+    assert best < 3 and equal(output, output / f"checkpoint-{best}")
+    assert json.loads((output / "all_results.json").read_text())["eval_loss"] == pytest.approx(rows[best])
+
+
+def test_what_cannot_be_is_said_before_training(assets, tmp_path):
+    base = scratch(assets, tmp_path / "out", "--do_train", "--max_steps", 2)
+    every = ["--do_eval", "--eval_strategy", "steps", "--eval_steps", 2]
+    cases = {
+        "--early_stopping_patience needs --load_best_model_at_end": [*every, "--early_stopping_patience", 2],
+        "saving steps to be a round multiple": [*every, "--save_steps", 3, "--load_best_model_at_end"],
+        "strategy to match": [*every, "--save_strategy", "epoch", "--load_best_model_at_end"],
+        "--metric_for_best_model f1: an evaluation gives": [*every, "--metric_for_best_model", "f1"],
+        "--early_stopping_patience 0": [*every, "--early_stopping_patience", 0, "--load_best_model_at_end"],
+        "--generate 'word word": ["--generate", "word " * 200],
+        "--generate '': it is empty": ["--generate", ""],
+        "--show_examples -1": ["--show_examples", -1],
+    }
+    cases = {said: [*base, *flags] for said, flags in cases.items()}
+    cases["--generate needs --do_train"] = [
+        *(flag for flag in base if flag != "--do_train"), "--do_eval", "--generate", "a",
+    ]  # fmt: skip
+    for said, (status, log) in run_many("run_clm.py", cases, tmp_path).items():
+        (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
+        assert status == 2 and said in line, log
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_has_the_licence_of_the_base_model(assets, tmp_path):
+    """Where the base model's own card names one; a card that cannot be read is no reason to lose a run."""
+    cards = {"apache-2.0": "---\nlicense: apache-2.0\n---\n# A model\n", None: "---\nlicense: [\n---\n"}
+    for number, (licence, card) in enumerate(cards.items()):
+        base, output = tmp_path / f"base{number}", tmp_path / f"out{number}"
+        shutil.copytree(assets.gpt2, base)
+        (base / "README.md").write_text(card)
+        flags = ["--model_name_or_path", base, "--train_file", assets.train, "--block_size", 32, "--use_cpu"]
+        flags += ["--max_train_samples", 16, "--max_steps", 1, "--do_train", "--save_strategy", "no"]
+        run("run_clm.py", *flags, "--output_dir", output)
+        assert ModelCard.load(output / "README.md").data.license == licence
+
+
+def test_a_masked_model_fills_masks(masked_assets, assets, tmp_path):
+    flags = [*masked_assets.scratch("bert"), "--train_file", assets.train, "--do_train", "--use_cpu", "--max_steps", 1]
+    flags += ["--max_train_samples", 16, "--max_seq_length", 48, "--save_strategy", "no", "--generate"]
+    log = run("run_mlm.py", *flags, "the [MASK] statement [MASK]", "--output_dir", tmp_path / "out").stderr
+    assert "INFO 'the [MASK] statement [MASK]' -> '" in log
+    assert ">>>" in log.partition("sample 0, ")[2].partition("\n")[0]
+    load_elsewhere(("AutoModelForMaskedLM", tmp_path / "out", None))
+    assert "\n    the [MASK] statement [MASK]\n" in (tmp_path / "out" / "README.md").read_text()
+    none = run("run_mlm.py", *flags, "no mask", "--output_dir", tmp_path / "none", code=2).stderr
+    assert "error: --generate 'no mask': it has no [MASK] for the model to fill" in none

@@ -1,0 +1,169 @@
+"""A signal ends a run with a checkpoint, the next start resumes from it, and nothing of it is seen in the result."""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from resuming import CARD, CPU, batch, essence, script_flags, start, zero
+from running import results, run_interrupted
+from simulator.cards import card_environment
+
+from gaudi_lm.training.signals import SaveOnSignal
+
+pytestmark = [pytest.mark.slow]
+STEPS, WAIT_FOR = 60, 12
+LONG = ["--max_steps", STEPS, "--save_steps", WAIT_FOR, "--eval_strategy", "no", "--save_total_limit", 2]
+
+
+def when_training(output: Path, send) -> None:
+    """Wait for the first checkpoint, then call ``send``."""
+    deadline = time.monotonic() + 120
+    while not (output / f"checkpoint-{WAIT_FOR}").exists():
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.005)
+    send()
+
+
+def interrupted(script: str, ranks: int, output: Path, flags: list, *numbers: int, to: int = 0, pause: float = 0.0):
+    """Run until the signals end it; they go to one rank, or to all where ``to`` is -1."""
+
+    def send(pids: list[int]) -> None:
+        for number in numbers:
+            for pid in pids if to == -1 else [pids[to]]:
+                os.kill(pid, number)
+            time.sleep(pause)
+
+    flags = [*flags, *batch(ranks), "--output_dir", output]
+    env = card_environment(ranks) if "--use_habana" in flags else {}
+    alone = ranks == 1 and "--deepspeed" not in flags
+    return run_interrupted(
+        0 if alone else ranks,
+        script,
+        *flags,
+        env=env,
+        meanwhile=lambda pids: when_training(output, lambda: send(pids)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "ranks", "card", "number", "to"),
+    [
+        ("run_clm.py", 1, CPU, signal.SIGTERM, 0),
+        ("run_mlm.py", 1, CPU, signal.SIGUSR1, 0),
+        ("run_lora_clm.py", 1, CPU, signal.SIGINT, 0),
+        ("run_clm.py", 2, CPU, signal.SIGTERM, 1),
+        ("run_mlm.py", 2, CPU, signal.SIGINT, -1),
+        ("run_clm.py", 2, CARD, signal.SIGUSR1, 1),
+        ("run_lora_clm.py", 2, [*CARD, *zero(2)], signal.SIGTERM, 0),
+    ],
+    ids=lambda value: (
+        "-".join(str(part).strip("-").split("/")[-1] for part in value) if isinstance(value, list) else None
+    ),
+)
+def test_a_signal_saves_and_ends(script, ranks, card, number, to, assets, masked_assets, instructions, tmp_path):
+    flags = [*script_flags(script, assets, masked_assets, instructions), *LONG, *card]
+    start(script, ranks, tmp_path / "whole", *flags)
+    output = tmp_path / "out"
+    ends = interrupted(script, ranks, output, flags, number, to=to)
+    texts = [end.stderr for end in ends]
+    assert [end.returncode for end in ends] == [128 + number] * ranks, texts
+    assert "Traceback" not in "".join(texts)
+    (said,) = re.findall(r"training ends after step (\d+); the checkpoint is (\S+)", texts[0])
+    step, folder = int(said[0]), Path(said[1])
+    assert WAIT_FOR < step < STEPS and folder == output / f"checkpoint-{step}" and folder.is_dir()
+    assert not (output / "trainer_state.json").exists()
+    resumed = start(script, ranks, output, *flags)
+    assert f"Resuming from {folder}" in resumed[0]
+    assert essence(output) == essence(tmp_path / "whole")
+    if "--use_habana" in card:
+        assert "--deepspeed" in card or results(tmp_path / "whole")["host_syncs_per_step"] == 0
+
+
+def test_a_second_interrupt_ends_at_once(assets, masked_assets, instructions, tmp_path):
+    flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *LONG, *CPU, "--max_steps", 100_000]
+    output = tmp_path / "out"
+    # A step that does not end meanwhile, as an epoch of a stream does not: the second signal must not wait for it.
+    flags += ["--gradient_accumulation_steps", 50_000, "--streaming"]
+    (end,) = run_interrupted(
+        0, "run_clm.py", *flags, *batch(1), "--output_dir", output, meanwhile=lambda pids: twice(pids[0], output)
+    )
+    assert end.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in end.stderr
+    assert "SIGINT: finishing the step" in end.stderr and "Ctrl-C again ends at once" in end.stderr
+
+
+def twice(pid: int, output: Path) -> None:
+    time.sleep(3)
+    os.kill(pid, signal.SIGINT)
+    time.sleep(1)
+    os.kill(pid, signal.SIGINT)
+
+
+def test_signals_can_be_left_alone(assets, masked_assets, instructions, tmp_path):
+    flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *LONG, *CPU]
+    output = tmp_path / "out"
+    (end,) = interrupted("run_clm.py", 1, output, [*flags, "--save_on_signal", "False"], signal.SIGTERM)
+    assert end.returncode == 128 + signal.SIGTERM and "Traceback" not in end.stderr
+    assert {path.name for path in output.glob("checkpoint-*")} <= {f"checkpoint-{step}" for step in range(12, 61, 12)}
+
+
+def test_a_signal_outside_of_training(assets, masked_assets, instructions, tmp_path):
+    """While data are read, or a model is evaluated: nothing is lost, nothing is traced."""
+    flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), "--do_train", "False"]
+    # An evaluation that takes a while, row by row.
+    flags += ["--eval_strategy", "no", "--validation_file", assets.train, "--max_eval_samples", 100_000]
+    flags += ["--per_device_eval_batch_size", 1]
+    for number, words in (
+        (signal.SIGTERM, "SIGTERM: ended"),
+        (signal.SIGUSR1, "SIGUSR1: ended"),
+        (signal.SIGINT, "interrupted"),
+    ):
+        (end,) = run_interrupted(
+            0, "run_clm.py", *flags, *CPU, *batch(1), "--output_dir", tmp_path / "out",
+            meanwhile=lambda pids, number=number: (wait_for_handlers(pids[0]), os.kill(pids[0], number)),
+        )  # fmt: skip
+        assert end.returncode == 128 + number, end.stderr
+        assert "Traceback" not in end.stderr and words in end.stderr
+
+
+def wait_for_handlers(pid: int) -> None:
+    """Until the script has begun: the kernel lists SIGUSR1, which Python leaves alone, as caught."""
+    deadline = time.monotonic() + 60
+    while not int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16) >> 9 & 1:
+        assert time.monotonic() < deadline, "the script has not begun"
+        time.sleep(0.005)
+    time.sleep(0.3)  # somewhere in the midst of it
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_processes_that_load_data_outlive_a_signal_to_all(number, assets, masked_assets, instructions, tmp_path):
+    """Ctrl-C and Slurm reach them too; they go on until the step is over and the checkpoint saved."""
+    flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *LONG, *CPU, *batch(1)]
+    output = tmp_path / "out"
+    flags += ["--dataloader_num_workers", 2, "--output_dir", output]
+    group = []
+
+    def signal_all(pids: list[int]) -> None:
+        group.extend(pids)
+        when_training(output, lambda: os.killpg(pids[0], number))
+
+    (end,) = run_interrupted(0, "run_clm.py", *flags, meanwhile=signal_all)
+    assert end.returncode == 128 + number and "Traceback" not in end.stderr, end.stderr
+    assert end.stderr.count(": finishing the step") == 1
+    assert "training ends after step" in end.stderr
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group[0], 0)
+
+
+def test_a_signal_that_comes_after_the_last_step(caplog, tmp_path):
+    """The results are written first, then the run ends."""
+    signals = SaveOnSignal(main_rank=False)
+    with signals.watching():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    with caplog.at_level("INFO", "gaudi_lm"), pytest.raises(SystemExit) as end:
+        signals.end_after_training(tmp_path)
+    assert end.value.code == 138 and f"the model is in {tmp_path}" in caplog.text
+    SaveOnSignal(main_rank=False).end_after_training(tmp_path)

@@ -1,0 +1,112 @@
+"""--report_to with the real packages, offline: what was reported is read back from where they keep it."""
+
+import json
+import struct
+
+import pytest
+from running import ROOT, log_history, run
+from short_runs import scratch
+
+SERIES = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "padding_share"}
+
+
+def wandb_records(folder):
+    """All records of the only run that was written below a folder: a log as LevelDB writes it, in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.rglob("offline-run-*/run-*.wandb")
+    data, place, parts = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)  # behind a checksum
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+@pytest.mark.slow
+def test_what_a_run_reports_is_there(assets, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--do_train", "--do_eval", "--max_steps", 4, "--max_eval_samples", 4, "--report_to", "tensorboard"]
+    flags += ["wandb", "mlflow", "--logging_dir", tmp_path / "board", "--run_name", "mine", "--hub_token", "hf_secret"]
+    folders = {"WANDB_DIR": str(tmp_path), "MLFLOW_TRACKING_URI": (tmp_path / "mlflow").as_uri()}
+    environment = {**folders, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # for the run, and for reading it back
+    output = tmp_path / "out"
+    run("run_clm.py", *scratch(assets, output, *flags), env=environment)
+    history = log_history(output)
+    losses = {row["step"]: row["loss"] for row in history if "loss" in row}
+    (evaluation,) = [row for row in history if "eval_loss" in row]
+
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert {f"train/{name}" for name in SERIES} | {"eval/loss", "eval/accuracy"} <= set(board.Tags()["scalars"])
+    assert {event.step: event.value for event in board.Scalars("train/loss")} == pytest.approx(losses)
+    assert board.Scalars("eval/loss")[0].value == pytest.approx(evaluation["eval_loss"])
+    (text,) = board.Tensors("args/text_summary")
+    arguments = json.loads(text.tensor_proto.string_val[0])
+    assert arguments["block_size"] == 64 and arguments["max_steps"] == 4 and arguments["hub_token"] == "<HUB_TOKEN>"
+
+    rows, config = [], {}
+    for record in wandb_records(tmp_path):
+        items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        rows += [{name: json.loads(value) for name, value in items.items()}] if items else []
+        for update in [*record.run.config.update, *record.config.update]:
+            config[update.key or "/".join(update.nested_key)] = json.loads(update.value_json)
+    found = {row["train/global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    assert found == pytest.approx(losses)
+    assert any({f"train/{name}" for name in SERIES} <= row.keys() for row in rows)
+    assert [row["eval/loss"] for row in rows if "eval/loss" in row] == [pytest.approx(evaluation["eval_loss"])]
+    assert config["block_size"] == 64 and "hf_secret" not in json.dumps(config)
+
+    client = MlflowClient(folders["MLFLOW_TRACKING_URI"])
+    (one,) = client.search_runs([client.get_experiment_by_name("Default").experiment_id])
+    assert one.info.run_name == "mine" and one.info.status == "FINISHED", "one run, evaluation included"
+    assert {*SERIES, "eval_loss", "train_loss"} <= one.data.metrics.keys()
+    points = client.get_metric_history(one.info.run_id, "loss")
+    assert {point.step: point.value for point in points} == pytest.approx(losses)
+    assert one.data.params["block_size"] == "64"
+
+
+TRACKIO = """
+import json, os
+config = {}
+def note(*what):
+    with open(os.environ["NOTES"], "a") as file:
+        print(json.dumps(what, default=str), file=file)
+def init(project, name=None, space_id=None, resume="never", **kwargs):
+    note("init", project, name)
+def log(metrics, step=None):
+    note("log", metrics)
+def finish():
+    note("finish", sorted(config))
+class Config(dict):
+    def update(self, values, allow_val_change=False):
+        super().update(values)
+config = Config()
+"""
+
+
+@pytest.mark.slow
+def test_trackio_gets_all_of_a_run_before_its_end(assets, tmp_path):
+    """By a stand-in for the calls that transformers makes: the package brings all of gradio, and an older pandas."""
+    (tmp_path / "trackio.py").write_text(TRACKIO)
+    flags = ["--do_train", "--do_eval", "--max_steps", 2, "--max_eval_samples", 4, "--report_to", "trackio"]
+    places = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "NOTES": str(tmp_path / "notes"), "TRACKIO_PROJECT": "mine"}
+    # A package that appears later is unknown to a process that has done its imports.
+    run("run_clm.py", *scratch(assets, tmp_path / "out", *flags), env=places, fresh=True)
+    notes = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
+    assert notes[0][:2] == ["init", "mine"] and [what for what, *_ in notes[1:]] == ["log"] * (len(notes) - 2) + [
+        "finish"
+    ]
+    reported = {name for what, metrics, *_ in notes[1:-1] for name in metrics}
+    assert {"train/loss", "train/tokens_per_second", "eval/loss", "eval/perplexity"} <= reported
+    assert {"block_size", "learning_rate"} <= set(notes[-1][1])
