@@ -20,16 +20,17 @@ from gaudi_lm.arguments.refusals import ALWAYS, REFUSED
 # Flags whose effect other tests show, by the file in which they are looked for.
 ELSEWHERE = {
     "tests/scripts/test_clm.py": "model_name_or_path tokenizer_name token torch_dtype use_cache low_cpu_mem_usage "
-    "train_file validation_file max_eval_samples model_type config_overrides do_eval gaudi_config_name use_habana "
-    "use_lazy_mode use_hpu_graphs_for_inference throughput_warmup_steps text_column_name resume_from_checkpoint "
-    "block_size",
+    "train_file validation_file max_eval_samples model_type config_overrides do_eval "
+    "gaudi_config_name use_habana use_lazy_mode use_hpu_graphs_for_inference "
+    "throughput_warmup_steps text_column_name resume_from_checkpoint block_size",
     "tests/scripts/test_mlm.py": "mlm_probability line_by_line max_predictions_per_seq",
     "tests/scripts/test_lora.py": "attn_softmax_bf16 flash_attention_recompute flash_attention_fast_softmax "
-    "flash_attention_causal_mask flash_attention_fp8 pad_to_max_length pack_sequences adapter_name_or_path "
-    "use_fused_rope load_meta_device merge_adapter dataset_concatenation train_on_inputs sql_prompt chat_prompt "
-    "peft_type lora_rank lora_alpha lora_dropout lora_target_modules adalora_tinit adalora_tfinal adalora_delta_t "
-    "ia3_target_modules feedforward_modules adapter_layers adapter_len vera_target_modules ln_target_modules "
-    "output_column_name attn_implementation",
+    "flash_attention_causal_mask flash_attention_fp8 pad_to_max_length pack_sequences "
+    "adapter_name_or_path use_fused_rope load_meta_device merge_adapter "
+    "dataset_concatenation train_on_inputs sql_prompt chat_prompt peft_type lora_rank "
+    "lora_alpha lora_dropout lora_target_modules ia3_target_modules feedforward_modules "
+    "adapter_layers ln_target_modules output_column_name attn_implementation",
+    "tests/support/short_runs.py": "adalora_tinit adalora_tfinal adalora_delta_t adapter_len vera_target_modules",
     "tests/data/test_lora_spans.py": "input_column_name",
     "tests/modeling/test_families.py": "config_name",
     "tests/data/test_streams.py": "streaming max_seq_length max_train_samples validation_split_percentage",
