@@ -5,6 +5,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -83,7 +84,14 @@ def test_signals_before_anything_is_started(number):
         job = Launch("--use_mpi", "--grace", str(GRACE), ACT, "0", "wait")
         time.sleep(step * 0.025)
         job.process.send_signal(number)
-        assert job.finish().returncode in statuses
+        try:
+            job.process.communicate(timeout=30)
+        except subprocess.TimeoutExpired as waited:
+            # While Python starts, before our first line, a callback of its imports may swallow Ctrl-C: 1 in 600.
+            assert number == signal.SIGINT and b"ignored in: <function _get_module_lock" in (waited.stderr or b"")
+            job.process.send_signal(number)
+            job.finish()
+        assert job.process.returncode in statuses
         assert job.survivors(GRACE + 5.0) == []
 
 
