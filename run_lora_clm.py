@@ -28,7 +28,7 @@ from gaudi_lm.data.loading import load_raw
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
 from gaudi_lm.data.prompts import check_tokenizer, find_format
 from gaudi_lm.data.ragged import padded_lengths
-from gaudi_lm.modeling.adapters import TARGET_FLAGS, AdapterArguments, adapter_config, add_adapter, load_adapter
+from gaudi_lm.modeling.adapters import AdapterArguments, adapter_config, add_adapter, load_adapter, virtual_tokens
 from gaudi_lm.modeling.loading import length_limit, load_config, load_model, load_tokenizer
 from gaudi_lm.training.merging import check_base_model, save_merged
 from gaudi_lm.training.outputs import find_checkpoint, report, save, set_up, write_card
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         argv, LoraModelArguments, LoraDataArguments, AdapterArguments, LMTrainingArguments
     )
     data_args.check(training_args.max_steps)
-    check_base_model(model_args, adapter_args.peft_type, training_args.do_train)
+    check_base_model(model_args, adapter_args.peft_type, training_args)
     adapter = adapter_config(adapter_args)
 
     # Set-up
@@ -161,8 +161,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(model_args)
     for example_format in formats.values():
         check_tokenizer(example_format, tokenizer, data_args.train_on_inputs)
-    parts = training_args.context_parallel_size
-    max_length = length_limit("--max_seq_length", data_args.max_seq_length, tokenizer, config, parts=parts)
+    max_length = length_limit(
+        "--max_seq_length", data_args.max_seq_length, tokenizer, config,
+        parts=training_args.context_parallel_size, before=virtual_tokens(model_args.adapter_name_or_path, adapter),
+    )  # fmt: skip
 
     # Preprocessing
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
@@ -192,7 +194,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if model_args.adapter_name_or_path:
         model = load_adapter(model, model_args.adapter_name_or_path, training_args.do_train)
     elif training_args.do_train:
-        model = add_adapter(model, adapter, TARGET_FLAGS[adapter_args.peft_type])
+        model = add_adapter(model, adapter, adapter_args, tokenizer)
 
     # Trainer
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

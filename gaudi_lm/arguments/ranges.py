@@ -127,6 +127,8 @@ RANGES: dict[str, Range] = {
     "adalora_delta_t": COUNT,
     "adalora_orth_reg_weight": Range(0, 1e6, without_low=True),
     "adapter_layers": COUNT,
+    "num_virtual_tokens": COUNT,
+    "encoder_hidden_size": COUNT,
     "adapter_len": COUNT,
 }
 

@@ -23,12 +23,20 @@ from peft import (
 )
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from gaudi_lm.device import UserError
 from gaudi_lm.modeling.adalora import load_adalora, refuse_deepspeed, saved_config
 from gaudi_lm.modeling.patches import complete_adapter
+from gaudi_lm.modeling.virtual_tokens import (
+    KINDS,
+    begin_with_text,
+    check_virtual_tokens,
+    install_virtual_tokens,
+    load_trainable,
+    virtual_token_config,
+)
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -41,7 +49,7 @@ class AdapterArguments:
         default="lora",
         metadata={
             "help": "Kind of adapter.",
-            "choices": ["lora", "adalora", "ia3", "vera", "ln_tuning", "llama-adapter"],
+            "choices": ["lora", "adalora", "ia3", "vera", "ln_tuning", "llama-adapter", *KINDS],
         },
     )
     lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA's matrices."})
@@ -74,6 +82,16 @@ class AdapterArguments:
         default=30, metadata={"help": "llama-adapter: number of layers with a learned prompt, from the top."}
     )
     adapter_len: int = field(default=10, metadata={"help": "llama-adapter: number of tokens of each prompt."})
+    num_virtual_tokens: int = field(
+        default=8, metadata={"help": "Prompt, prefix and P-tuning: learned tokens before each text."}
+    )
+    encoder_hidden_size: int = field(
+        default=1024, metadata={"help": "P-tuning: hidden size of the network that makes the virtual tokens."}
+    )
+    prompt_tuning_init_text: str | None = field(
+        default=None,
+        metadata={"help": "Prompt tuning: a text to begin from; by default tokens drawn from the vocabulary."},
+    )
     vera_target_modules: list[str] | None = field(default=None, metadata={"help": "VeRA: layers that it adapts."})
     ln_target_modules: list[str] | None = field(
         default=None, metadata={"help": "ln_tuning: norm layers that are trained."}
@@ -87,6 +105,7 @@ TARGET_FLAGS = {
     "vera": "--vera_target_modules",
     "ln_tuning": "--ln_target_modules",
     "llama-adapter": "--adapter_layers",
+    **dict.fromkeys(KINDS, "--peft_type"),
 }
 
 
@@ -125,6 +144,10 @@ def adapter_config(args: AdapterArguments) -> PeftConfig:
         raise UserError(
             f"--adalora_init_r {args.adalora_init_r}: ranks only shrink, to --adalora_target_r {args.adalora_target_r}"
         )
+    if args.prompt_tuning_init_text is not None and args.peft_type != "prompt_tuning":
+        raise UserError("--prompt_tuning_init_text: only with --peft_type prompt_tuning")
+    if args.peft_type in KINDS:
+        return virtual_token_config(args.peft_type, args.num_virtual_tokens, args.encoder_hidden_size)
     if args.peft_type == "llama-adapter":
         return AdaptionPromptConfig(
             adapter_layers=args.adapter_layers, adapter_len=args.adapter_len, task_type="CAUSAL_LM"
@@ -170,16 +193,21 @@ def layer_names(model: torch.nn.Module, norms: bool = False) -> list[str]:
     )
 
 
-def add_adapter(model: PreTrainedModel, config: PeftConfig, flag: str) -> PeftModel:
-    """Freeze the model and put a new adapter on it.
+def virtual_tokens(name: str | None, config: PeftConfig) -> int:
+    """How many tokens come before each text: those of the saved adapter of that name, or of a new one."""
+    used = config if name is None else saved_config(name)
+    return used.num_virtual_tokens if used.is_prompt_learning else 0
 
-    Args:
-        flag: the flag that names the layers, for the messages.
+
+def add_adapter(
+    model: PreTrainedModel, config: PeftConfig, args: AdapterArguments, tokenizer: PreTrainedTokenizerBase
+) -> PeftModel:
+    """Freeze the model and put a new adapter on it, with the settings that :func:`adapter_config` made of ``args``.
 
     Raises:
         UserError: a target that matches no layer, or an adapter that the model cannot have.
     """
-    norms = config.peft_type == "LN_TUNING"
+    flag, norms = TARGET_FLAGS[args.peft_type], config.peft_type == "LN_TUNING"
     layers = ", ".join(layer_names(model, norms))
     there = f"the model's {'norms' if norms else 'linear layers'} are {layers}"
     modules = [name for name, _ in model.named_modules()]
@@ -187,10 +215,14 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, flag: str) -> PeftMo
     for target in () if isinstance(targets, str) else sorted(targets):
         if not any(name == target or name.endswith(f".{target}") for name in modules):
             raise UserError(f"{flag} {target}: no such layer; {there}")
+    if config.is_prompt_learning:
+        check_virtual_tokens(model, config)
     try:
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"{flag}: {str(error).splitlines()[0]}; {there}") from error
+    if args.prompt_tuning_init_text is not None:
+        begin_with_text(adapted, args.prompt_tuning_init_text, tokenizer)
     return _announced(adapted)
 
 
@@ -207,6 +239,8 @@ def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftMode
             if trainable:
                 refuse_deepspeed()
             adapted = load_adalora(model, config, saved, trainable)
+        elif trainable and config.is_prompt_learning:
+            adapted = load_trainable(model, config, saved, name)
         else:
             adapted = PeftModel.from_pretrained(model, name, is_trainable=trainable)
     except (OSError, HfHubHTTPError, HFValidationError) as error:
@@ -225,6 +259,8 @@ def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftMode
 
 def _announced(model: PeftModel) -> PeftModel:
     complete_adapter(model)
+    if model.active_peft_config.is_prompt_learning:
+        install_virtual_tokens(model)
     trained, total = model.get_nb_trainable_parameters()
     kind = model.active_peft_config.peft_type.lower().replace("adaption_prompt", "llama-adapter")
     counts = f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"

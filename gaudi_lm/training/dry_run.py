@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from peft import PeftType
 from torch.utils.data import IterableDataset
 
 from gaudi_lm.arguments.model_files import first_line
@@ -170,6 +171,8 @@ def _report_memory(trainer, batch: dict[str, torch.Tensor], setting: Setting) ->
 
 
 def _can_checkpoint(trainer) -> bool:
+    if getattr(trainer.model, "peft_type", None) == PeftType.PREFIX_TUNING:
+        return False
     return trainer.args.gradient_checkpointing or bool(getattr(trainer.model, "supports_gradient_checkpointing", True))
 
 

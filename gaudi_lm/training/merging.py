@@ -11,35 +11,44 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.data.memory import host_copies
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import saved_config
+from gaudi_lm.modeling.virtual_tokens import KINDS
 from gaudi_lm.training.trainer import LMTrainer
 
 logger = logging.getLogger("gaudi_lm")
 
 
-def check_base_model(model_args, peft_type: str, do_train: bool) -> None:
+def check_base_model(model_args, peft_type: str, training_args: LMTrainingArguments) -> None:
     """Before anything is trained: whether there is a model, and the adapter can be merged into it.
 
     Args:
         model_args: ``ModelArguments`` with ``adapter_name_or_path``, ``merge_adapter`` and ``load_meta_device``.
-        peft_type: of a new adapter.
+        peft_type: of a new adapter, as the flag has it.
 
     Raises:
-        UserError: there is none, or ``--merge_adapter`` or ``--load_meta_device`` cannot be done.
+        UserError: there is none, or what is asked for cannot be done with such an adapter.
     """
     if model_args.model_name_or_path is None:
         raise UserError("no model: an adapter is tuned on top of one, give --model_name_or_path")
     if is_deepspeed_zero3_enabled() and (model_args.merge_adapter or model_args.load_meta_device):
         flag = "--merge_adapter" if model_args.merge_adapter else "--load_meta_device"
         raise UserError(f"{flag}: DeepSpeed ZeRO-3 places the weights itself, and does not allow it")
+    name = model_args.adapter_name_or_path
+    kind = peft_type if name is None else saved_config(name).peft_type.lower()
+    if kind == "prefix_tuning" and training_args.gradient_checkpointing:
+        raise UserError("--gradient_checkpointing: prefix_tuning keeps keys and values, which it would drop")
+    if kind in KINDS and training_args.context_parallel_size > 1:
+        raise UserError(f"--context_parallel_size: {kind} puts its tokens before whole rows; leave one of them out")
     if not model_args.merge_adapter:
         return
-    name = model_args.adapter_name_or_path
-    if name is None and not do_train:
+    if name is None and not training_args.do_train:
         raise UserError("--merge_adapter: no adapter; give --adapter_name_or_path, or --do_train to make one")
-    if peft_type == "llama-adapter" if name is None else saved_config(name).peft_type == PeftType.ADAPTION_PROMPT:
+    if kind in KINDS:
+        raise UserError(f"--merge_adapter: {kind} adds tokens before each text, which no weight can hold")
+    if kind in ("llama-adapter", PeftType.ADAPTION_PROMPT.lower()):
         raise UserError("--merge_adapter: a llama-adapter is a part of attention, which no weight can hold")
 
 

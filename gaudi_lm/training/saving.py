@@ -22,7 +22,9 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from gaudi_lm.data.memory import host_copies
 from gaudi_lm.errors import UserError
+from gaudi_lm.modeling.virtual_tokens import load_encoder, save_encoder
 from gaudi_lm.training import checkpoints
 from gaudi_lm.training.agreement import from_main, gather
 from gaudi_lm.training.hub import HubUploads
@@ -150,6 +152,14 @@ class ResumableTrainer(GaudiTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         self.resumption.apply_flags(self.optimizer, self.lr_scheduler)
+        if checkpoint is not None:
+            load_encoder(self.accelerator.unwrap_model(self.model), checkpoint)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if state_dict is None and self.args.device.type == "hpu":
+            state_dict = host_copies(self.model.state_dict(keep_vars=True))
+        super()._save(output_dir, state_dict)
+        save_encoder(self.model, output_dir or self.args.output_dir)
 
     def _load_rng_state(self, checkpoint):
         with contextlib.suppress(KeyError):  # from the CPU to a card, which the log has said

@@ -19,7 +19,6 @@ from gaudi_lm.arguments.consistency import check_best_metric
 from gaudi_lm.arguments.context_parallel import data_ranks, sequence_part
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.arguments.gaudi_configs import gaudi_config
-from gaudi_lm.data.memory import host_copies
 from gaudi_lm.data.sampling import TrainingBatches, TrainingRows, count_tokens, ignore_filler_samples, loader_options
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import RankReduction
@@ -204,11 +203,6 @@ class LMTrainer(EvaluatingTrainer):
             logs.update(self.throughput.figures("train") | self.training_loss.result())
         # Not GaudiTrainer's own, which adds the memory of the card a second time, in names of its own.
         super(GaudiTrainer, self).log(logs, start_time)
-
-    def _save(self, output_dir=None, state_dict=None):
-        if state_dict is None and self.args.device.type == "hpu":
-            state_dict = host_copies(self.model.state_dict(keep_vars=True))
-        super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "lora_alpha lora_dropout lora_target_modules ia3_target_modules feedforward_modules "
     "adapter_layers ln_target_modules output_column_name attn_implementation",
     "tests/support/short_runs.py": "adalora_tinit adalora_tfinal adalora_delta_t adapter_len vera_target_modules",
+    "tests/modeling/test_virtual_tokens.py": "num_virtual_tokens encoder_hidden_size prompt_tuning_init_text",
     "tests/data/test_lora_spans.py": "input_column_name",
     "tests/modeling/test_families.py": "config_name",
     "tests/data/test_streams.py": "streaming max_seq_length max_train_samples validation_split_percentage",

@@ -53,7 +53,7 @@ def family_model(name: str) -> torch.nn.Module:
         for flag, value in ADALORA.items():
             setattr(settings, flag, value)
         torch.manual_seed(1)
-        model = add_adapter(model, adapter_config(settings), "--lora_target_modules")
+        model = add_adapter(model, adapter_config(settings), settings, tokenizer=None)
     return model
 
 

@@ -1,0 +1,168 @@
+"""Prompt, prefix and P-tuning: virtual tokens before each text, in every form of rows, saved, resumed, refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from resuming import CARD, CPU, essence, script_flags, start, zero
+from running import log_history, losses, run, run_many
+from short_runs import common
+from tiny_models import CAUSAL, VOCABULARY, tiny_model
+
+from gaudi_lm.architectures import packable
+from gaudi_lm.data.packing import PackedCollator, pack_sequences
+from gaudi_lm.errors import UserError
+from gaudi_lm.modeling.loss import install_token_loss
+from gaudi_lm.modeling.virtual_tokens import check_virtual_tokens, install_virtual_tokens, virtual_token_config
+
+torch.set_num_threads(1)
+KINDS = ("prompt_tuning", "prefix_tuning", "p_tuning")
+FEW = ["--num_virtual_tokens", 5, "--encoder_hidden_size", 32]
+
+
+def flags(kind: str, *more) -> list:
+    return ["--do_train", "--do_eval", "--peft_type", kind, *FEW, *more]
+
+
+def run_and_read(output, instructions, *more, env=None) -> tuple[dict, list[float], str]:
+    done = run("run_lora_clm.py", *common(instructions, output), *more, env=env)
+    found = json.loads((output / "all_results.json").read_text())
+    return found, losses(output) if "--do_train" in more else [], done.stderr
+
+
+CARDS = {
+    "cpu": (CPU, {}),
+    "lazy": (CARD, {"GAUDI_SIMULATOR": "1"}),
+    "eager": (["--use_habana", "--use_lazy_mode", "False"], {"GAUDI_SIMULATOR": "1"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ["--pad_to_max_length", "--pack_sequences"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_cards_and_rows_give_the_same_losses(instructions, tmp_path, kind, rows):
+    """Packed texts see the virtual tokens and themselves: the evaluation is that of padded rows, on each card."""
+    found = {}
+    for card, (card_flags, env) in CARDS.items():
+        more = flags(kind, "--max_steps", 4, "--learning_rate", 0.01, *card_flags, rows)
+        found[card] = run_and_read(tmp_path / card, instructions, *more, env=env)
+        assert found[card][1] == pytest.approx(found["cpu"][1], rel=1e-4), card
+        assert found[card][0]["eval_loss"] == pytest.approx(found["cpu"][0]["eval_loss"], rel=1e-4)
+    other = ["--pack_sequences"] if rows == "--pad_to_max_length" else []
+    adapter = ["--do_eval", "--adapter_name_or_path", tmp_path / "cpu", *CPU, *other]
+    again = run_and_read(tmp_path / "again", instructions, *adapter)[0]
+    assert again["eval_loss"] == pytest.approx(found["cpu"][0]["eval_loss"], rel=1e-5)
+    assert again["eval_accuracy"] == pytest.approx(found["cpu"][0]["eval_accuracy"], rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", [name for name in packable(patched=False) if name in CAUSAL])
+@pytest.mark.parametrize("kind", ["prompt_tuning", "prefix_tuning"])
+def test_each_packed_text_has_the_loss_and_gradient_it_has_alone(model_type, kind):
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in (9, 17, 4, 23, 5, 12, 30)]
+    packed = pack_sequences(Dataset.from_dict({"input_ids": [text.tolist() for text in texts]}), 40)
+    rows = list(packed.with_format("numpy"))
+    models = []
+    for _ in range(2):
+        model, config = tiny_model(model_type), virtual_token_config(kind, 5, 32)
+        if kind == "prefix_tuning" and model_type in ("falcon", "gpt_neox", "persimmon"):
+            with pytest.raises(UserError, match="cannot tell the shape of the keys of this "):
+                check_virtual_tokens(model, config)
+            return
+        check_virtual_tokens(model, config)
+        model = get_peft_model(model, config)
+        with torch.no_grad():
+            for weight in model.prompt_encoder.parameters():
+                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+        install_virtual_tokens(model)
+        install_token_loss(model, "causal")
+        models.append(model)
+    together, alone = models
+    output = together(**PackedCollator.for_model(together, 1, 40)(rows))
+    assert output.count.item() == sum(len(text) - 1 for text in texts)
+    output.loss.backward()
+    total = 0.0
+    for text in texts:
+        ids = text.unsqueeze(0)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        single = alone(**inputs, num_items_in_batch=output.count)
+        single.loss.backward()
+        total += single.loss_sum.item()
+    assert output.loss_sum.item() == pytest.approx(total, rel=1e-5)
+    (one,), (other,) = (list(model.prompt_encoder.parameters()) for model in models)
+    assert other.grad.norm() > 0 and (one.grad - other.grad).norm() <= 1e-4 * other.grad.norm()
+
+
+PLACES = {"cpu": (1, CPU), "two cards": (2, CARD), "zero": (2, [*CARD, *zero(2)])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_run_goes_on_exactly(assets, masked_assets, instructions, tmp_path, kind, place):
+    ranks, card = PLACES[place]
+    base = script_flags("run_lora_clm.py", assets, masked_assets, instructions)
+    base += ["--peft_type", kind, *FEW, *card]
+    start("run_lora_clm.py", ranks, tmp_path / "whole", *base)
+    start(
+        "run_lora_clm.py", ranks, tmp_path / "again", *base,
+        "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-3",
+    )  # fmt: skip
+    weights, log = essence(tmp_path / "whole")
+    again, later = essence(tmp_path / "again")
+    assert "adapter_model.safetensors" in weights and ("prompt_encoder.safetensors" in weights) == (kind == "p_tuning")
+    assert again == weights
+    assert later[-len(log) + 1 :] == log[1:] or later == log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_adapter_loads_elsewhere_and_is_trained_further(instructions, tmp_path, kind):
+    """Three steps, saved, and three more from there give what evaluation of the saved one began from."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    train = ["--max_steps", 3, "--learning_rate", 0.01, *CPU]
+    text = ["--prompt_tuning_init_text", "Answer the question"] if kind == "prompt_tuning" else []
+    more = ["--generate", "What is", "--lr_scheduler_type", "constant", *text]
+    done, _, log = run_and_read(tmp_path / "first", instructions, *flags(kind, *train, *more))
+    assert f"{kind} adapter, trainable params: " in log and "'What is' -> " in log
+    elsewhere = shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(instructions.llama), elsewhere)
+    assert loaded.active_peft_config.num_virtual_tokens == 5
+    further = ["--adapter_name_or_path", tmp_path / "first", "--eval_on_start", "--do_train", "--do_eval", *train]
+    then, _, _ = run_and_read(tmp_path / "then", instructions, *further)
+    began = [row["eval_loss"] for row in log_history(tmp_path / "then") if "eval_loss" in row][0]
+    assert began == pytest.approx(done["eval_loss"], rel=1e-5) and then["eval_loss"] < began
+
+
+def test_what_virtual_tokens_cannot_do_is_refused(instructions, tmp_path):
+    prompt = ["--do_train", "--peft_type", "prompt_tuning"]
+    cases = {
+        "merged": ([*prompt, "--merge_adapter"], "error: --merge_adapter: prompt_tuning adds tokens"),
+        "none": ([*prompt, "--num_virtual_tokens", 0], "error: --num_virtual_tokens 0"),
+        "positions": ([*prompt, "--num_virtual_tokens", 100000], "error: --num_virtual_tokens 100000: "),
+        "text": ([*prompt, "--prompt_tuning_init_text", ""], "error: --prompt_tuning_init_text ''"),
+        "text of others": (
+            ["--do_train", "--prompt_tuning_init_text", "a"], "--prompt_tuning_init_text: only with --peft_type prompt"
+        ),
+        "checkpointing": (
+            ["--do_train", "--peft_type", "prefix_tuning", "--gradient_checkpointing"],
+            "error: --gradient_checkpointing: prefix_tuning keeps",
+        ),
+    }  # fmt: skip
+    runs = {name: [*common(instructions, tmp_path / name), *CPU, *more] for name, (more, _) in cases.items()}
+    for name, (status, log) in run_many("run_lora_clm.py", runs, tmp_path).items():
+        assert status == 2 and cases[name][1] in log and "Traceback" not in log, (name, log)
+        assert not (tmp_path / name).exists()
+
+
+def test_a_dry_run_counts_the_virtual_tokens(instructions, tmp_path):
+    for kind in KINDS:
+        more = [*flags(kind), "--dry_run", *CPU]
+        done = run("run_lora_clm.py", *common(instructions, tmp_path / kind), *more)
+        assert "it fits: " in done.stdout, done.stdout
+        assert not (tmp_path / kind).exists()
