@@ -161,10 +161,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(model_args)
     for example_format in formats.values():
         check_tokenizer(example_format, tokenizer, data_args.train_on_inputs)
+    parts, virtual = training_args.context_parallel_size, virtual_tokens(model_args.adapter_name_or_path, adapter)
     max_length = length_limit(
-        "--max_seq_length", data_args.max_seq_length, tokenizer, config,
-        parts=training_args.context_parallel_size, before=virtual_tokens(model_args.adapter_name_or_path, adapter),
-    )  # fmt: skip
+        "--max_seq_length", data_args.max_seq_length, tokenizer, config, parts=parts, virtual_tokens=virtual
+    )
 
     # Preprocessing
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}

@@ -71,10 +71,9 @@ def check_together(args) -> None:
     check_reporters(args.report_to)
     _check_scheduler(args)
     _check_accelerator(read_mapping("accelerator_config", args.accelerator_config, is_file=True) or {})
-    read_mapping("fsdp_config", args.fsdp_config, is_file=True)
     _check_checkpointing(read_mapping("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs, False))
     _check_deepspeed(args, read_mapping("deepspeed", args.deepspeed, is_file=True))
-    _check_fsdp(args)
+    _check_fsdp(args, read_mapping("fsdp_config", args.fsdp_config, is_file=True) or {})
     check_context_parallel(args)
     _check_best_model(args)
     _check_compile(args)
@@ -140,13 +139,16 @@ def _check_deepspeed(args, config: dict | None) -> None:
         raise UserError("--deepspeed and --fsdp exclude each other: both split the model's state over ranks")
 
 
-def _check_fsdp(args) -> None:
+def _check_fsdp(args, config: dict) -> None:
     if not isinstance(args.fsdp, str):
         return
     known = [option.value for option in FSDPOption]
     for word in args.fsdp.split():
         if word not in known:
             raise UserError(f"--fsdp {word}: {unknown(word, known)}")
+    for name in ("state_dict_type", "fsdp_state_dict_type"):
+        if (kind := config.get(name, "FULL_STATE_DICT")) != "FULL_STATE_DICT":
+            raise UserError(f"--fsdp_config: {name} {kind}: weights are saved whole, by FULL_STATE_DICT; leave it out")
     if args.fsdp and not any(name in os.environ for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")):
         raise UserError("--fsdp: it splits a model over ranks, which a launcher starts: gaudi_spawn.py --world_size N")
 

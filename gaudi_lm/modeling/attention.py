@@ -122,9 +122,5 @@ def check_parts_of_rows(
         heads = getattr(config, name)
         if heads % size:
             raise UserError(f"{flag} does not divide the {heads} {name[4:].replace('_', ' ')} of the model")
-    if isinstance(model, PeftModel) and (
-        model.active_peft_config.is_prompt_learning or model.peft_type == "ADAPTION_PROMPT"
-    ):
-        raise UserError(f"{flag}: --peft_type {model.peft_type.lower()} puts tokens in front of every part of a row")
     if own_figures:
         raise UserError(f"{flag}: a loss_func or compute_metrics of a script's own would see parts of rows")

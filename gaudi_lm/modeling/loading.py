@@ -262,7 +262,7 @@ def length_limit(
     config: PretrainedConfig,
     default: int = 1024,
     parts: int = 1,
-    before: int = 0,
+    virtual_tokens: int = 0,
 ) -> int:
     """The block length: what was asked for, within the tokenizer's and the model's limits; each reduction is logged.
 
@@ -270,10 +270,11 @@ def length_limit(
         flag: ``--block_size`` or ``--max_seq_length``, for the messages.
         wanted: the flag's value, or None for the largest that the limits and ``default`` allow.
         parts: of a row, by ``--context_parallel_size``.
-        before: virtual tokens, which take positions of the model.
+        virtual_tokens: before each text; they take positions of the model.
 
     Raises:
-        UserError: a length below 1, or not a multiple of the square of ``parts``.
+        UserError: a length below 1, virtual tokens that leave no positions, or a length that is no multiple of the
+            square of ``parts``.
     """
     if wanted is not None and wanted < 1:
         raise UserError(f"{flag} {wanted}: it must be at least 1")
@@ -281,7 +282,10 @@ def length_limit(
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         # RoBERTa's positions start after the padding index, so two of them are never used.
-        limits["the model's positions"] = positions - architecture_of(config).position_of_first_token(config) - before
+        limits["the model's positions"] = positions - architecture_of(config).position_of_first_token(config)
+        if virtual_tokens and virtual_tokens >= limits["the model's positions"]:
+            raise UserError(f"--num_virtual_tokens {virtual_tokens}: the model has {positions} positions")
+        limits["the model's positions"] -= virtual_tokens
     length = wanted
     if length is None:
         length = min(*limits.values(), default)
@@ -291,8 +295,6 @@ def length_limit(
         if length > limit:
             logger.warning("%s: reduced from %d to %d, %s", flag, length, limit, name)
             length = limit
-    if length < 1:
-        raise UserError(f"--num_virtual_tokens {before}: the model has no positions for more")
     if length % parts**2:  # DeepSpeed exchanges equal parts of a part
         raise UserError(f"--context_parallel_size {parts}: {flag} {length} is no multiple of {parts**2}")
     return length

@@ -19,6 +19,7 @@ import transformers.modeling_utils
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import PeftModel, tuners
+from peft.tuners import tuners_utils
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import DefaultDeviceType, checkpoint
@@ -51,6 +52,7 @@ def patch_libraries(device_type: str) -> None:
     """What is changed in this process as a whole, for a run on ``cpu`` or ``hpu``; repeating it changes nothing."""
     keep_pickled_weights()
     set_checkpoint_device(device_type)
+    find_adapters_in_shards()
     if device_type == "hpu":
         patch_adapter_layers()
 
@@ -162,6 +164,23 @@ def ignore_missing_mask(model: PreTrainedModel) -> None:
 
 def _no_warning(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
     pass
+
+
+@_needed_in("peft", "0.21")
+def find_adapters_in_shards() -> None:
+    """Let peft find the weights of an adapter in layers that FSDP wraps: it would save an adapter without any.
+
+    It looks for the names of modules, into which FSDP puts its own, among those of the state, where they are not.
+    """
+    found = tuners_utils._get_tuner_state_dict_key_prefixes
+    if hasattr(found, "__wrapped__"):
+        return
+
+    @functools.wraps(found)
+    def without_wrappers(*args, **kwargs) -> set[str]:
+        return {prefix.replace("_fsdp_wrapped_module.", "") for prefix in found(*args, **kwargs)}
+
+    tuners_utils._get_tuner_state_dict_key_prefixes = without_wrappers
 
 
 @_needed_in("peft", "0")

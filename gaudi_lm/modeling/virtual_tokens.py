@@ -56,21 +56,31 @@ def virtual_token_config(kind: str, number: int, hidden_size: int) -> PeftConfig
 
 
 def check_virtual_tokens(model: PreTrainedModel, config: PeftConfig) -> None:
-    """Refuse a model that cannot have them.
+    """Refuse a model that cannot have them; the keys of a prefix are checked when it is there.
 
     Raises:
-        UserError: it takes no vectors in place of tokens, or peft cannot tell the shape of its keys.
+        UserError: it takes no vectors in place of tokens, or they are narrower than its layers.
     """
-    settings, kind = model.config, config.peft_type.lower()
-    if config.peft_type != PeftType.PREFIX_TUNING:
-        if "inputs_embeds" not in inspect.signature(model.forward).parameters:
-            raise UserError(f"--peft_type {kind}: {settings.model_type} takes tokens only")
+    if config.peft_type == PeftType.PREFIX_TUNING:
         return
-    width = settings.hidden_size // settings.num_attention_heads
-    unlike = (getattr(settings, "head_dim", None) or width) != width
-    if unlike or settings.model_type == "falcon" or getattr(settings, "num_key_value_heads", 1) is None:
+    settings, kind = model.config, config.peft_type.lower()
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        raise UserError(f"--peft_type {kind}: {settings.model_type} takes tokens only")
+    if (width := model.get_input_embeddings().embedding_dim) != settings.hidden_size:
         raise UserError(
-            f"--peft_type {kind}: peft cannot tell the shape of the keys of this {settings.model_type}; choose "
+            f"--peft_type {kind}: embeddings of {width} features in a model of {settings.hidden_size} are not those "
+            "that peft makes; choose prefix_tuning"
+        )
+
+
+def _check_keys(model: PeftModel) -> None:
+    """Refuse a prefix whose keys, as peft made them, are not as wide as the model's."""
+    settings = model.get_base_model().config
+    heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    if settings.model_type == "falcon" or model.active_peft_config.token_dim != heads * width:
+        raise UserError(
+            f"--peft_type prefix_tuning: peft cannot tell the shape of the keys of this {settings.model_type}; choose "
             "prompt_tuning or p_tuning"
         )
 
@@ -111,9 +121,15 @@ def begin_with_text(model: PeftModel, text: str, tokenizer: PreTrainedTokenizerB
 
 
 def install_virtual_tokens(model: PeftModel) -> None:
-    """Replace the forward pass that has labels; without labels, as in generation, peft's own runs."""
+    """Replace the forward pass that has labels; without labels, as in generation, peft's own runs.
+
+    Raises:
+        UserError: a prefix for a model whose keys have another shape.
+    """
     base = model.get_base_model()
     prefix = model.peft_type == PeftType.PREFIX_TUNING
+    if prefix:
+        _check_keys(model)
     original = type(model).forward
     cached = prefix and is_patched(base)  # optimum-habana's causal mask forgets the keys that are there already
     additive = architecture_of(base.config).adds_patched_mask

@@ -218,7 +218,7 @@ def _missing(folder: Path) -> list[str]:
         for kind in ("model_states", "optim_states"):
             if not any(deepspeed[-1].glob(f"*{kind}.pt")):
                 found.append(f"{deepspeed[-1].name}/*_{kind}.pt is missing")
-    elif "optimizer.pt" not in names:
+    elif not names & {"optimizer.pt", "optimizer.bin", "optimizer_0/.metadata"}:  # the latter two are of FSDP
         found.append("optimizer.pt is missing")
     if not deepspeed and "scheduler.pt" not in names:
         found.append("scheduler.pt is missing")

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 import torch
-from peft import PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -40,15 +39,19 @@ def check_base_model(model_args, peft_type: str, training_args: LMTrainingArgume
     kind = peft_type if name is None else saved_config(name).peft_type.lower()
     if kind == "prefix_tuning" and training_args.gradient_checkpointing:
         raise UserError("--gradient_checkpointing: prefix_tuning keeps keys and values, which it would drop")
-    if kind in KINDS and training_args.context_parallel_size > 1:
-        raise UserError(f"--context_parallel_size: {kind} puts its tokens before whole rows; leave one of them out")
+    if kind in (*KINDS, "llama-adapter", "adaption_prompt") and training_args.context_parallel_size > 1:
+        raise UserError(f"--context_parallel_size: {kind} puts its tokens before every part of a row")
+    if kind in KINDS and (is_deepspeed_zero3_enabled() or training_args.fsdp):
+        raise UserError(f"--peft_type {kind}: not with ZeRO-3 or FSDP, which divide virtual tokens; use ZeRO-1 or 2")
     if not model_args.merge_adapter:
         return
     if name is None and not training_args.do_train:
         raise UserError("--merge_adapter: no adapter; give --adapter_name_or_path, or --do_train to make one")
+    if training_args.fsdp:
+        raise UserError("--merge_adapter: not with FSDP, which divides the weights; merge afterwards, on one card")
     if kind in KINDS:
         raise UserError(f"--merge_adapter: {kind} adds tokens before each text, which no weight can hold")
-    if kind in ("llama-adapter", PeftType.ADAPTION_PROMPT.lower()):
+    if kind in ("llama-adapter", "adaption_prompt"):
         raise UserError("--merge_adapter: a llama-adapter is a part of attention, which no weight can hold")
 
 

@@ -116,7 +116,7 @@ class Resumption:
             "flags": decisive_flags(args),
             "ranks": args.world_size,
             "zero_stage": zero_stage(args),
-            "model": model_digest(trainer.model),
+            "model": trainer.model_digest,
             "optimizer": trainer.resumption.optimizer,
             "data": trainer.data_digest,
             "rows": len(dataset) if isinstance(dataset, datasets.Dataset) else None,
@@ -156,7 +156,7 @@ class Resumption:
         }
         if args.world_size != run["ranks"]:
             self.changed["world_size"] = (run["ranks"], args.world_size)
-        if model_digest(trainer.model) != run["model"]:
+        if trainer.model_digest != run["model"]:
             raise UserError(
                 f"{self.checkpoint}: the weights that are trained have other names or shapes now"
                 f"{self._listed()}; continue with the same model, or choose another --output_dir"

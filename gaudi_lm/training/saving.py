@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from optimum.habana import GaudiTrainer
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -29,7 +30,7 @@ from gaudi_lm.training import checkpoints
 from gaudi_lm.training.agreement import from_main, gather
 from gaudi_lm.training.hub import HubUploads
 from gaudi_lm.training.resume import clear_the_way
-from gaudi_lm.training.resumed_state import Resumption, data_digest
+from gaudi_lm.training.resumed_state import Resumption, data_digest, model_digest
 from gaudi_lm.training.signals import SaveOnSignal, begin_loading
 
 logger = logging.getLogger("gaudi_lm")
@@ -104,6 +105,11 @@ class ResumableTrainer(GaudiTrainer):
         """Tells the training data from others; see :func:`gaudi_lm.training.resumed_state.data_digest`."""
         return data_digest(self.train_dataset)
 
+    @functools.cached_property
+    def model_digest(self) -> str:
+        """Tells the weights that are trained from others; read before FSDP flattens them."""
+        return model_digest(self.model)
+
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         output = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
@@ -111,6 +117,15 @@ class ResumableTrainer(GaudiTrainer):
         self.resumption = Resumption.of(
             self, None if resume_from_checkpoint in (True, False) else resume_from_checkpoint
         )
+        if self.is_fsdp_enabled and self.args.torch_compile and self.resumption.checkpoint is not None:
+            # accelerate 1.10 loads it on the first rank alone, which waits for the others for ever.
+            raise UserError(
+                f"--resume_from_checkpoint {self.resumption.checkpoint}: a compiled FSDP model cannot be resumed; "
+                "begin anew from its weights, or leave out --torch_compile in the whole run"
+            )
+        _ = self.model_digest
+        if self._shards_adapter and self.args.load_best_model_at_end:
+            raise UserError("--load_best_model_at_end: FSDP cannot load an adapter into its shards; leave it out")
         if self.args.should_save:
             clear_the_way(output, self.resumption.step, remove=self.args.overwrite_output_dir)
         with self.signals.watching() if self.args.save_on_signal else contextlib.nullcontext():
@@ -122,7 +137,19 @@ class ResumableTrainer(GaudiTrainer):
         with self.loading:
             if self.resumption.checkpoint is not None:
                 self.loading.enter_context(checkpoints.data_only())  # until training begins
+                if self._shards_adapter:
+                    weights = load_peft_weights(self.resumption.checkpoint, device="cpu")
+                    set_peft_model_state_dict(self.model, weights)
             return super()._inner_training_loop(batch_size, *args, **kwargs)
+
+    @property
+    def _shards_adapter(self) -> bool:
+        return self.is_fsdp_enabled and isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # peft 0.21 finds no names of an adapter in the state of an FSDP model on other ranks than the first.
+        if not self._shards_adapter:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def init_hf_repo(self, token: str | None = None) -> None:
         """Nothing: a repository is made with the first upload, so that training needs no network."""
@@ -158,6 +185,8 @@ class ResumableTrainer(GaudiTrainer):
     def _save(self, output_dir=None, state_dict=None):
         if state_dict is None and self.args.device.type == "hpu":
             state_dict = host_copies(self.model.state_dict(keep_vars=True))
+        if self.is_fsdp_enabled:  # whose state has the names of a compiled model
+            state_dict = {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}
         super()._save(output_dir, state_dict)
         save_encoder(self.model, output_dir or self.args.output_dir)
 

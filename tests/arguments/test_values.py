@@ -105,6 +105,7 @@ REFUSED = {
     '--accelerator_config {"split_batches":true}': ["--accelerator_config", "split_batches"],
     '--gradient_checkpointing --gradient_checkpointing_kwargs {"use_rentrant":true}': ["did you mean use_reentrant"],
     '--gradient_checkpointing_kwargs {"use_reentrant":true}': ["needs --gradient_checkpointing"],
+    '--fsdp full_shard --fsdp_config {"state_dict_type":"SHARDED_STATE_DICT"}': ["--fsdp_config", "FULL_STATE_DICT"],
     "--torch_compile_backend nonsense": ["--torch_compile_backend nonsense", "inductor"],
     "--torch_compile --torch_compile_mode nonsense": ["--torch_compile_mode nonsense", "max-autotune"],
     "--half_precision_backend cpu_amp --fp16": ["--fp16", "--bf16"],
@@ -151,14 +152,14 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
         _check_deepspeed(Flags, read_mapping("deepspeed", str(config), is_file=True))
     Flags.fsdp = "full_shard auto_wrap"
     with pytest.raises(UserError, match=r"^--fsdp: .*gaudi_spawn.py"):
-        _check_fsdp(Flags)
+        _check_fsdp(Flags, {})
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UserError, match="--deepspeed and --fsdp exclude"):
         _check_deepspeed(Flags, {})
-    _check_fsdp(Flags)
+    _check_fsdp(Flags, {})
     Flags.fsdp = "ful_shard"
     with pytest.raises(UserError, match="--fsdp ful_shard: unknown; did you mean full_shard"):
-        _check_fsdp(Flags)
+        _check_fsdp(Flags, {})
     for text, words in (("{", "not valid JSON"), ("[1]", "a list, not a mapping")):
         config.write_text(text)
         with pytest.raises(UserError, match=words):

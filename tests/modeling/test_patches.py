@@ -17,7 +17,8 @@ import transformers.modeling_utils
 from optimum.habana import GaudiTrainer
 from optimum.habana.accelerate import GaudiAccelerator
 from optimum.habana.transformers.trainer import _get_input_update_settings
-from peft import AdaLoraConfig, AdaptionPromptConfig, get_peft_model
+from peft import AdaLoraConfig, AdaptionPromptConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners import tuners_utils
 from peft.tuners.adalora import SVDLinear
 from peft.tuners.adaption_prompt import AdaptedAttention
 from running import ROOT
@@ -54,7 +55,9 @@ def test_importing_the_suite_patches_nothing():
     code = [
         "import torch, transformers.modeling_utils, peft",
         "attention, layer = peft.tuners.adaption_prompt.AdaptedAttention, peft.tuners.adalora.SVDLinear",
+        "import peft.tuners.tuners_utils",
         "places = [torch.nn.functional, transformers.modeling_utils, transformers.GenerationConfig, attention, layer]",
+        "places.append(peft.tuners.tuners_utils)",
         "before = [dict(vars(place)) for place in places]",
         *(f"import {'.'.join(module.parts)}" for module in modules),
         "for place, names in zip(places, before):",
@@ -162,3 +165,18 @@ def test_bf16_on_the_cpu_is_turned_off_again():
     source = inspect.getsource(GaudiTrainer.__init__)
     assert source.index("self.use_cpu_amp = True") < source.index("super().__init__(")
     assert "self.use_cpu_amp = False" in inspect.getsource(Trainer.__init__)
+
+
+def test_an_adapter_in_layers_that_fsdp_wraps_is_saved_empty(monkeypatch):
+    found = inspect.unwrap(tuners_utils._get_tuner_state_dict_key_prefixes)
+    monkeypatch.setattr(tuners_utils, "_get_tuner_state_dict_key_prefixes", found)
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    state = adapted.state_dict()
+    layers = adapted.get_base_model().model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = torch.nn.Module()  # as FSDP does, whose state has the names from before
+        layers[index]._fsdp_wrapped_module = layer
+    assert not get_peft_model_state_dict(adapted, state)
+    patches.find_adapters_in_shards()
+    patches.find_adapters_in_shards()
+    assert len(get_peft_model_state_dict(adapted, state)) == 2 * len(layers)

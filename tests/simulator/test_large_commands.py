@@ -18,6 +18,7 @@ from cards import card_environment
 from documentation import large_commands
 from hub.server import Hub
 from running import ROOT, losses, results, run_ranks
+from safetensors.torch import load_file
 
 from gaudi_lm.launcher.launch import make_parser, parse
 
@@ -79,6 +80,9 @@ def test_large_command(name: str, large_hub: Hub, home: Path, tmp_path: Path):
     if name in LEARNS:
         assert len(found) > 1 and found[-1] < found[0] and figures["eval_loss"] < math.inf
     weights = "adapter_model" if script == "run_lora_clm.py" else "model"
-    assert (output / f"{weights}.safetensors").is_file() and (output / "README.md").is_file()
+    saved = load_file(output / f"{weights}.safetensors")
+    trained = [value for name, value in saved.items() if weights == "model" or "lora_B" in name]
+    assert trained and all(value.abs().sum() > 0 for value in trained)  # lora_B begins with zeros
+    assert (output / "README.md").is_file()
     # The hub's viewer has a host name of its own, which `datasets` makes up from the hub's.
     assert [one for one in large_hub.escapes if "//datasets-server." not in one] == []

@@ -167,6 +167,21 @@ def run_many(script: str, cases: dict[str, list[str]], folder: Path) -> dict[str
     return found
 
 
+def check_refused(script: str, cases: dict[str, tuple[list, str]], more: list, folder: Path, output: Path) -> None:
+    """Each case ends with exit code 2 and one line that has its words, and nothing is written into ``output``.
+
+    Args:
+        cases: flags and words by name.
+        more: flags of all.
+    """
+    found = run_many(script, {name: [*flags, *more] for name, (flags, _) in cases.items()}, folder)
+    for name, (code, stderr) in found.items():
+        line = stderr.strip().splitlines()[-1]
+        assert code == 2 and line.startswith("error: ") and cases[name][1] in line, f"{name}: {code} {stderr}"
+        assert "Traceback" not in stderr
+    assert not output.exists() or not list(output.iterdir())
+
+
 def load_elsewhere(*cases: tuple[str, Path, Path | None]) -> None:
     """Load models and tokenizers by transformers and peft alone, and use them, in a process that has no gaudi_lm.
 

@@ -12,6 +12,7 @@ _LLAMA_LIKE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+_MULTI_HEAD = {name: value for name, value in _LLAMA_LIKE.items() if name != "num_key_value_heads"}
 _GPT2_LIKE = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128}
 _BERT_LIKE = {
     "hidden_size": 32,
@@ -39,7 +40,7 @@ CAUSAL = {
         "attention_types": [[["global", "local"], 1]],
         "max_position_embeddings": 128,
     },
-    "gpt_neox": {**_LLAMA_LIKE, "num_key_value_heads": None},
+    "gpt_neox": _MULTI_HEAD,
     "gptj": {**_GPT2_LIKE, "rotary_dim": 4},
     "granite": {**_LLAMA_LIKE, "logits_scaling": 4.0},
     "llama": _LLAMA_LIKE,
@@ -56,7 +57,7 @@ CAUSAL = {
         "word_embed_proj_dim": 16,
         "max_position_embeddings": 128,
     },
-    "persimmon": {**_LLAMA_LIKE, "num_key_value_heads": None},
+    "persimmon": _MULTI_HEAD,
     "phi": _LLAMA_LIKE,
     "phi3": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
