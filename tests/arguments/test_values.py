@@ -105,7 +105,6 @@ REFUSED = {
     '--accelerator_config {"split_batches":true}': ["--accelerator_config", "split_batches"],
     '--gradient_checkpointing --gradient_checkpointing_kwargs {"use_rentrant":true}': ["did you mean use_reentrant"],
     '--gradient_checkpointing_kwargs {"use_reentrant":true}': ["needs --gradient_checkpointing"],
-    '--fsdp full_shard --fsdp_config {"state_dict_type":"SHARDED_STATE_DICT"}': ["--fsdp_config", "FULL_STATE_DICT"],
     "--torch_compile_backend nonsense": ["--torch_compile_backend nonsense", "inductor"],
     "--torch_compile --torch_compile_mode nonsense": ["--torch_compile_mode nonsense", "max-autotune"],
     "--half_precision_backend cpu_amp --fp16": ["--fp16", "--bf16"],
@@ -157,6 +156,8 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
     with pytest.raises(UserError, match="--deepspeed and --fsdp exclude"):
         _check_deepspeed(Flags, {})
     _check_fsdp(Flags, {})
+    with pytest.raises(UserError, match="--fsdp_config: state_dict_type SHARDED_STATE_DICT: .*FULL_STATE_DICT"):
+        _check_fsdp(Flags, {"state_dict_type": "SHARDED_STATE_DICT"})
     Flags.fsdp = "ful_shard"
     with pytest.raises(UserError, match="--fsdp ful_shard: unknown; did you mean full_shard"):
         _check_fsdp(Flags, {})
