@@ -16,21 +16,8 @@ from gaudi_lm.device import choose_card, run_script
 
 choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
 
-import numpy as np
-import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-
-from gaudi_lm.arguments.context_parallel import data_ranks
 from gaudi_lm.arguments.definitions import DataArguments, LMTrainingArguments, ModelArguments
-from gaudi_lm.arguments.parsing import parse
-from gaudi_lm.data.blocks import group_into_blocks, tokenise
-from gaudi_lm.data.columns import text_column
-from gaudi_lm.data.loading import load_raw
-from gaudi_lm.data.streams import StreamedBlocks, rank_share
-from gaudi_lm.modeling.loading import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
-from gaudi_lm.training.outputs import find_checkpoint, report, save, set_up, write_card
-from gaudi_lm.training.trainer import build_trainer
+from gaudi_lm.arguments.parsing import check_flags_of_script, parse
 
 
 @dataclass
@@ -46,6 +33,24 @@ class ScriptArguments:
     block_size: int | None = field(
         default=None, metadata={"help": "Tokens in a block; by default what the model takes, 1024 at most."}
     )
+
+
+ARGUMENTS = (ModelArguments, DataArguments, ScriptArguments, LMTrainingArguments)
+check_flags_of_script(__name__, *ARGUMENTS)  # a wrong flag ends the run here, before slow imports
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from gaudi_lm.arguments.context_parallel import data_ranks
+from gaudi_lm.data.blocks import group_into_blocks, tokenise
+from gaudi_lm.data.columns import text_column
+from gaudi_lm.data.loading import load_raw
+from gaudi_lm.data.streams import StreamedBlocks, rank_share
+from gaudi_lm.modeling.loading import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
+from gaudi_lm.training.outputs import find_checkpoint, report, save, set_up, write_card
+from gaudi_lm.training.trainer import build_trainer
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -73,9 +78,7 @@ def make_blocks(
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns all metrics."""
     # Arguments
-    model_args, data_args, script_args, training_args = parse(
-        argv, ModelArguments, DataArguments, ScriptArguments, LMTrainingArguments
-    )
+    model_args, data_args, script_args, training_args = parse(argv, *ARGUMENTS)
     data_args.check(training_args.max_steps)
 
     # Set-up

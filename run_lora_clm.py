@@ -19,20 +19,9 @@ from gaudi_lm.device import UserError, choose_card, run_script
 
 choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
 
-from transformers import AutoModelForCausalLM
-
+from gaudi_lm.arguments.adapters import AdapterArguments
 from gaudi_lm.arguments.definitions import DataArguments, LMTrainingArguments, ModelArguments
-from gaudi_lm.arguments.parsing import parse
-from gaudi_lm.data.instructions import collate_examples, tokenise_examples
-from gaudi_lm.data.loading import load_raw
-from gaudi_lm.data.packing import PackedCollator, pack_sequences
-from gaudi_lm.data.prompts import check_tokenizer, find_format
-from gaudi_lm.data.ragged import padded_lengths
-from gaudi_lm.modeling.adapters import AdapterArguments, adapter_config, add_adapter, load_adapter, virtual_tokens
-from gaudi_lm.modeling.loading import length_limit, load_config, load_model, load_tokenizer
-from gaudi_lm.training.merging import check_base_model, save_merged
-from gaudi_lm.training.outputs import find_checkpoint, report, save, set_up, write_card
-from gaudi_lm.training.trainer import build_trainer
+from gaudi_lm.arguments.parsing import check_flags_of_script, parse
 
 # The prompts of Stanford Alpaca (Taori et al. 2023), which many instruction models were tuned with.
 WITH_INPUT = (
@@ -101,13 +90,9 @@ class LoraDataArguments(DataArguments):
     input_column_name: str | None = field(
         default=None, metadata={"help": "Column of the inputs that go with them, if not `input`."}
     )
-    output_column_name: str | None = field(
-        default=None, metadata={"help": "Column of the responses, if not `output`."}
-    )
+    output_column_name: str | None = field(default=None, metadata={"help": "Column of responses, if not `output`."})
     dataset_seed: int = field(default=42, metadata={"help": "Seed of the split by --validation_split_percentage."})
-    dataset_cache_directory: str | None = field(
-        default=None, metadata={"help": "Where datasets are cached; by default as --cache_dir says."}
-    )
+    dataset_cache_directory: str | None = field(default=None, metadata={"help": "As --cache_dir, for datasets only."})
     keep_in_memory: bool = field(default=False, metadata={"help": "Keep tokenised data in memory, not on disk."})
     pack_sequences: bool = field(
         default=False, metadata={"help": "Pack several examples into a row of --max_seq_length, each kept apart."}
@@ -123,6 +108,23 @@ class LoraDataArguments(DataArguments):
                 raise UserError(f"--{left} and --{right} exclude each other")
 
 
+ARGUMENTS = (LoraModelArguments, LoraDataArguments, AdapterArguments, LMTrainingArguments)
+check_flags_of_script(__name__, *ARGUMENTS)  # a wrong flag ends the run here, before slow imports
+
+from transformers import AutoModelForCausalLM
+
+from gaudi_lm.data.instructions import collate_examples, tokenise_examples
+from gaudi_lm.data.loading import load_raw
+from gaudi_lm.data.packing import PackedCollator, pack_sequences
+from gaudi_lm.data.prompts import check_tokenizer, find_format
+from gaudi_lm.data.ragged import padded_lengths
+from gaudi_lm.modeling.adapters import adapter_config, add_adapter, load_adapter, virtual_tokens
+from gaudi_lm.modeling.loading import length_limit, load_config, load_model, load_tokenizer
+from gaudi_lm.training.merging import check_base_model, save_merged
+from gaudi_lm.training.outputs import find_checkpoint, report, save, set_up, write_card
+from gaudi_lm.training.trainer import build_trainer
+
+
 def format_example(row: dict[str, str], sql: bool = False) -> tuple[str, str]:
     """Prompt and response of a row, from its ``instruction``, ``input`` (blank where there is none) and ``output``."""
     template = SQL if sql else WITH_INPUT if row["input"].strip() else WITHOUT_INPUT
@@ -132,9 +134,7 @@ def format_example(row: dict[str, str], sql: bool = False) -> tuple[str, str]:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns all metrics."""
     # Arguments
-    model_args, data_args, adapter_args, training_args = parse(
-        argv, LoraModelArguments, LoraDataArguments, AdapterArguments, LMTrainingArguments
-    )
+    model_args, data_args, adapter_args, training_args = parse(argv, *ARGUMENTS)
     data_args.check(training_args.max_steps)
     check_base_model(model_args, adapter_args.peft_type, training_args)
     adapter = adapter_config(adapter_args)

@@ -18,23 +18,8 @@ from gaudi_lm.device import UserError, choose_card, run_script
 
 choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
 
-import pyarrow as pa
-from datasets import Dataset
-from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
-
 from gaudi_lm.arguments.definitions import DataArguments, LMTrainingArguments, ModelArguments
-from gaudi_lm.arguments.parsing import parse
-from gaudi_lm.data.blocks import group_into_blocks, map_rows, to_list_array, tokenise
-from gaudi_lm.data.columns import text_column, texts_of
-from gaudi_lm.data.loading import load_raw
-from gaudi_lm.data.masked_token_budget import default_budget
-from gaudi_lm.data.masking import MaskingCollator, encode_lines, sequence_ends
-from gaudi_lm.data.packing import PackedCollator, pack_sequences
-from gaudi_lm.data.ragged import padded_lengths
-from gaudi_lm.data.streams import StreamedBlocks, StreamedLines, rank_share
-from gaudi_lm.modeling.loading import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
-from gaudi_lm.training.outputs import find_checkpoint, report, save, set_up, write_card
-from gaudi_lm.training.trainer import build_trainer
+from gaudi_lm.arguments.parsing import check_flags_of_script, parse
 
 EVALUATION_SEED = 2022  # of the masks of every evaluation, whatever --seed is
 
@@ -90,6 +75,26 @@ class ScriptArguments:
         return min(rows * self.max_predictions_per_seq, rows * length)
 
 
+ARGUMENTS = (ModelArguments, DataArguments, ScriptArguments, LMTrainingArguments)
+check_flags_of_script(__name__, *ARGUMENTS)  # a wrong flag ends the run here, before slow imports
+
+import pyarrow as pa
+from datasets import Dataset
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
+
+from gaudi_lm.data.blocks import group_into_blocks, map_rows, to_list_array, tokenise
+from gaudi_lm.data.columns import text_column, texts_of
+from gaudi_lm.data.loading import load_raw
+from gaudi_lm.data.masked_token_budget import default_budget
+from gaudi_lm.data.masking import MaskingCollator, encode_lines, sequence_ends
+from gaudi_lm.data.packing import PackedCollator, pack_sequences
+from gaudi_lm.data.ragged import padded_lengths
+from gaudi_lm.data.streams import StreamedBlocks, StreamedLines, rank_share
+from gaudi_lm.modeling.loading import fit_vocabulary, length_limit, load_config, load_model, load_tokenizer
+from gaudi_lm.training.outputs import find_checkpoint, report, save, set_up, write_card
+from gaudi_lm.training.trainer import build_trainer
+
+
 def make_blocks(
     texts: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -128,9 +133,7 @@ def make_lines(
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns all metrics."""
     # Arguments
-    model_args, data_args, script_args, training_args = parse(
-        argv, ModelArguments, DataArguments, ScriptArguments, LMTrainingArguments
-    )
+    model_args, data_args, script_args, training_args = parse(argv, *ARGUMENTS)
     data_args.check(training_args.max_steps)
     script_args.check(data_args.streaming)
 

@@ -22,6 +22,7 @@ BENCHMARKS = {
     "clm_limit": "causal",
     "eval_memory": "running",
     "startup": "running",
+    "answers": "running",
     "graphs": "running",
     "syncs": "running",
     "weak_scaling": "running",

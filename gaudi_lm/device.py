@@ -1,6 +1,6 @@
 """Which card a run uses, and the environment it needs before torch is imported.
 
-The scripts call :func:`choose_card` first, then import the rest; only its last step imports torch.
+The scripts call :func:`choose_card` first, then import the rest; nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -8,20 +8,19 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
-import importlib.metadata
 import importlib.util
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from gaudi_lm.config_files import expand_config_file
 from gaudi_lm.errors import UserError, user_errors
+from gaudi_lm.optimum_imports import import_in_parts
 
 
 def run_script(main: Callable[[], object]) -> None:
@@ -164,30 +163,6 @@ def add_stand_in() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([*paths, gaudi_simulator.STAND_IN])
 
 
-@contextmanager
-def answers_without_pip() -> Iterator[None]:
-    """While this is open, optimum-habana learns the version of Habana's plugin from its metadata.
-
-    optimum-habana 1.21 runs ``pip list`` when it is imported, and ``pip show`` with its models: seconds in every rank.
-    """
-    run = subprocess.run
-
-    def answer(command, *args, **kwargs) -> subprocess.CompletedProcess:
-        if isinstance(command, str) and "pip " in command and "habana-torch-plugin" in command:
-            with suppress(importlib.metadata.PackageNotFoundError):
-                version = importlib.metadata.version("habana-torch-plugin")
-                return subprocess.CompletedProcess(
-                    command, 0, f"habana-torch-plugin {version}\nVersion: {version}", ""
-                )
-        return run(command, *args, **kwargs)
-
-    subprocess.run = answer  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        subprocess.run = run
-
-
 def _card_flags(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     names = ("use_habana", "use_cpu", "use_lazy_mode", "torch_compile")
@@ -261,8 +236,7 @@ def choose_card(argv: list[str]) -> None:
         # Read when tqdm is imported: what is over in a moment needs no bar, and a file no bar ten times a second.
         os.environ.setdefault("TQDM_DELAY", "3")
         os.environ.setdefault("TQDM_MININTERVAL", "0.1" if sys.stderr.isatty() else "15")
-    with answers_without_pip():
-        importlib.import_module("optimum.habana")
+    import_in_parts()
 
 
 def set_up_logging(main_rank: bool, level: int | None = None, bars: bool = True) -> logging.Logger:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from optimum.habana import GaudiTrainingArguments
+from optimum.habana.transformers.training_args import GaudiTrainingArguments
 from transformers.utils.logging import get_log_levels_dict
 
 from gaudi_lm.arguments.consistency import check_together
@@ -18,8 +18,8 @@ from gaudi_lm.arguments.context_parallel import data_ranks
 from gaudi_lm.arguments.dry_runs import prepare_dry_run
 from gaudi_lm.arguments.gaudi_configs import resolve_gaudi_config
 from gaudi_lm.arguments.refusals import CARD_ONLY
-from gaudi_lm.device import answers_without_pip
 from gaudi_lm.errors import UserError
+from gaudi_lm.optimum_imports import answers_without_pip
 
 CARD_BACKEND = "hpu_backend"  # of torch.compile
 

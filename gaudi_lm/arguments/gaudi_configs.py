@@ -8,7 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from optimum.habana import GaudiConfig, GaudiTrainingArguments
+from optimum.habana.transformers.gaudi_configuration import GaudiConfig
+from optimum.habana.transformers.training_args import GaudiTrainingArguments
 
 from gaudi_lm.device import UserError
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 from gaudi_lm.errors import UserError, unknown
 
-# By value: the modules of which one must be importable, and what pip calls the package.
-REPORTERS: dict[str, tuple[tuple[str, ...], str]] = {name: ((name,), name) for name in INTEGRATION_TO_CALLBACK} | {
+# By value, where it is not both of: the modules of which one must be importable, and what pip calls the package.
+_REPORTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "azure_ml": (("azureml",), "azureml-mlflow"),
     "flyte": (("flytekit",), "flytekit"),
     "mlflow": (("mlflow",), "mlflow-skinny"),
     "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
 }
-
 _BITSANDBYTES = (("bitsandbytes",), "bitsandbytes")
 # By the beginning of an optimizer's name.
 _OPTIMIZER_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -96,8 +94,11 @@ def check_reporters(report_to: list[str] | str | None) -> None:
         if name in ("none", "all"):
             if len(names) > 1:
                 raise UserError(f"--report_to {' '.join(names)}: {name} stands alone")
-        elif name not in REPORTERS:
-            known = ["none", "all", *REPORTERS]
+            continue
+        # Imported here: a run that reports nowhere need not wait for what this imports.
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ["none", "all", *INTEGRATION_TO_CALLBACK]
             raise UserError(f"--report_to {name}: {unknown(name, known)}")
-        else:
-            require(f"--report_to {name}", REPORTERS[name])
+        require(f"--report_to {name}", _REPORTERS.get(name, ((name,), name)))

@@ -18,7 +18,7 @@ from gaudi_lm.arguments.ranges import check_ranges
 from gaudi_lm.arguments.refusals import check_flags, check_folders
 from gaudi_lm.config_files import ENDINGS, expand_config_file, read_config_file
 from gaudi_lm.device import parse_bool
-from gaudi_lm.errors import UserError, nearest, warn
+from gaudi_lm.errors import UserError, nearest, user_errors, warn
 
 OLD_NAMES = {
     "--evaluation_strategy": "--eval_strategy",
@@ -169,6 +169,34 @@ def parse(argv: list[str] | None, *dataclass_types: type) -> tuple:
         UserError: an unknown or ambiguous flag or key (the nearest ones are named), or a value that cannot be.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    values = _checked.pop((*argv, *dataclass_types), None) or _read(argv, *dataclass_types)
+    parts = tuple(
+        kind(**{field.name: values[field.name] for field in fields(kind) if field.init}) for kind in dataclass_types
+    )
+    for part in parts:
+        # For the manifest of a checkpoint: all flags of the script, without secrets.
+        part.flags = {name: value for name, value in values.items() if not name.endswith("token")}
+    return parts
+
+
+# What `check_flags_of_script` has read, for `parse`: each warning is said once.
+_checked: dict[tuple, dict[str, object]] = {}
+
+
+def check_flags_of_script(name: str, *dataclass_types: type) -> None:
+    """Read the flags of this process if ``name`` is ``__main__``: what is wrong ends it, before slow imports.
+
+    Args:
+        name: the ``__name__`` of the script.
+        dataclass_types: as for :func:`parse`.
+    """
+    if name == "__main__":
+        argv = sys.argv[1:]
+        with user_errors():
+            _checked[(*argv, *dataclass_types)] = _read(argv, *dataclass_types)
+
+
+def _read(argv: list[str], *dataclass_types: type) -> dict[str, object]:
     parser = build_parser(*dataclass_types)
     # Of each action the first name: the others are the same with dashes.
     known = [action.option_strings[0] for action in parser._actions if action.option_strings[0] != "-h"]
@@ -179,15 +207,9 @@ def parse(argv: list[str] | None, *dataclass_types: type) -> tuple:
         of_file = argv and argv[0].endswith(ENDINGS) and flag.removeprefix("--") in read_config_file(argv[0])
         what = "unknown flag" if flag.startswith("-") else "no flag takes the value"
         raise UserError(f"{f'{argv[0]}: ' if of_file else ''}{what} {flag}{nearest(flag, known)}")
-    check_ranges(vars(values))
-    check_model_folders(vars(values))
-    check_folders(vars(values))
-    check_flags(vars(values), {name: parser.get_default(name) for name in vars(values)})
-    parts = tuple(
-        kind(**{field.name: getattr(values, field.name) for field in fields(kind) if field.init})
-        for kind in dataclass_types
-    )
-    for part in parts:
-        # For the manifest of a checkpoint: all flags of the script, without secrets.
-        part.flags = {name: value for name, value in vars(values).items() if not name.endswith("token")}
-    return parts
+    found = vars(values)
+    check_ranges(found)
+    check_model_folders(found)
+    check_folders(found)
+    check_flags(found, {name: parser.get_default(name) for name in found})
+    return found

@@ -1,10 +1,9 @@
-"""Adapters: their flags, put on a model, loaded, merged."""
+"""Adapters: put on a model, loaded, merged."""
 
 from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, field
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -26,11 +25,11 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from gaudi_lm.arguments.adapters import VIRTUAL_TOKENS, AdapterArguments
 from gaudi_lm.device import UserError
 from gaudi_lm.modeling.adalora import load_adalora, refuse_deepspeed, saved_config
 from gaudi_lm.modeling.patches import complete_adapter
 from gaudi_lm.modeling.virtual_tokens import (
-    KINDS,
     begin_with_text,
     check_virtual_tokens,
     install_virtual_tokens,
@@ -41,63 +40,6 @@ from gaudi_lm.modeling.virtual_tokens import (
 logger = logging.getLogger("gaudi_lm")
 
 
-@dataclass
-class AdapterArguments:
-    """Which adapter, and its settings."""
-
-    peft_type: str = field(
-        default="lora",
-        metadata={
-            "help": "Kind of adapter.",
-            "choices": ["lora", "adalora", "ia3", "vera", "ln_tuning", "llama-adapter", *KINDS],
-        },
-    )
-    lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA's matrices."})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA's output is scaled by alpha / rank."})
-    lora_dropout: float = field(
-        default=0.05, metadata={"help": "Dropout probability before the matrices of LoRA, AdaLoRA and VeRA."}
-    )
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Layers that LoRA or AdaLoRA adapt: names, a regular expression for the whole name of a layer, or "
-            "all-linear; by default peft's for the model."
-        },
-    )
-    adalora_init_r: int = field(default=12, metadata={"help": "AdaLoRA: initial rank of each matrix."})
-    adalora_target_r: int = field(default=4, metadata={"help": "AdaLoRA: target average rank."})
-    adalora_tinit: int = field(default=50, metadata={"help": "AdaLoRA: steps of warm-up before ranks are reduced."})
-    adalora_tfinal: int = field(
-        default=100, metadata={"help": "AdaLoRA: steps of fine-tuning after the last reduction."}
-    )
-    adalora_delta_t: int = field(default=10, metadata={"help": "AdaLoRA: steps between two reductions."})
-    adalora_orth_reg_weight: float = field(
-        default=0.5, metadata={"help": "AdaLoRA: weight of the orthogonality term in the loss."}
-    )
-    ia3_target_modules: list[str] | None = field(default=None, metadata={"help": "IA3: layers that it scales."})
-    feedforward_modules: list[str] | None = field(
-        default=None, metadata={"help": "IA3: those of these layers whose input is scaled, not their output."}
-    )
-    adapter_layers: int = field(
-        default=30, metadata={"help": "llama-adapter: number of layers with a learned prompt, from the top."}
-    )
-    adapter_len: int = field(default=10, metadata={"help": "llama-adapter: number of tokens of each prompt."})
-    num_virtual_tokens: int = field(
-        default=8, metadata={"help": "Prompt, prefix and P-tuning: learned tokens before each text."}
-    )
-    encoder_hidden_size: int = field(
-        default=1024, metadata={"help": "P-tuning: hidden size of the network that makes the virtual tokens."}
-    )
-    prompt_tuning_init_text: str | None = field(
-        default=None,
-        metadata={"help": "Prompt tuning: a text to begin from; by default tokens drawn from the vocabulary."},
-    )
-    vera_target_modules: list[str] | None = field(default=None, metadata={"help": "VeRA: layers that it adapts."})
-    ln_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "ln_tuning: norm layers that are trained."}
-    )
-
-
 TARGET_FLAGS = {
     "lora": "--lora_target_modules",
     "adalora": "--lora_target_modules",
@@ -105,7 +47,7 @@ TARGET_FLAGS = {
     "vera": "--vera_target_modules",
     "ln_tuning": "--ln_target_modules",
     "llama-adapter": "--adapter_layers",
-    **dict.fromkeys(KINDS, "--peft_type"),
+    **dict.fromkeys(VIRTUAL_TOKENS, "--peft_type"),
 }
 
 
@@ -146,7 +88,7 @@ def adapter_config(args: AdapterArguments) -> PeftConfig:
         )
     if args.prompt_tuning_init_text is not None and args.peft_type != "prompt_tuning":
         raise UserError("--prompt_tuning_init_text: only with --peft_type prompt_tuning")
-    if args.peft_type in KINDS:
+    if args.peft_type in VIRTUAL_TOKENS:
         return virtual_token_config(args.peft_type, args.num_virtual_tokens, args.encoder_hidden_size)
     if args.peft_type == "llama-adapter":
         return AdaptionPromptConfig(

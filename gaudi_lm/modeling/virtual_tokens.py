@@ -34,13 +34,12 @@ from gaudi_lm.device import UserError
 
 logger = logging.getLogger("gaudi_lm")
 
-KINDS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 HIDDEN = torch.finfo(torch.bfloat16).min  # finite in every type that autocast may turn the mask into
 ENCODER = "prompt_encoder.safetensors"
 
 
 def virtual_token_config(kind: str, number: int, hidden_size: int) -> PeftConfig:
-    """The settings of one of `KINDS`.
+    """The settings of one of `VIRTUAL_TOKENS`.
 
     Args:
         number: of virtual tokens.

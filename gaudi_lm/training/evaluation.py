@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from optimum.habana import GaudiTrainer
-from optimum.habana.transformers.trainer import _get_input_update_settings
+from optimum.habana.transformers.trainer import GaudiTrainer, _get_input_update_settings
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info

@@ -10,11 +10,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from gaudi_lm.arguments.adapters import VIRTUAL_TOKENS
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.data.memory import host_copies
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import saved_config
-from gaudi_lm.modeling.virtual_tokens import KINDS
 from gaudi_lm.training.trainer import LMTrainer
 
 logger = logging.getLogger("gaudi_lm")
@@ -39,9 +39,9 @@ def check_base_model(model_args, peft_type: str, training_args: LMTrainingArgume
     kind = peft_type if name is None else saved_config(name).peft_type.lower()
     if kind == "prefix_tuning" and training_args.gradient_checkpointing:
         raise UserError("--gradient_checkpointing: prefix_tuning keeps keys and values, which it would drop")
-    if kind in (*KINDS, "llama-adapter", "adaption_prompt") and training_args.context_parallel_size > 1:
+    if kind in (*VIRTUAL_TOKENS, "llama-adapter", "adaption_prompt") and training_args.context_parallel_size > 1:
         raise UserError(f"--context_parallel_size: {kind} puts its tokens before every part of a row")
-    if kind in KINDS and (is_deepspeed_zero3_enabled() or training_args.fsdp):
+    if kind in VIRTUAL_TOKENS and (is_deepspeed_zero3_enabled() or training_args.fsdp):
         raise UserError(f"--peft_type {kind}: not with ZeRO-3 or FSDP, which divide virtual tokens; use ZeRO-1 or 2")
     if not model_args.merge_adapter:
         return
@@ -49,7 +49,7 @@ def check_base_model(model_args, peft_type: str, training_args: LMTrainingArgume
         raise UserError("--merge_adapter: no adapter; give --adapter_name_or_path, or --do_train to make one")
     if training_args.fsdp:
         raise UserError("--merge_adapter: not with FSDP, which divides the weights; merge afterwards, on one card")
-    if kind in KINDS:
+    if kind in VIRTUAL_TOKENS:
         raise UserError(f"--merge_adapter: {kind} adds tokens before each text, which no weight can hold")
     if kind in ("llama-adapter", "adaption_prompt"):
         raise UserError("--merge_adapter: a llama-adapter is a part of attention, which no weight can hold")

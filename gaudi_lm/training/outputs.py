@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import torch
-from optimum.habana.utils import set_seed
+from optimum.habana.utils import check_synapse_version, set_seed
 from transformers.utils.logging import get_log_levels_dict
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.device import set_up_logging
 from gaudi_lm.modeling.patches import patch_libraries
+from gaudi_lm.optimum_imports import answers_without_pip
 from gaudi_lm.training.agreement import gather
 from gaudi_lm.training.checkpoints import STATE
 from gaudi_lm.training.device_metrics import DEVICE_FIGURES
@@ -35,6 +36,9 @@ def set_up(training_args: LMTrainingArguments) -> logging.Logger:
     """Ranks that agree, logging, the words that the chosen card deserves, patches of libraries, and the seed."""
     check_settings()
     main = training_args.process_index == 0
+    if main and training_args.device.type == "hpu":
+        with answers_without_pip():
+            check_synapse_version()  # a warning, where optimum-habana was not tried with this driver
     name = training_args.log_level if main else training_args.log_level_replica
     unwanted = training_args.disable_tqdm and "disable_tqdm" in training_args.chosen
     set_up_logging(main, get_log_levels_dict().get(name), bars=not unwanted)

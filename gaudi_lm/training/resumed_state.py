@@ -12,7 +12,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from optimum.habana import GaudiTrainer
+from optimum.habana.transformers.trainer import GaudiTrainer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gaudi_lm.arguments.context_parallel import data_ranks

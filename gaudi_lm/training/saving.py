@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from optimum.habana import GaudiTrainer
+from optimum.habana.transformers.trainer import GaudiTrainer
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState

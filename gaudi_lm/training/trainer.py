@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
-from optimum.habana import GaudiTrainer
+from optimum.habana.transformers.trainer import GaudiTrainer
 from peft import PeftType
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback

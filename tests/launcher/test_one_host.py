@@ -156,7 +156,8 @@ def test_a_failing_rank_ends_deaf_ones_too(action, rank):
     assert job.survivors(1.0) == []
     assert done.returncode == {"exit1": 1, "exit7": 7, "kill": 137, "raise": 1, "killwatcher": 137}[action]
     assert f"rank {rank} on host" in last_line(done)
-    assert f"rank {rank} is here" in done.stdout
+    # What a killed watcher had read and not passed on yet is lost with it.
+    assert action == "killwatcher" or f"rank {rank} is here" in done.stdout
 
 
 def test_output_of_ranks_goes_to_the_terminal_as_from_a_terminal():

@@ -1,6 +1,7 @@
 """What a user sees first: nothing that only the libraries have to say, and a help text in groups."""
 
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -79,6 +80,59 @@ def test_no_pip_is_asked(tmp_path):
     assert not [line for line in started if "pip " in line]
     for asked, way in ((misc.get_habana_frameworks_version, "pip list"), (optimum_environment.get_build, "pip show")):
         assert way in inspect.getsource(asked), "the library has another way now: drop answers_without_pip"
+
+
+IMPORTED = """
+import atexit, json, runpy, sys
+atexit.register(lambda: print(json.dumps(list(sys.modules))))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flags", [["--help"], ["--use_cpu", "--nonsense"], ["--use_cpu", "--learning_rate", "fast"]])
+def test_a_wrong_flag_does_not_wait_for_imports(script, flags):
+    """Of the libraries it takes what reads flags; trainers, datasets and models come after."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, script, *flags], cwd=ROOT, env=environment(), text=True,
+        capture_output=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == (0 if flags == ["--help"] else 2), done.stderr
+    imported = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "optimum.habana.transformers.training_args" in imported
+    assert not imported & {
+        "transformers.trainer",
+        "transformers.modeling_utils",
+        "datasets",
+        "peft",
+        "sklearn",
+        "scipy",
+    }
+
+
+IN_PARTS = """
+import sys
+from gaudi_lm.device import choose_card
+choose_card(["--use_cpu"])
+from optimum.habana.transformers.trainer import GaudiTrainer
+assert "sentence_transformers" not in sys.modules
+from optimum.habana import utils
+assert utils.__name__ == "optimum.habana.utils" and "sentence_transformers" not in sys.modules
+import optimum.habana
+assert not hasattr(optimum.habana, "__wrapped__") and "sentence_transformers" not in sys.modules
+assert optimum.habana.GaudiTrainer is GaudiTrainer and optimum.habana.transformers.GaudiTrainer is GaudiTrainer
+assert "sentence_transformers" in sys.modules, "optimum-habana no longer imports it: drop import_in_parts"
+assert optimum.habana.SentenceTransformerGaudiTrainer.__mro__ and optimum.habana.__version__
+choose_card(["--use_cpu"])
+from optimum.habana import GaudiTrainingArguments
+from optimum.habana.transformers.training_args import GaudiTrainingArguments as by_module
+assert by_module is GaudiTrainingArguments
+"""
+
+
+def test_optimum_habana_is_whole_for_whoever_asks():
+    subprocess.run([sys.executable, "-c", IN_PARTS], cwd=ROOT, env=environment(), timeout=280, check=True)
 
 
 LOGGED = """

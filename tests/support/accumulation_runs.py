@@ -25,8 +25,9 @@ import torch
 from datasets import Dataset
 from tiny_models import CAUSAL, VOCABULARY, tiny_model
 
+from gaudi_lm.arguments.adapters import AdapterArguments
 from gaudi_lm.arguments.definitions import LMTrainingArguments
-from gaudi_lm.modeling.adapters import AdapterArguments, adapter_config, add_adapter
+from gaudi_lm.modeling.adapters import adapter_config, add_adapter
 from gaudi_lm.training.trainer import build_trainer
 
 ROWS, LENGTH = 20, 16  # with 8 rows a step, the last step of an epoch has 4

@@ -1,0 +1,70 @@
+"""How optimum-habana is imported: in the parts that a run needs, and without asking pip.
+
+``import optimum.habana`` imports sentence-transformers and all trainers: more than importing torch and transformers
+costs, in each rank, before a flag is read. To know that a flag is wrong takes none of it, and a run only its trainer.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import ModuleType
+
+PACKAGES = ("optimum.habana", "optimum.habana.transformers")
+
+
+class _Package(ModuleType):
+    """A package whose own file is executed when a name of it is first asked for; its modules can be imported before.
+
+    `importlib.util.LazyLoader` executes it already when one of its modules is imported.
+    """
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__") and name not in ("__all__", "__version__"):
+            raise AttributeError(name)  # what the interpreter and debuggers look for in every module
+        if importlib.util.find_spec(f"{self.__name__}.{name}") is not None:
+            return importlib.import_module(f"{self.__name__}.{name}")
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        with answers_without_pip():
+            self.__spec__.loader.exec_module(self)  # type: ignore[union-attr]
+        return getattr(self, name)
+
+
+def import_in_parts() -> None:
+    """Let the modules of optimum-habana be imported one by one; repeating it, or calling it late, changes nothing."""
+    for name in PACKAGES:
+        if name not in sys.modules:
+            spec = importlib.util.find_spec(name)
+            package = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+            package.__class__ = _Package
+            sys.modules[name] = package
+            parent, _, child = name.rpartition(".")
+            setattr(sys.modules[parent], child, package)
+
+
+@contextmanager
+def answers_without_pip() -> Iterator[None]:
+    """While this is open, optimum-habana learns the version of Habana's plugin from its metadata.
+
+    optimum-habana 1.21 runs ``pip list`` when it is imported, and ``pip show`` with its models: seconds in every rank.
+    """
+    run = subprocess.run
+
+    def answer(command, *args, **kwargs) -> subprocess.CompletedProcess:
+        if isinstance(command, str) and "pip " in command and "habana-torch-plugin" in command:
+            with suppress(importlib.metadata.PackageNotFoundError):
+                version = importlib.metadata.version("habana-torch-plugin")
+                return subprocess.CompletedProcess(
+                    command, 0, f"habana-torch-plugin {version}\nVersion: {version}", ""
+                )
+        return run(command, *args, **kwargs)
+
+    subprocess.run = answer  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        subprocess.run = run
