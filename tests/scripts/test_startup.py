@@ -90,8 +90,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("flags", [["--help"], ["--use_cpu", "--nonsense"], ["--use_cpu", "--learning_rate", "fast"]])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("run_clm.py", ["--help"]),
+        ("run_mlm.py", ["--use_cpu", "--nonsense"]),
+        ("run_lora_clm.py", ["--use_cpu", "--learning_rate", "fast"]),
+    ],
+)
 def test_a_wrong_flag_does_not_wait_for_imports(script, flags):
     """Of the libraries it takes what reads flags; trainers, datasets and models come after."""
     done = subprocess.run(
