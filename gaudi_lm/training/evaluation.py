@@ -24,6 +24,7 @@ from gaudi_lm.data.sampling import (
     count_tokens,
     ignore_filler_samples,
     loader_options,
+    read_rows,
 )
 from gaudi_lm.modeling.cross_entropy import full_cross_entropy
 from gaudi_lm.training.metrics import Throughput, token_metrics
@@ -70,12 +71,12 @@ class EvaluationRows(IterableDataset):
         turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         rows = self.dataset.with_format("numpy")
         own = range(self.rank, self.rows_seen, self.world_size)
-        for position in range(len(self)):
-            if position // self.batch_size % workers != turn:
-                continue
-            index = own[min(position, len(own) - 1)] if own else 0
-            row = {**rows[index], SAMPLE_ID: index}
-            yield row if position < len(own) else {**row, FILLER_SAMPLE: True}
+        for start in range(turn * self.batch_size, len(self), workers * self.batch_size):
+            positions = range(start, start + self.batch_size)
+            indices = [own[min(position, len(own) - 1)] if own else 0 for position in positions]
+            for position, index, row in zip(positions, indices, read_rows(rows, indices), strict=True):
+                row[SAMPLE_ID] = index
+                yield row if position < len(own) else {**row, FILLER_SAMPLE: True}
 
     def _streamed_rows(self) -> Iterator[dict]:
         row, own = dict[str, object](), 0
