@@ -25,6 +25,7 @@ def flags(assets, output, model_type: str, *more) -> list[str]:
     return list(map(str, chosen))
 
 
+@pytest.mark.slow
 def test_an_attention_that_the_model_lacks_is_refused(assets, tmp_path):
     cases = {
         "chosen": flags(assets, tmp_path / "chosen", "gptj", "--use_cpu", "--attn_implementation", "sdpa"),

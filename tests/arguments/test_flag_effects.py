@@ -372,6 +372,7 @@ def test_resolved(name, tmp_path, monkeypatch):
             setattr(config, key, value)
 
 
+@pytest.mark.slow
 def test_zero3_leaf_promotion(monkeypatch):
     from deepspeed.utils import z3_leaf_module
     from optimum.habana.transformers.models.llama.modeling_llama import GaudiLlamaDecoderLayer

@@ -26,6 +26,7 @@ IMPORT = "from transformers import AutoModelForCausalLM,"
 USE = "        collate_blocks,\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_standard_collators_of_blocks(assets, tmp_path, streaming):
     """The same losses, to the bit, as with the script's own collator."""

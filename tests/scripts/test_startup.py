@@ -45,6 +45,7 @@ def test_an_error_is_all_that_is_printed(tmp_path):
     assert re.fullmatch(r"error: [^\n]+\n", result.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", ["CPU", "simulated"])
 def test_a_run_prints_only_its_own_log(card, assets, tmp_path):
     chosen = ["--use_cpu"] if card == "CPU" else ["--use_habana", "--use_lazy_mode"]
@@ -68,6 +69,7 @@ runpy.run_path("run_clm.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_no_pip_is_asked(tmp_path):
     """optimum-habana asks it for a version, on import and with its models: seconds in each of the ranks."""
     answer = subprocess.run(
@@ -138,6 +140,7 @@ assert by_module is GaudiTrainingArguments
 """
 
 
+@pytest.mark.slow
 def test_optimum_habana_is_whole_for_whoever_asks():
     subprocess.run([sys.executable, "-c", IN_PARTS], cwd=ROOT, env=environment(), timeout=280, check=True)
 
@@ -156,6 +159,7 @@ for name in ("gaudi_lm", "transformers.x", "datasets.x", "huggingface_hub.x", "o
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ci", ["true", None])
 def test_each_line_of_a_library_comes_once_in_one_format(ci):
     """Most have handlers of their own; where CI is set, some hand their lines on as well."""

@@ -61,6 +61,7 @@ def test_every_rank_loads_the_best_model(assets, tmp_path):
     assert json.loads((output / "all_results.json").read_text())["eval_loss"] == pytest.approx(rows[best])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_said_before_training(assets, tmp_path):
     base = scratch(assets, tmp_path / "out", "--do_train", "--max_steps", 2)
     every = ["--do_eval", "--eval_strategy", "steps", "--eval_steps", 2]
@@ -97,6 +98,7 @@ def test_the_card_has_the_licence_of_the_base_model(assets, tmp_path):
         assert ModelCard.load(output / "README.md").data.license == licence
 
 
+@pytest.mark.slow
 def test_a_masked_model_fills_masks(masked_assets, assets, tmp_path):
     flags = [*masked_assets.scratch("bert"), "--train_file", assets.train, "--do_train", "--use_cpu", "--max_steps", 1]
     flags += ["--max_train_samples", 16, "--max_seq_length", 48, "--save_strategy", "no", "--generate"]

@@ -93,6 +93,7 @@ def clm(assets, output, *flags):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_or_written_and_the_steps_are_those_of_the_run(assets, tmp_path):
     folder, output = tmp_path / "model", tmp_path / "out"
     folder.mkdir()
@@ -124,6 +125,7 @@ def test_several_ranks_print_once(assets, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_where_it_does_not_fit_flags_are_named_that_make_it_fit(jobs, tmp_path):
     script, *flags = jobs["gpt2"]
     flags += ["--output_dir", tmp_path, "--dry_run", "--dry_run_cards", 2]
