@@ -49,6 +49,7 @@ def test_standard_collators_of_blocks(assets, tmp_path, streaming):
             assert results(tmp_path / name)[figure] == results(tmp_path / "own")[figure]
 
 
+@pytest.mark.slow
 def test_standard_collator_of_masks(assets, masked_assets, tmp_path):
     script = changed(
         "run_mlm.py", tmp_path / "mine",

@@ -64,6 +64,7 @@ def test_columns(tokenizer, case):
         assert shown.endswith("</s><<<")
 
 
+@pytest.mark.slow
 def test_files(instructions, tmp_path):
     """The log names the columns; what cannot be read is left out and named; each split is of its own kind."""
     talk = [{"conversations": SHAREGPT}] * 4

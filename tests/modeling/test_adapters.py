@@ -71,6 +71,7 @@ def ranks(folder) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 def test_adalora_keeps_the_ranks_that_it_has_chosen(instructions, tmp_path):
     """The saved adapter has them alone; training further keeps them; resuming in the midst gives the same bits."""
     schedule = ["--adalora_tinit", 2, "--adalora_tfinal", 3, "--adalora_delta_t", 2, "--max_steps", 10]
@@ -99,6 +100,7 @@ def test_adalora_keeps_the_ranks_that_it_has_chosen(instructions, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [4, 60])
 def test_too_few_steps_for_adalora_are_said_and_the_adapter_can_be_used(instructions, tmp_path, steps):
     """The defaults want more than 150 steps; peft refused to read what was saved by a shorter run."""

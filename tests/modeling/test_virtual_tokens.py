@@ -146,6 +146,7 @@ def test_a_saved_adapter_loads_elsewhere_and_is_trained_further(instructions, tm
     assert began == pytest.approx(done["eval_loss"], rel=1e-5) and then["eval_loss"] < began
 
 
+@pytest.mark.slow
 def test_what_virtual_tokens_cannot_do_is_refused(instructions, tmp_path):
     prompt = ["--do_train", "--peft_type", "prompt_tuning"]
     cases = {
@@ -178,6 +179,7 @@ def test_divided_weights_are_refused(kind):
         check_base_model(model_args, "lora", training_args)
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_virtual_tokens(instructions, tmp_path):
     for kind in KINDS:
         more = [*flags(kind), "--dry_run", *CPU]

@@ -44,6 +44,7 @@ def test_other_data(instructions, tmp_path):
     assert results(tmp_path / "out")["train_loss"] > 0
 
 
+@pytest.mark.slow
 def test_other_columns(instructions, tmp_path):
     rows = [json.loads(line) for line in instructions.train.read_text().splitlines()]
     lines = [json.dumps({"title": row["instruction"], "body": row["output"], "id": 7}) for row in rows]
@@ -56,6 +57,7 @@ def test_other_columns(instructions, tmp_path):
     assert results(tmp_path / "out")["train_loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_mixture(assets, tmp_path):
     """A fifth of the rows are of the second file; all rows have one length, so a fifth of the tokens are too."""
     script = adapted(tmp_path / "mine", "interleave_datasets")
@@ -67,6 +69,7 @@ def test_a_mixture(assets, tmp_path):
     assert second / (first + second) == pytest.approx(0.2, abs=0.05)
 
 
+@pytest.mark.slow
 def test_another_loss(assets, tmp_path):
     """The loss is above the ordinary one by its penalty, and means the same however a step is split."""
     script = adapted(tmp_path / "mine", "loss_func")
@@ -91,6 +94,7 @@ def test_label_smoothing_is_of_the_ordinary_loss(tmp_path):
         build_trainer(None, "causal", args, None, None, loss_func=print)
 
 
+@pytest.mark.slow
 def test_another_metric(assets, tmp_path):
     script = adapted(tmp_path / "mine", "compute_metrics")
     run("run_clm.py", *scratch(assets, tmp_path / "plain", *EVALUATE))
@@ -138,6 +142,7 @@ def test_a_metric_of_evaluate(assets, tmp_path):
     assert figures["eval_share_right"] == pytest.approx(figures["eval_accuracy"])
 
 
+@pytest.mark.slow
 def test_another_collator(assets, masked_assets, tmp_path):
     script = adapted(tmp_path / "mine", "DataCollatorForWholeWordMask")
     texts = ["--train_file", assets.train, "--validation_file", assets.validation, "--max_seq_length", 32]
@@ -147,6 +152,7 @@ def test_another_collator(assets, masked_assets, tmp_path):
     assert 0 < results(tmp_path / "out")["eval_tokens"] < 6 * 32
 
 
+@pytest.mark.slow
 def test_another_trainer_and_several_evaluation_sets(assets, tmp_path):
     script = adapted(tmp_path / "mine", "MyTrainer")
     decay = ["--weight_decay", 0.9, "--learning_rate", 0.1]
@@ -160,6 +166,7 @@ def test_another_trainer_and_several_evaluation_sets(assets, tmp_path):
     assert losses(tmp_path / "own") == losses(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_callbacks(assets, tmp_path):
     script = adapted(tmp_path / "mine", "EarlyStoppingCallback")
     steps = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1, "--load_best_model_at_end"]

@@ -78,6 +78,7 @@ def test_changes_build_anew(compiler):
     assert Path(compiler["COMPILER_LOG"]).read_text().split() == ["run"] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -97,6 +98,7 @@ def test_what_cannot_be_built_is_one_line(compiler, changes, message):
     assert result.stderr.startswith("error: ") and message in result.stderr and result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_without_cards_nothing_is_built(tmp_path):
     code = (
         "import torch, habana_frameworks.torch as ht, habana_frameworks.torch.core as htcore\n"

@@ -116,6 +116,7 @@ def test_nothing_is_loaded_or_written_and_the_steps_are_those_of_the_run(assets,
     assert tree(output) == before, "a folder of another run was touched"
 
 
+@pytest.mark.slow
 def test_several_ranks_print_once(assets, tmp_path):
     flags = clm(assets, tmp_path / "out", "--do_train", "--max_steps", 2, "--use_cpu", "--dry_run")
     first, second = run_ranks(2, "run_clm.py", *flags)
@@ -158,6 +159,7 @@ def test_streams_are_planned_by_their_first_batch(assets, tmp_path):
     assert "steps: 7 of a stream" in run("run_clm.py", *flags).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adalora", "ia3", "vera", "ln_tuning", "llama-adapter"])
 def test_every_adapter_is_planned(instructions, tmp_path, kind):
     flags = ["--model_name_or_path", instructions.llama, "--train_file", instructions.train, "--do_train", "--use_cpu"]

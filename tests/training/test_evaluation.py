@@ -43,6 +43,7 @@ def test_a_crash_in_evaluation_loses_nothing(runs, script, tmp_path):
     assert (tmp_path / script / "merged" / "model.safetensors").exists() == (script == "run_lora_clm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["run_clm", "run_mlm", "run_lora_clm"])
 def test_bf16_full_eval_rounds_no_saved_weight(runs, script, tmp_path):
     packed = {"run_lora_clm": ["--pack_sequences"]}.get(script, [])
