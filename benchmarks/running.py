@@ -85,7 +85,7 @@ def _seconds_to(pattern: str, command: list[str], environment: dict[str, str]) -
     return seconds
 
 
-def startup(rounds: int = 5) -> None:
+def startup(rounds: int = 3) -> None:
     """From the start of run_clm.py to its first step on the CPU, against importing all of optimum-habana alone."""
     imports = (
         "import sys; from gaudi_lm.device import choose_card; choose_card(['--use_cpu']);"
@@ -114,7 +114,7 @@ def startup(rounds: int = 5) -> None:
     write_report("startup", ratio, "<= 0.75", ratio <= 0.75, figures)
 
 
-def answers(rounds: int = 5) -> None:
+def answers(rounds: int = 3) -> None:
     """``--help``, a wrong flag and ``--dry_run`` of run_clm.py, against importing torch and transformers alone."""
     seconds: dict[str, list[float]] = {"import": [], "help": [], "wrong_flag": [], "dry_run": []}
     with tempfile.TemporaryDirectory() as folder:

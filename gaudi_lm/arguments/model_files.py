@@ -9,7 +9,6 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import PretrainedConfig
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from gaudi_lm.arguments.optional_packages import require
 from gaudi_lm.errors import UserError, unknown
@@ -129,6 +128,9 @@ def check_config(flag: str, name: str, config: PretrainedConfig) -> None:
     method = getattr(method, "value", method)
     if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
         method = "bitsandbytes"
+    # Imported here: only a quantized model is worth the second that this takes.
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
     if method in _QUANTIZERS:
         require(f"{flag} {name}, quantized by {method}", _QUANTIZERS[method])
     elif method not in AUTO_QUANTIZER_MAPPING:
