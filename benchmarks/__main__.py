@@ -28,6 +28,7 @@ BENCHMARKS = {
     "weak_scaling": "running",
     "simulator_overhead": "running",
     "fp8": "precision",
+    "price": "price",
 }
 # Two figures of one run.
 ANSWERED_BY = {"clm_limit": "clm_step", "syncs": "graphs"}

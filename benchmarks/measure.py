@@ -165,7 +165,8 @@ def write_report(name: str, ratio: float, target: str, met: bool, figures: dict,
     print(f"### {name}\n\n| figure | value |\n|---|---|")
     print(f"| **ratio** | **{ratio:.3f}** (target {target}: {'met' if met else 'not met'}) |")
     for key, value in result["figures"].items():
-        print(f"| {key.replace('_', ' ')} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |")
+        if not isinstance(value, dict):
+            print(f"| {key.replace('_', ' ')} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |")
     print(f"| machine | {', '.join(f'{key} {value}' for key, value in result['machine'].items())} |\n")
     if note:
         print(note + "\n")

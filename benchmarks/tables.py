@@ -62,6 +62,49 @@ def gains_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+PRICES = {
+    "peak_memory_bytes": "peak memory of a card, MB",
+    "flop_per_token": "MFLOP for each token that is not padding",
+    "graphs": "graphs compiled",
+    "graphs_after_warmup": "graphs compiled after warm-up",
+    "host_waits_per_step": "waits of the host in a step",
+    "checkpoint_bytes": "a checkpoint, MB",
+    "sent_bytes_per_step": "sent by a card in a step, MB",
+}
+
+
+def price_table(figures: dict[str, dict]) -> str:
+    """What steps of this suite and of a plain GaudiTrainer take, as a Markdown table.
+
+    Args:
+        figures: of benchmarks/results/price.json.
+    """
+    lines = ["| run | what | this suite | GaudiTrainer | ratio | goal | met |", "|---|---|---|---|---|---|---|"]
+    for run in figures.values():
+        for name, words in PRICES.items():
+            if name not in run:
+                continue
+            row, scale = run[name], 1e6 if name.endswith("_bytes") or "MB" in words or "MFLOP" in words else 1
+            ours, theirs = row["ours"], row["upstream"]
+            ratio = f"{ours / theirs:.3f}" if theirs else ""
+            met = {True: "yes", False: "no", None: ""}[row["met"]]
+            shown = (f"{value / scale:.1f}" if scale > 1 else f"{value:g}" for value in (ours, theirs))
+            lines.append(f"| {run['what']} | {words} | {' | '.join(shown)} | {ratio} | {row['goal']} | {met} |")
+    return "\n".join(lines) + "\n"
+
+
+def short_price_table(figures: dict[str, dict]) -> str:
+    """The memory and the operations of one card, against those of a plain GaudiTrainer."""
+    lines = ["| on one simulated card | peak memory | FLOP for a token |", "|---|---|---|"]
+    for run in figures.values():
+        if "flop_per_token" in run:
+            memory, flop = (
+                run[name]["ours"] / run[name]["upstream"] for name in ("peak_memory_bytes", "flop_per_token")
+            )
+            lines.append(f"| {run['what']} | {memory:.2f} times | {flop:.2f} times |")
+    return "\n".join(lines) + "\n"
+
+
 def write_between(page: Path, mark: str, table: str) -> None:
     """Put a table between the comments ``<!-- MARK: begin -->`` and ``<!-- MARK: end -->`` of a page."""
     begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->"
@@ -70,10 +113,13 @@ def write_between(page: Path, mark: str, table: str) -> None:
 
 
 def write_tables(names: list[str]) -> None:
-    """Write both tables into their pages.
+    """Write all tables into their pages.
 
     Args:
         names: the benchmarks of the table in docs/benchmarks.md, in its order.
     """
     write_between(ROOT / "docs" / "benchmarks.md", "benchmarks", results_table(names))
     write_between(ROOT / "README.md", "gains", gains_table())
+    if price := read_result("price"):
+        write_between(ROOT / "docs" / "benchmarks.md", "price", price_table(price["figures"]))
+        write_between(ROOT / "README.md", "price", short_price_table(price["figures"]))

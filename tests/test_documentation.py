@@ -73,16 +73,18 @@ def test_install_table_and_requirements_say_where_each_package_comes_from():
 def test_benchmark_tables_are_those_of_the_results():
     """docs/benchmarks.md and README hold what ``python -m benchmarks --table`` would write."""
     script = (
-        "from benchmarks.__main__ import BENCHMARKS; from benchmarks.tables import gains_table, results_table; "
-        "print(results_table(list(BENCHMARKS)) + '@' + gains_table(), end='')"
+        "from benchmarks.__main__ import BENCHMARKS; from benchmarks.tables import *; "
+        "price = read_result('price')['figures']; "
+        "tables = results_table(list(BENCHMARKS)), gains_table(), price_table(price), short_price_table(price); "
+        "print('@'.join(tables), end='')"
     )
     made = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
-    results, gains = made.stdout.split("@")
-    pages = {"benchmarks": REPOSITORY / "docs" / "benchmarks.md", "gains": README}
-    for mark, table in {"benchmarks": results, "gains": gains}.items():
+    page = REPOSITORY / "docs" / "benchmarks.md"
+    places = [("benchmarks", page), ("gains", README), ("price", page), ("price", README)]
+    for (mark, file), table in zip(places, made.stdout.split("@"), strict=True):
         assert table.count("\n") > 3
-        assert f"<!-- {mark}: begin -->\n{table}<!-- {mark}: end -->" in pages[mark].read_text()
+        assert f"<!-- {mark}: begin -->\n{table}<!-- {mark}: end -->" in file.read_text()
 
 
 def test_words_are_those_of_the_field():

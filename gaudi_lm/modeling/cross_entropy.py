@@ -43,7 +43,7 @@ def chunked_cross_entropy(
         scale, softcap: the logits become `softcap * tanh(scale * logits / softcap)`.
         smoothing: share of a target's weight that is spread evenly over the vocabulary.
         chunk_rows: rows at a time; by default what keeps a chunk of logits in the processor's cache or, on a card,
-            in a small share of its memory.
+            smaller than the weight and than 2^26 elements.
 
     Returns: (sum of the losses, 0-dim float32, differentiable once; number of correct argmaxes, 0-dim int64).
     """
@@ -51,7 +51,7 @@ def chunked_cross_entropy(
     if hidden.device.type == "cpu":
         hidden, labels = _targets_alone(hidden, labels)
     if chunk_rows is None:
-        elements = 2**23 if hidden.device.type == "cpu" else 2**26
+        elements = 2**23 if hidden.device.type == "cpu" else min(weight.numel(), 2**26)
         chunk_rows = 2 ** max(4, int(math.log2(elements / weight.shape[0])))
     return _ChunkedCrossEntropy.apply(
         hidden, weight, bias, labels, scale, softcap, smoothing, chunk_rows, torch.is_grad_enabled()

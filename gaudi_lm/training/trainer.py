@@ -28,6 +28,7 @@ from gaudi_lm.modeling.patches import average_gradients, complete_generation_con
 from gaudi_lm.training.device_metrics import DeviceMetrics
 from gaudi_lm.training.dry_run import dry_run
 from gaudi_lm.training.evaluation import EvaluatingTrainer
+from gaudi_lm.training.length_warmup import compile_lengths, separate_graph, several_lengths
 from gaudi_lm.training.metrics import Throughput
 from gaudi_lm.training.progress import EarlyStopping, Progress, StepClock
 from gaudi_lm.training.samples import check_prompts, show_samples
@@ -60,6 +61,7 @@ class LMTrainer(EvaluatingTrainer):
         warmup = self.args.throughput_warmup_steps
         self.throughput = Throughput(warmup, self._synchronise, self.args.context_parallel_size)
         self._window = (0, 0, 0)
+        self._lengths = self._uncompiled = ()  # that batches are padded to
         self.results: dict[str, float] = {}  # of the whole run, see :func:`gaudi_lm.training.outputs.report`
         self.device_metrics = DeviceMetrics(warmup)
         adalora = getattr(self.model, "peft_type", None) == PeftType.ADALORA
@@ -126,6 +128,9 @@ class LMTrainer(EvaluatingTrainer):
         items = torch.tensor(labels, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             items = self.accelerator.gather(items).sum()
+        if self._uncompiled:
+            compile_lengths(self, self._uncompiled, batches[0], items)
+            self._uncompiled = ()
         return batches, items
 
     @property
@@ -152,9 +157,10 @@ class LMTrainer(EvaluatingTrainer):
 
     def training_step(self, *args, **kwargs):
         batches = self.training_loss.batches
-        loss = super().training_step(*args, **kwargs)
-        if self.training_loss.batches == batches:  # a loss that is not the suite's
-            self.training_loss.add(loss)
+        with separate_graph(self._lengths):
+            loss = super().training_step(*args, **kwargs)
+            if self.training_loss.batches == batches:  # a loss that is not the suite's
+                self.training_loss.add(loss)
         return loss
 
     def dry_run(self) -> dict[str, float]:
@@ -162,6 +168,7 @@ class LMTrainer(EvaluatingTrainer):
         return dry_run(self)
 
     def train(self, *args, **kwargs) -> TrainOutput:
+        self._lengths = self._uncompiled = several_lengths(self.data_collator, self)
         try:
             output = super().train(*args, **kwargs)
         finally:

@@ -40,6 +40,7 @@ def register(hpu: ModuleType) -> None:
     library.gaudi_compilation_history.restype = ctypes.c_char_p
     library.gaudi_compilation_history.argtypes = [ctypes.c_int64]
     library.gaudi_host_sync_operations.restype = ctypes.c_char_p
+    library.gaudi_collectives.restype = ctypes.c_char_p
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or accelerator.type != "hpu":
         raise RuntimeError(
@@ -101,6 +102,14 @@ def compilations(since: int = 0) -> list[dict]:
 def host_syncs() -> dict[str, int]:
     """How often the host waited for the card, by the operation that made it wait."""
     return json.loads(library.gaudi_host_sync_operations())
+
+
+def collectives() -> dict[str, tuple[int, int]]:
+    """The collectives of this rank, by operation: calls, and bytes of what they were about.
+
+    That is the larger side of each: what is reduced, what is gathered, what is broadcast.
+    """
+    return {name: tuple(figures) for name, figures in json.loads(library.gaudi_collectives()).items()}
 
 
 @contextlib.contextmanager

@@ -46,6 +46,8 @@ int number_from_environment(const char* name, int otherwise) {
 
 const int card_count = std::min(number_from_environment("GAUDI_SIMULATOR", 1), kMaxCards);
 const bool lazy_mode = number_from_environment("PT_HPU_LAZY_MODE", 1) != 0;
+// Without products a run is for its counts alone, and takes a fraction of the time.
+const bool with_products = number_from_environment("GAUDI_SIMULATOR_PRODUCTS", 1) != 0;
 thread_local c10::DeviceIndex current_card = 0;
 
 // ------------------------------------------------------------------------------------------------------------ memory
@@ -580,8 +582,22 @@ void multiply_wide(const c10::OperatorHandle& handle, const Operation& operation
   }
 }
 
+const std::unordered_map<std::string, size_t> kFirstFactor = {{"mm", 0}, {"bmm", 0}, {"addmm", 1}, {"baddbmm", 1}};
+
+// The same operation with results of the same shapes, over factors that have nothing to sum up.
+void leave_out_product(const Operation& operation, c10::IValue* arguments) {
+  if (const auto found = kFirstFactor.find(operation.name); found != kFirstFactor.end()) {
+    auto &left = arguments[found->second], &right = arguments[found->second + 1];
+    left = left.toTensor().narrow(-1, 0, 0);
+    right = right.toTensor().narrow(-2, 0, 0);
+  }
+}
+
 void run(const c10::OperatorHandle& handle, const Operation& operation, torch::jit::Stack* stack) {
   if (operation.product) {
+    if (!with_products) {
+      leave_out_product(operation, &(*stack)[stack->size() - handle.schema().arguments().size()]);
+    }
     multiply_wide(handle, operation, stack);
   } else {
     handle.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
@@ -1080,6 +1096,22 @@ c10::IValue map_tensors(const c10::IValue& value, const F& function) {
   return value;
 }
 
+// How often each collective ran, and the bytes of the cards' tensors that it was about: those of its larger side.
+struct Traffic {
+  int64_t calls = 0, bytes = 0;
+};
+std::mutex traffic_mutex;
+std::map<std::string, Traffic> traffic;
+
+int64_t bytes_on_card(const c10::IValue& value) {
+  int64_t bytes = 0;
+  map_tensors(value, [&](const at::Tensor& tensor) {
+    bytes += tensor.defined() && on_card(tensor) ? static_cast<int64_t>(tensor.nbytes()) : 0;
+    return tensor;
+  });
+  return bytes;
+}
+
 // A collective ends the graph that is being gathered, as on a card, and then runs on the twins: the process group's backend
 // for host memory does the work. It is part of PyTorch's dispatcher, so that torch.compile sees a process group like any other.
 void collective(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
@@ -1090,7 +1122,9 @@ void collective(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
   const bool flat = name == "c10d::_allgather_base_" || name == "c10d::_reduce_scatter_base_";
   const auto arguments = handle.schema().arguments().size();
   std::vector<Operand> operands;
+  int64_t bytes = 0;
   for (size_t i = stack->size() - arguments; i < stack->size(); ++i) {
+    bytes = std::max(bytes, bytes_on_card((*stack)[i]));
     (*stack)[i] = map_tensors((*stack)[i], [&](const at::Tensor& tensor) {
       if (!tensor.defined() || !on_card(tensor)) {
         return tensor;
@@ -1099,6 +1133,12 @@ void collective(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
       operands.push_back({tensor, host});
       return host;
     });
+  }
+  {
+    const std::lock_guard<std::mutex> lock(traffic_mutex);
+    auto& one = traffic[name.substr(6)];
+    ++one.calls;
+    one.bytes += bytes;
   }
   handle.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
   for (size_t i = stack->size() - handle.schema().returns().size(); i < stack->size(); ++i) {
@@ -1558,6 +1598,20 @@ const char* gaudi_compilation_history(int64_t from) {
         << ", \"position\": " << history[i].position << ", \"first\": \"" << escape(history[i].first) << "\"}";
   }
   out << ']';
+  text = out.str();
+  return text.c_str();
+}
+
+// JSON: calls and bytes of each collective.
+const char* gaudi_collectives() {
+  thread_local std::string text;
+  std::ostringstream out;
+  out << '{';
+  const std::lock_guard<std::mutex> lock(traffic_mutex);
+  for (const auto& [name, one] : traffic) {
+    out << (out.tellp() > 1 ? ", " : "") << '"' << name << "\": [" << one.calls << ", " << one.bytes << ']';
+  }
+  out << '}';
   text = out.str();
   return text.c_str();
 }

@@ -1,12 +1,12 @@
-"""Counters by the real names. `host_sync` and `compilations` exist on a simulated card only."""
+"""Counters by the real names. `host_sync`, `compilations` and `collectives` exist on a simulated card only."""
 
 import contextlib
 from collections.abc import Iterator
 
 from habana_frameworks.torch import _simulator
-from habana_frameworks.torch._simulator import compilations
+from habana_frameworks.torch._simulator import collectives, compilations
 
-__all__ = ["Metric", "compilations", "metric_global", "metric_localcontext"]
+__all__ = ["Metric", "collectives", "compilations", "metric_global", "metric_localcontext"]
 
 
 def _totals(name: str) -> dict[str, int]:
