@@ -32,7 +32,10 @@ Simulated, as on a card
                    capture computes nothing, is replayed in place, and refuses to wait for the host.
   host waits       counted by operation: item, copies to the host, results of unknown shape, synchronize.
   collectives      hccl by gloo: DDP, FSDP, ZeRO-1, 2 and 3, under mpirun, torchrun and the deepspeed launcher; also
-                   where torch.compile has traced them. Each ends the graph that is being gathered.
+                   where torch.compile has traced them. Each ends the graph that is being gathered, and is counted
+                   with its bytes (habana_frameworks.torch.hpu.metrics.collectives).
+  counts alone     GAUDI_SIMULATOR_PRODUCTS=0 leaves out what products of matrices compute. Memory, graphs, waits and
+                   bytes stay those of the run, which takes a fraction of the time; its losses mean nothing.
   fused parts      FusedAdamW, FusedClipNorm, FusedSDPA, FusedRMSNorm, rotary helpers, mixture_of_experts and
                    optimizer_adamw of torch.ops.hpu: by plain PyTorch.
   FP8              Habana's Transformer Engine (--fp8): inputs and weights of linear layers are really rounded to E4M3

@@ -75,8 +75,8 @@ def compile_lengths(
         passes += [(True, True, False)] + [(True, True, True)] * ranks
     kept = {name: getattr(loss, name) for name in ("_window", "_names", "batches")}
     random_state = torch.hpu.get_rng_state()
-    # The buckets of gradients are laid out anew after the first time that ranks meet.
-    for length in (*lengths, *lengths[:ranks]):
+    # After the ranks have met for the first time, the next pass lays the buckets of gradients out anew.
+    for length in (*lengths[:1] * 2 * ranks, *lengths):
         for has_window, has_gradients, meet in passes:
             if not has_window:
                 loss._window = None

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from cards import card_environment
-from running import ROOT, run, run_ranks
+from running import ROOT, results, run, run_ranks
 
 from benchmarks.price import WORKLOADS, environment, figures_of, write_inputs
 
@@ -16,6 +16,19 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("price")
     write_inputs(folder)
     return folder
+
+
+def test_counts_are_those_of_a_run_that_multiplies(assets, tmp_path):
+    found = []
+    for products in ("0", "1"):
+        output, counts = tmp_path / products, tmp_path / f"{products}.counts"
+        flags = ["--model_name_or_path", assets.gpt2, "--train_file", assets.train, "--block_size", 32]
+        flags += ["--do_train", "--max_steps", 5, "--use_habana", "--use_lazy_mode", "--output_dir", output]
+        env = card_environment(GAUDI_SIMULATOR_PRODUCTS=products)
+        run("benchmarks/counting.py", counts, "run_clm.py", *flags, env=env)
+        found.append(json.loads(counts.read_text()))
+    assert found[0] == found[1] and found[0]["flop_per_token"] > 0
+    assert len({results(tmp_path / products)["train_loss"] for products in ("0", "1")}) == 2
 
 
 @pytest.mark.parametrize("name", list(WORKLOADS))

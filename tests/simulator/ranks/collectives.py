@@ -5,7 +5,7 @@ import habana_frameworks.torch.core as htcore
 import torch
 import torch.distributed as dist
 from habana_frameworks.torch.distributed.hccl import initialize_distributed_hpu
-from habana_frameworks.torch.hpu.metrics import metric_localcontext
+from habana_frameworks.torch.hpu.metrics import collectives, metric_localcontext
 from torch.nn.parallel import DistributedDataParallel
 
 from gaudi_lm.device import run_script
@@ -98,6 +98,10 @@ def check_data_parallel(rank: int) -> None:
             optimizer.step()
     for got, wanted in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    calls, size = collectives()["allreduce_"]
+    parallel(rows[0]).sum().backward()
+    after = collectives()["allreduce_"]
+    assert after[0] > calls and after[1] - size == 4 * sum(p.numel() for p in model.parameters())
 
 
 def main() -> None:
