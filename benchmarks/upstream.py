@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from gaudi_lm.device import add_stand_in, answers_without_pip
+from gaudi_lm.device import add_stand_in
+from gaudi_lm.optimum_imports import answers_without_pip
 
 add_stand_in()
 

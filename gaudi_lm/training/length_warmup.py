@@ -8,7 +8,7 @@ zero and are thrown away.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -20,7 +20,7 @@ from transformers import Trainer
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX
 
 
-def several_lengths(collator: Callable, trainer: Trainer) -> Sequence[int]:
+def several_lengths(collator: Callable, trainer: Trainer) -> tuple[int, ...]:
     """The lengths that a collator of this suite pads batches to, where there are several and each is a graph."""
     while isinstance(collator, partial) and "lengths" not in collator.keywords:
         collator = collator.args[0] if collator.args else collator.func
@@ -29,11 +29,11 @@ def several_lengths(collator: Callable, trainer: Trainer) -> Sequence[int]:
     # Some keep count of their passes: DeepSpeed's engine, the scales of FP8, AdaLoRA's ranks.
     counted = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.accelerator.fp8_enabled
     counted = counted or getattr(trainer.model, "peft_type", None) == PeftType.ADALORA
-    return () if len(lengths) < 2 or not args.use_lazy_mode or counted else lengths
+    return () if len(lengths) < 2 or not args.use_lazy_mode or counted else tuple(lengths)
 
 
 @contextlib.contextmanager
-def separate_graph(lengths: Sequence[int]) -> Iterator[None]:
+def separate_graph(lengths: tuple[int, ...]) -> Iterator[None]:
     """Where there are ``lengths``: what runs inside is a graph for each, whatever comes before and after it."""
     if not lengths:
         yield
@@ -57,7 +57,7 @@ def of_length(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Te
 
 
 def compile_lengths(
-    trainer: Trainer, lengths: Sequence[int], batch: dict[str, torch.Tensor], items: torch.Tensor
+    trainer: Trainer, lengths: tuple[int, ...], batch: dict[str, torch.Tensor], items: torch.Tensor
 ) -> None:
     """Run the passes of a step for each of ``lengths``, and leave the trainer as it was.
 

@@ -61,7 +61,7 @@ class LMTrainer(EvaluatingTrainer):
         warmup = self.args.throughput_warmup_steps
         self.throughput = Throughput(warmup, self._synchronise, self.args.context_parallel_size)
         self._window = (0, 0, 0)
-        self._lengths = self._uncompiled = ()  # that batches are padded to
+        self._lengths = self._uncompiled = tuple[int, ...]()  # that batches are padded to
         self.results: dict[str, float] = {}  # of the whole run, see :func:`gaudi_lm.training.outputs.report`
         self.device_metrics = DeviceMetrics(warmup)
         adalora = getattr(self.model, "peft_type", None) == PeftType.ADALORA
