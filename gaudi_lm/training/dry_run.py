@@ -82,7 +82,9 @@ def dry_run(trainer) -> dict[str, float]:
         print(f"steps: {steps:,}, {figures['epochs']:.4g} epochs of {per_epoch:,} ({len(lengths):,} sequences)")
     try:
         figures |= _report_memory(trainer, batch, _setting(trainer, steps))
-    except RuntimeError as error:  # of FakeTensor and of what meets one
+    except UserError:
+        raise
+    except Exception as error:  # of FakeTensor and of what meets one
         print(f"memory of a card: not known, since {kind} cannot be run without values ({first_line(error)})")
     sys.stdout.flush()
     return figures

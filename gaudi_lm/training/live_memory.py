@@ -70,8 +70,10 @@ class LiveBytes(TorchDispatchMode):
         self._storages: dict[int, tuple[str, int]] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].is_floating_point() else 1  # there is no value to read; sizes do not depend on it
+        if function is torch.ops.aten._local_scalar_dense.default:  # there is no value to read
+            return False if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if function is torch.ops.aten.split_with_sizes.default and sum(args[1]) != args[0].shape[(*args, 0)[2]]:
+            return torch.tensor_split(args[0], len(args[1]), *args[2:])  # tokens of experts, by numbers that were read
         if function is torch.ops.aten.nonzero.default:  # the CPU's loss leaves out rows without a label: none, at most
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         result = function(*args, **(kwargs or {}))
