@@ -25,8 +25,9 @@ class Architecture:
             which is then the position of padding.
         packs: a block-diagonal mask and position ids keep the texts of a row apart.
         packs_patched: so they do in optimum-habana's model, where there is one.
-        adds_patched_mask: that model adds a mask to the scores as it comes; others want one of ones and zeros.
         patched_sdpa: that model has PyTorch's own fused attention, ``sdpa``; others compute eagerly when asked for it.
+        patched_router_loss: that model, a mixture of experts, has the loss that balances its routers.
+        unpatched: whether that model is wrong for a configuration: then, on a card too, transformers' own is used.
     """
 
     causal_head: bool = False
@@ -35,8 +36,9 @@ class Architecture:
     first_position: int | str = 0
     packs: bool = False
     packs_patched: bool = False
-    adds_patched_mask: bool = False
     patched_sdpa: bool = False
+    patched_router_loss: bool = False
+    unpatched: Callable[[PretrainedConfig], bool] = lambda config: False
 
     def position_of_first_token(self, config: PretrainedConfig) -> int:
         """Where positions start, for this configuration, which needs a padding id if they start after it."""
@@ -55,6 +57,22 @@ def _capped(model: PreTrainedModel) -> tuple[float, float | None]:
     return 1.0, model.config.final_logit_softcapping
 
 
+def _always(config: PretrainedConfig) -> bool:
+    return True
+
+
+def _shared_keys(config: PretrainedConfig) -> bool:
+    return config.num_key_value_heads != config.num_attention_heads
+
+
+def _window(config: PretrainedConfig) -> bool:
+    return bool(config.use_sliding_window)
+
+
+def _window_or_dense_layers(config: PretrainedConfig) -> bool:
+    return _window(config) or bool(config.mlp_only_layers) or config.decoder_sparse_step != 1
+
+
 def _causal(packs: bool = True, patched: bool = False, **fields) -> Architecture:
     return Architecture(causal_head=True, packs=packs, packs_patched=patched, **fields)
 
@@ -65,35 +83,39 @@ def _masked(head: str, first: int | str = 0, packs: bool = True, patched: bool =
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bloom": _causal(packs=False),
-    "codegen": _causal(),
-    "cohere": _causal(logit_transform=_scaled),
+    "codegen": _causal(unpatched=_always),
+    "cohere": _causal(logit_transform=_scaled, unpatched=_always),
     "cohere2": _causal(logit_transform=_scaled),
     "falcon": _causal(patched=True, patched_sdpa=True),
-    "gemma": _causal(patched=True, adds_patched_mask=True),
+    "gemma": _causal(unpatched=_always),
     "gemma2": _causal(patched=True, logit_transform=_capped),
     "gemma3_text": _causal(patched=True, logit_transform=_capped),
     "gpt2": _causal(),
     "gpt_bigcode": _causal(),
     "gpt_neo": _causal(patched=True),
     "gpt_neox": _causal(),
+    "gpt_oss": _causal(patched=True),
     "gptj": _causal(),
     "granite": _causal(logit_transform=_divided),
+    "granitemoe": _causal(logit_transform=_divided),
     "llama": _causal(patched=True),
     "mistral": _causal(patched=True),
-    "mixtral": _causal(packs=False),
+    "mixtral": _causal(patched=True),
     "mpt": _causal(packs=False, patched=True),
     "olmo": _causal(),
     "olmo2": _causal(),
+    "olmoe": _causal(),
     "opt": _causal(),  # its table of positions has the two rows more that it starts after
     "persimmon": _causal(patched=True),
-    "phi": _causal(),
+    "phi": _causal(patched=True, unpatched=_shared_keys),
     "phi3": _causal(),
-    "qwen2": _causal(patched=True),
-    "qwen2_moe": _causal(packs=False),
-    "qwen3": _causal(patched=True),
+    "qwen2": _causal(patched=True, unpatched=_window),
+    "qwen2_moe": _causal(patched=True, patched_router_loss=True, unpatched=_window),
+    "qwen3": _causal(patched=True, unpatched=_window),
+    "qwen3_moe": _causal(patched=True, unpatched=_window_or_dense_layers),
     "smollm3": _causal(),
     "stablelm": _causal(patched=True),
-    "starcoder2": _causal(),
+    "starcoder2": _causal(unpatched=_always),
     "albert": _masked("predictions", packs=False, patched_sdpa=True),
     "bert": _masked("cls", patched=True, patched_sdpa=True),
     "camembert": _masked("lm_head", PADDING),

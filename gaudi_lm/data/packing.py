@@ -174,6 +174,11 @@ def check_packable(model: nn.Module) -> None:
             f"--pack_sequences: {where}{name} is not known to keep packed texts apart; leave the flag out, or use one "
             f"of {', '.join(proven)}"
         )
+    if getattr(base.config, "output_router_logits", False):
+        raise UserError(
+            f"--pack_sequences: the loss that balances the routers of {name} does not know packed texts; set "
+            "output_router_logits to false in its configuration"
+        )
     if getattr(getattr(base, "generation_config", None), "flash_attention_causal_mask", False):
         raise UserError(
             "--flash_attention_causal_mask lets packed texts see each other: leave out one of the two flags"
@@ -235,7 +240,7 @@ class PackedCollator:
             causal=row.causal_head,
             first_position=first,
             pad_position=max(0, first - 1),
-            additive=row.causal_head and (row.adds_patched_mask or not is_patched(base)),
+            additive=row.causal_head and not is_patched(base),
             dtype=base.dtype,
         )
 

@@ -62,6 +62,29 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
             raise UserError(f"{flag}: optimum-habana's {model.config.model_type} does not take it in training")
 
 
+def choose_attention(config: PretrainedConfig, training_args: LMTrainingArguments) -> str:
+    """The attention to ask for: ``eager`` by default, where another would not compute what the configuration says.
+
+    Raises:
+        UserError: another one was chosen.
+    """
+    wanted = training_args.attn_implementation
+    kept = {"attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None)}
+    if wanted == "gaudi_fused_sdpa":  # scales by the width of a head
+        scalar = getattr(config, "query_pre_attn_scalar", None)
+        kept["query_pre_attn_scalar"] = scalar if scalar != getattr(config, "head_dim", None) else None
+    lost = [name for name, value in kept.items() if value]
+    if wanted == "eager" or not lost:
+        return wanted
+    if "attn_implementation" in training_args.chosen:
+        raise UserError(
+            f"--attn_implementation {wanted}: {config.model_type} has {lost[0]} {kept[lost[0]]:g}, which only eager "
+            "attention knows; leave the flag out, or choose eager"
+        )
+    logger.info("attention: eager, since %s has %s", config.model_type, lost[0])
+    return "eager"
+
+
 def check_attention(config: PretrainedConfig, training_args: LMTrainingArguments, found: str, patched: bool = False):
     """Say where ``sdpa``, the default on the CPU, is computed eagerly; refuse it where it was chosen.
 

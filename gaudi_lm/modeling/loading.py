@@ -24,7 +24,8 @@ from gaudi_lm.arguments.model_files import check_config, first_line, tokenizer_d
 from gaudi_lm.device import UserError, parse_bool
 from gaudi_lm.errors import nearest
 from gaudi_lm.modeling.activations import fuse_activations
-from gaudi_lm.modeling.attention import check_attention, hand_over_flags
+from gaudi_lm.modeling.attention import check_attention, choose_attention, hand_over_flags
+from gaudi_lm.modeling.patches import restore_own_model
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -143,11 +144,14 @@ def fit_vocabulary(
     Raises:
         UserError: the user's own size is smaller than the tokenizer's vocabulary, or a padding token is needed.
     """
-    if architecture_of(config).first_position == PADDING and tokenizer.pad_token_id is None:
-        raise UserError(
-            f"{config.model_type} counts positions from the padding token, and the tokenizer has none: choose another "
-            "by --tokenizer_name, or give this one a pad_token in its tokenizer_config.json"
-        )
+    if architecture_of(config).first_position == PADDING:
+        if tokenizer.pad_token_id is None:
+            raise UserError(
+                f"{config.model_type} counts positions from the padding token, and the tokenizer has none: choose "
+                "another by --tokenizer_name, or give this one a pad_token in its tokenizer_config.json"
+            )
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id
     if not from_scratch:
         return
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -168,11 +172,6 @@ def fit_vocabulary(
     config.vocab_size = len(tokenizer)
 
 
-def resolve_dtype(name: str | None) -> torch.dtype | str | None:
-    """A torch dtype from its name; ``auto`` and None stay as they are."""
-    return name if name in (None, "auto") else getattr(torch, name)
-
-
 def load_model(
     auto_class: Any,
     config: PretrainedConfig,
@@ -191,8 +190,10 @@ def load_model(
         UserError: no weights there, an attention the model does not have, or a model without embeddings to enlarge.
     """
     config.use_cache = model_args.use_cache
-    dtype = resolve_dtype(model_args.torch_dtype)
-    options = {"attn_implementation": training_args.attn_implementation, "torch_dtype": dtype, **options}
+    dtype = getattr(torch, model_args.torch_dtype or "", model_args.torch_dtype)  # auto and None stay as they are
+    options = {"attn_implementation": choose_attention(config, training_args), "torch_dtype": dtype, **options}
+    if training_args.device.type == "hpu" and architecture_of(config).unpatched(config):
+        restore_own_model(config.model_type)
     name = model_args.model_name_or_path
     hub_options = _hub_options(model_args)
     if config._commit_hash and not model_args.config_name:
@@ -238,9 +239,8 @@ def load_model(
     except UserError:
         raise
     except Exception as error:  # likewise; nothing has been written yet
-        raise UserError(
-            f"{'--model_name_or_path ' + name if name else config.model_type}: {first_line(error)}"
-        ) from error
+        source = f"--model_name_or_path {name}" if name else config.model_type
+        raise UserError(f"{source}: {first_line(error)}") from error
     embedding = model.get_input_embeddings().weight
     # Under ZeRO-3 a rank holds a part of the weight; ds_shape is the whole.
     rows = getattr(embedding, "ds_shape", embedding.shape)[0]
@@ -250,8 +250,8 @@ def load_model(
     hand_over_flags(model, model_args, training_args)
     fuse_activations(model)
     if not name:
-        total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        logger.info("training a new %s from scratch: %.1fM parameters", config.model_type, total / 1e6)
+        total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) / 1e6
+        logger.info("training a new %s from scratch: %.1fM parameters", config.model_type, total)
     return model
 
 

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.utils import ModelOutput
 
-from gaudi_lm.architectures import architecture_of
+from gaudi_lm.architectures import architecture_of, is_patched
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, select_targets
+from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.cross_entropy import chunked_cross_entropy, full_cross_entropy
-from gaudi_lm.modeling.patches import ignore_missing_mask
+from gaudi_lm.modeling.patches import ignore_missing_mask, repair_router_loss
 
 
 @dataclass
@@ -68,8 +69,18 @@ def install_token_loss(
         label_smoothing: in training, the share of a label's weight that is spread over the vocabulary.
 
     Returns: one line for the log, which says what was installed, and if the full logits are kept, why.
+
+    Raises:
+        UserError: a mixture of experts that is to balance its routers, as optimum-habana wrote it, and cannot.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(base.config, "output_router_logits", False):
+        if is_patched(base) and not architecture_of(base.config).patched_router_loss:
+            raise UserError(
+                f"output_router_logits: optimum-habana's {base.config.model_type} has no loss that balances its "
+                "routers; set it to false in the model's configuration"
+            )
+        repair_router_loss(base)
     reason = _why_full_logits(base, objective) if chunked else "asked for"
     entry = architecture_of(base.config).masked_head if objective == "masked" and not reason else None
 

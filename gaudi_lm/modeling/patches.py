@@ -11,10 +11,13 @@ overrides in GaudiTrainer is in `gaudi_lm/training/`, and when AdaLoRA's ranks a
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 
 import torch
+import transformers
 import transformers.modeling_utils
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -25,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import DefaultDeviceType, checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 FLASH_ATTENTION = (
     "flash_attention_recompute",
@@ -108,6 +112,31 @@ def patch_adapter_layers() -> None:
     attention = tuners.adaption_prompt.AdaptedAttention
     attention.pre_attn_forward = GaudiAdaptedAttentionPreAttnForward
     attention.__getattr__ = GaudiAdaptedAttention_getattr
+
+
+@_needed_in("optimum-habana", "1.21")
+def restore_own_model(model_type: str) -> None:
+    """Let the models of that type be those of transformers on a card too, by loading their module anew.
+
+    Of optimum-habana's (1.21), with transformers 4.55, CodeGen, Cohere and StarCoder2 fail in each forward pass, and
+    Gemma norms the output of attention, not its sum with the residual. Qwen's (2 and 3, mixtures too) see past their
+    window, Phi's cannot share keys among heads, and Qwen3's mixtures have experts in each layer.
+    """
+    module = importlib.reload(importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}"))
+    for package in (transformers, sys.modules[module.__package__]):  # they keep the classes that they were asked for
+        for name in vars(package).keys() & set(module.__all__):
+            setattr(package, name, getattr(module, name))
+
+
+@_needed_in("transformers", "4.55")
+def repair_router_loss(model: PreTrainedModel) -> None:
+    """Let a mixture of experts balance its routers on the CPU too, by the function that Mixtral has for it.
+
+    Those of OLMoE, Granite and Qwen2 (transformers 4.55) ask a device for its number, which the CPU does not have.
+    """
+    module = sys.modules[type(model).__module__]
+    if hasattr(module, "load_balancing_loss_func"):
+        module.load_balancing_loss_func = load_balancing_loss_func
 
 
 @_needed_in("optimum-habana", "1.21")

@@ -28,7 +28,7 @@ from peft.utils.integrations import gather_params_ctx
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gaudi_lm.architectures import architecture_of, is_patched
+from gaudi_lm.architectures import is_patched
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX
 from gaudi_lm.device import UserError
 
@@ -131,7 +131,6 @@ def install_virtual_tokens(model: PeftModel) -> None:
         _check_keys(model)
     original = type(model).forward
     cached = prefix and is_patched(base)  # optimum-habana's causal mask forgets the keys that are there already
-    additive = architecture_of(base.config).adds_patched_mask
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, position_ids=None, **kwargs):
         if labels is None:
@@ -149,7 +148,7 @@ def install_virtual_tokens(model: PeftModel) -> None:
                     f"{input_ids.shape[1]} tokens over them; give longer rows, --pad_to_max_length or fewer of them"
                 )
             if attention_mask.dim() == 2:
-                attention_mask = _causal_mask(attention_mask, self.dtype if additive else None)
+                attention_mask = _causal_mask(attention_mask)
                 position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         kwargs["attention_mask"] = _mask_with_virtual(attention_mask, number, queries=not prefix)
         if prefix:
@@ -169,12 +168,9 @@ def install_virtual_tokens(model: PeftModel) -> None:
     model.forward = MethodType(forward, model)
 
 
-def _causal_mask(mask: torch.Tensor, added: torch.dtype | None) -> torch.Tensor:
-    """A mask (batch, length) as (batch, 1, length, length), of ones and zeros, or of a float type, to be added."""
-    sees = (mask > 0)[:, None, None, :].repeat(1, 1, mask.shape[1], 1).tril()
-    if added is None:
-        return sees.to(torch.uint8)
-    return torch.zeros(sees.shape, dtype=added, device=mask.device).masked_fill_(~sees, HIDDEN)
+def _causal_mask(mask: torch.Tensor) -> torch.Tensor:
+    """A mask (batch, length) as (batch, 1, length, length), of ones and zeros."""
+    return (mask > 0)[:, None, None, :].repeat(1, 1, mask.shape[1], 1).tril().to(torch.uint8)
 
 
 def _mask_with_virtual(mask: torch.Tensor, number: int, queries: bool) -> torch.Tensor:

@@ -12,6 +12,8 @@ from gaudi_lm.arguments.definitions import LMTrainingArguments
 SMALL = {
     "gpt2": "n_embd=32,n_layer=1,n_head=2,n_positions=64,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
     "gptj": "n_embd=32,n_layer=1,n_head=2,n_positions=64,rotary_dim=4",
+    "gemma2": "hidden_size=32,intermediate_size=48,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2,"
+    "head_dim=16",
     "llama": "hidden_size=32,intermediate_size=48,num_hidden_layers=1,num_attention_heads=2",
 }
 
@@ -31,6 +33,8 @@ def test_an_attention_that_the_model_lacks_is_refused(assets, tmp_path):
         "chosen": flags(assets, tmp_path / "chosen", "gptj", "--use_cpu", "--attn_implementation", "sdpa"),
         "default": flags(assets, tmp_path / "default", "gptj", "--use_cpu"),
         "there": flags(assets, tmp_path / "there", "gpt2", "--use_cpu", "--attn_implementation", "sdpa"),
+        "capped": flags(assets, tmp_path / "capped", "gemma2", "--use_cpu", "--attn_implementation", "sdpa"),
+        "default, capped": flags(assets, tmp_path / "default, capped", "gemma2", "--use_cpu"),
     }
     ends = run_many("run_clm.py", cases, tmp_path)
     assert ends["chosen"][0] == 2
@@ -40,6 +44,10 @@ def test_an_attention_that_the_model_lacks_is_refused(assets, tmp_path):
     )
     assert ends["default"][0] == 0 and "attention: eager, since gptj has no sdpa" in ends["default"][1]
     assert ends["there"][0] == 0, ends["there"][1]
+    said = "--attn_implementation sdpa: gemma2 has attn_logit_softcapping 50, which only eager attention knows"
+    assert ends["capped"][0] == 2 and said in ends["capped"][1]
+    said = "attention: eager, since gemma2 has attn_logit_softcapping"
+    assert ends["default, capped"][0] == 0 and said in ends["default, capped"][1], ends["default, capped"][1]
 
 
 @pytest.mark.slow

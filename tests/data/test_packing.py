@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CAUSAL, MASKED, VOCABULARY, tiny_model
+from tiny_models import CAUSAL, EXPERTS, MASKED, VOCABULARY, tiny_model
 from tokenizers import ByteLevelBPETokenizer
 from torch.nn import functional
 
@@ -85,6 +85,12 @@ def test_others_are_refused_by_name(model_type):
 def test_a_window_shorter_than_the_row_is_refused():
     with pytest.raises(UserError, match="attends to 16 tokens"):
         PackedCollator.for_model(tiny_model("mistral", sliding_window=16), PAD, LENGTH)
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_a_loss_that_balances_routers_is_refused(model_type):
+    with pytest.raises(UserError, match=f"routers of {model_type} does not know packed texts"):
+        PackedCollator.for_model(tiny_model(model_type, output_router_logits=True), PAD, LENGTH)
 
 
 def test_a_causal_mask_of_the_fused_kernel_is_refused():

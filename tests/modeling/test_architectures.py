@@ -7,7 +7,7 @@ import pytest
 import torch
 from running import run_many
 from test_losses import make_batch, tiny_model
-from tiny_models import CAUSAL, MASKED, VOCABULARY
+from tiny_models import CAUSAL, MASKED, OTHERS, VOCABULARY
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from gaudi_lm.architectures import ARCHITECTURES, PADDING
@@ -15,15 +15,6 @@ from gaudi_lm.device import UserError
 from gaudi_lm.modeling.loading import fit_vocabulary, length_limit
 from gaudi_lm.modeling.loss import install_token_loss
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-OTHERS = {
-    "data2vec-text": SMALL,
-    "esm": {**SMALL, "mask_token_id": 4, "position_embedding_type": "absolute"},
-    "ibert": SMALL,
-    "longformer": {**SMALL, "attention_window": 8},
-    "luke": {**SMALL, "entity_vocab_size": 8, "entity_emb_size": 8},
-    "xmod": {**SMALL, "languages": ["en_XX"], "default_language": "en_XX"},
-}
 POSITIONS = {"n_positions": 40, "max_position_embeddings": 40, "max_seq_len": 40, "seq_length": 40}
 
 

@@ -12,7 +12,18 @@ from accelerate.utils import convert_outputs_to_fp32, extract_model_from_paralle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tiny_models import CAUSAL, MASKED, VOCABULARY, distance, gradients, make_batch, objective_of, tiny_model
+from tiny_models import (
+    CAUSAL,
+    EXPERTS,
+    MASKED,
+    ODD,
+    VOCABULARY,
+    distance,
+    gradients,
+    make_batch,
+    objective_of,
+    tiny_model,
+)
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import DefaultDeviceType
@@ -23,7 +34,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from gaudi_lm.architectures import ARCHITECTURES
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, default_budget, limit_predictions, select_targets
 from gaudi_lm.device import run_script
-from gaudi_lm.modeling import cross_entropy
+from gaudi_lm.modeling import cross_entropy, patches
 from gaudi_lm.modeling.cross_entropy import _highest, chunked_cross_entropy
 from gaudi_lm.modeling.loss import TokenLossOutput, install_token_loss
 
@@ -63,16 +74,25 @@ def test_every_known_architecture_is_tested():
     assert set(MASKED) == {name for name, row in ARCHITECTURES.items() if row.masked_head}
 
 
-@pytest.mark.parametrize("model_type", [*CAUSAL, *MASKED])
-def test_same_loss_gradients_and_counts(model_type):
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        *(pytest.param(name, {}, id=name) for name in (*CAUSAL, *MASKED)),
+        *(pytest.param(name, fields, id=f"{name}-odd") for name, fields in ODD.items()),
+        *(pytest.param(name, {"output_router_logits": True}, id=f"{name}-routers") for name in EXPERTS),
+    ],
+)
+def test_same_loss_gradients_and_counts(model_type, fields):
     objective = objective_of(model_type)
     batch = make_batch(objective)
-    full = tiny_model(model_type)
+    full = tiny_model(model_type, **fields)
+    if "output_router_logits" in fields:
+        patches.repair_router_loss(full)  # as `install_token_loss` does: there would be nothing to compare with
     ours = copy.deepcopy(full)
     line = install_token_loss(ours, objective, max_predictions_per_seq=12 if objective == "masked" else None)
     assert "without full logits" in line
     got, wanted = ours(**batch), full(**batch)
-    parts = {"loss", "loss_sum", "correct", "count"} | ({"aux_loss"} if wanted.get("aux_loss") is not None else set())
+    parts = {"loss", "loss_sum", "correct", "count"} | ({"aux_loss"} if "output_router_logits" in fields else set())
     assert isinstance(got, TokenLossOutput) and set(got.keys()) == parts
     assert got.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-6)
     logits, labels = aligned(wanted.logits, batch["labels"], objective)

@@ -4,11 +4,13 @@ The libraries' own code is read where the fault shows on a card alone.
 """
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -36,6 +38,14 @@ def definition(file: str, name: str) -> str:
     source = (HABANA / file).read_text()
     found = [node for node in ast.parse(source).body if getattr(node, "name", None) == name]
     return ast.get_source_segment(source, found[0])
+
+
+def load_stock(module: ModuleType) -> ModuleType:
+    """A second copy of a module, as it is in its file."""
+    spec = importlib.util.spec_from_file_location(module.__name__, module.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
 
 
 @pytest.fixture
@@ -105,6 +115,36 @@ def test_adapter_layers_are_not_those_of_a_card():
     assert "pre_attn_forward" not in inspect.getsource(AdaptedAttention)
     assert "pre_attn_forward" in (HABANA / "transformers" / "models" / "llama" / "modeling_llama.py").read_text()
     assert not [path for path in HABANA.rglob("*.py") if "SVDLinear.forward = " in path.read_text()]
+
+
+def test_some_models_of_optimum_habana_are_wrong():
+    """tests/simulator/on_card/card_models.py shows that these and others are, and that transformers' own are not."""
+    models = "transformers/models"
+    block = definition(f"{models}/codegen/modeling_codegen.py", "gaudi_codegen_block_forward")
+    assert "attn_outputs, attn_weights = self.attn(" in block  # a tuple and weights
+    assert "attn_outputs + feed_forward_hidden_states" in block
+    layer = definition(f"{models}/cohere/modeling_cohere.py", "GaudiCohereDecoderLayer")
+    model = definition(f"{models}/cohere/modeling_cohere.py", "gaudi_cohere_model_forward")
+    assert "output_attentions" not in layer and "hidden_states = decoder_layer(" in model
+    attention = definition(f"{models}/starcoder2/modeling_starcoder2.py", "GaudiStarcoder2Attention")
+    assert "input_shape=" not in attention
+    gemma = definition(f"{models}/gemma/modeling_gemma.py", "GaudiGemmaDecoderLayer")
+    norm, added = "self.post_attention_layernorm(", "hidden_states + residual"
+    assert gemma.index(norm) < gemma.index(added)
+    scores = definition(f"{models}/phi/modeling_phi.py", "gaudi_eager_attention_forward")
+    assert "repeat_kv(" in scores and "key_states.transpose(2, 3)" in scores  # of five dimensions, not the last two
+
+
+@pytest.mark.parametrize("model_type", ["granitemoe", "olmoe", "qwen2_moe"])
+def test_routers_are_balanced_on_a_numbered_device_alone(model_type, monkeypatch):
+    model = tiny_model(model_type, output_router_logits=True)
+    module = importlib.import_module(type(model).__module__)
+    monkeypatch.setattr(module, "load_balancing_loss_func", load_stock(module).load_balancing_loss_func)
+    ids = torch.tensor([[3, 4, 5]])
+    with pytest.raises(TypeError, match="NoneType"):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    patches.repair_router_loss(model)
+    assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).aux_loss > 0
 
 
 def test_checkpointing_of_lazy_mode_loses_inputs():

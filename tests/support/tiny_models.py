@@ -12,6 +12,7 @@ _LLAMA_LIKE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _MULTI_HEAD = {name: value for name, value in _LLAMA_LIKE.items() if name != "num_key_value_heads"}
 _GPT2_LIKE = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128}
 _BERT_LIKE = {
@@ -41,14 +42,17 @@ CAUSAL = {
         "max_position_embeddings": 128,
     },
     "gpt_neox": _MULTI_HEAD,
+    "gpt_oss": {**_LLAMA_LIKE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gptj": {**_GPT2_LIKE, "rotary_dim": 4},
     "granite": {**_LLAMA_LIKE, "logits_scaling": 4.0},
+    "granitemoe": {**_LLAMA_LIKE, "num_local_experts": 4, "logits_scaling": 4.0},
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
-    "mixtral": {**_LLAMA_LIKE, "num_local_experts": 2, "output_router_logits": True},
+    "mixtral": {**_LLAMA_LIKE, "num_local_experts": 2},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
     "olmo": _LLAMA_LIKE,
     "olmo2": _LLAMA_LIKE,
+    "olmoe": {**_LLAMA_LIKE, "num_experts": 4, "num_experts_per_tok": 2},
     "opt": {
         "hidden_size": 32,
         "ffn_dim": 48,
@@ -58,7 +62,7 @@ CAUSAL = {
         "max_position_embeddings": 128,
     },
     "persimmon": _MULTI_HEAD,
-    "phi": _LLAMA_LIKE,
+    "phi": _MULTI_HEAD,
     "phi3": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
     "qwen2_moe": {
@@ -69,6 +73,7 @@ CAUSAL = {
         "shared_expert_intermediate_size": 32,
     },
     "qwen3": {**_LLAMA_LIKE, "head_dim": 8},
+    "qwen3_moe": {**_LLAMA_LIKE, **_EXPERTS, "head_dim": 8, "num_experts": 4},
     "smollm3": _LLAMA_LIKE,
     "stablelm": _LLAMA_LIKE,
     "starcoder2": _LLAMA_LIKE,
@@ -88,6 +93,46 @@ MASKED = {
     "roberta-prelayernorm": _BERT_LIKE,
     "xlm-roberta": _BERT_LIKE,
     "xlm-roberta-xl": _BERT_LIKE,
+}
+
+_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+OTHERS = {
+    "data2vec-text": _SMALL,
+    "esm": {**_SMALL, "mask_token_id": 4, "position_embedding_type": "absolute"},
+    "ibert": _SMALL,
+    "longformer": {**_SMALL, "attention_window": 8},
+    "luke": {**_SMALL, "entity_vocab_size": 8, "entity_emb_size": 8},
+    "xmod": {**_SMALL, "languages": ["en_XX"], "default_language": "en_XX"},
+}
+
+EXPERTS = ["gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
+# Fields in which the configurations of released models differ from those of their class, or that few of them have.
+ODD = {
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.5, "attention_bias": True},
+    "cohere2": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False, "tie_word_embeddings": False},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {"query_pre_attn_scalar": 12, "sliding_window": 8},
+    "gpt_neo": {"window_size": 8},
+    "gpt_neox": {"use_parallel_residual": False, "rotary_pct": 0.5, "tie_word_embeddings": True},
+    "gpt_oss": {"sliding_window": 8},
+    "granite": {"embedding_multiplier": 12.0, "residual_multiplier": 0.2, "attention_multiplier": 0.1},
+    "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "mistral": {"head_dim": 16, "sliding_window": 8},
+    "mixtral": {"sliding_window": 8},
+    "olmo": {"clip_qkv": 0.5},
+    "olmoe": {"clip_qkv": 0.5, "norm_topk_prob": True},
+    "opt": {"do_layer_norm_before": False},
+    "phi": {"num_key_value_heads": 2, "qk_layernorm": True},
+    "phi3": {"partial_rotary_factor": 0.75, "sliding_window": 8, "tie_word_embeddings": True},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen2_moe": {"decoder_sparse_step": 2, "norm_topk_prob": True, "tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    "qwen3_moe": {"head_dim": 16, "mlp_only_layers": [0], "norm_topk_prob": True},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "stablelm": {"use_parallel_residual": True, "use_qkv_bias": True},
+    "starcoder2": {"sliding_window": 8, "tie_word_embeddings": False, "use_bias": False},
 }
 
 
