@@ -62,7 +62,7 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
             raise UserError(f"{flag}: optimum-habana's {model.config.model_type} does not take it in training")
 
 
-def choose_attention(config: PretrainedConfig, training_args: LMTrainingArguments) -> str:
+def choose_attention(config: PretrainedConfig, training_args: LMTrainingArguments) -> str | None:
     """The attention to ask for: ``eager`` by default, where another would not compute what the configuration says.
 
     Raises:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pyte
+import repeated
 import warm
 
 from gaudi_lm.device import UserError, _card_flags, expand_config_file
@@ -138,11 +139,12 @@ def _card(flags: list[str], environ: dict[str, str]) -> tuple[str, ...]:
 
 @dataclass
 class End:
-    """How a run ended; ``metrics`` is the ``all_results.json`` that it wrote, None where it failed."""
+    """How a run ended; ``metrics`` is the ``all_results.json`` that it wrote, None where it failed or wrote none."""
 
     status: int
     log: str
     metrics: dict | None
+    printed: str = ""
 
 
 def run_several(script: str, runs: list[list], environ: dict[str, str] | None = None) -> list[End]:
@@ -154,6 +156,27 @@ def run_several(script: str, runs: list[list], environ: dict[str, str] | None = 
         (done,) = warm.run([f"{script}.py", *flags], environ, ROOT, _card(flags, environ), 280)
         output = Path([value for flag, value in zip(flags, flags[1:], strict=False) if flag == "--output_dir"][-1])
         ends.append(End(done.returncode, done.stderr, None if done.returncode else results(output)))
+    return ends
+
+
+def run_repeatedly(script: str, runs: list[list[str]], environ: dict[str, str], folder: Path) -> list[End]:
+    """Run the main function of a script such as ``run_clm`` with each list of flags, in one process (:mod:`repeated`).
+
+    Args:
+        folder: for the list of the runs.
+    """
+    path = folder / "runs.json"
+    path.write_text(json.dumps(runs))
+    argv = ["tests/support/repeated.py", script, str(path)]
+    (done,) = warm.run(argv, environ, ROOT, _card(runs[0], environ), 280)
+    assert done.returncode == 0, done.stderr
+    printed, logged = done.stdout.split(repeated.MARK)[1:], done.stderr.split(repeated.MARK)[1:]
+    ends = []
+    for index, flags in enumerate(runs):
+        status = int(printed[index + 1].split("\n", 1)[0])
+        output = Path(flags[flags.index("--output_dir") + 1]) / "all_results.json"
+        metrics = json.loads(output.read_text()) if not status and output.is_file() else None
+        ends.append(End(status, logged[index], metrics, printed[index]))
     return ends
 
 
