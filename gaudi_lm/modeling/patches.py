@@ -15,6 +15,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 import torch
 import transformers
@@ -123,7 +124,7 @@ def restore_own_model(model_type: str) -> None:
     window, Phi's cannot share keys among heads, and Qwen3's mixtures have experts in each layer.
     """
     module = importlib.reload(importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}"))
-    for package in (transformers, sys.modules[module.__package__]):  # they keep the classes that they were asked for
+    for package in (transformers, sys.modules[module.__package__ or ""]):  # they keep the classes they were asked for
         for name in vars(package).keys() & set(module.__all__):
             setattr(package, name, getattr(module, name))
 
@@ -134,7 +135,7 @@ def repair_router_loss(model: PreTrainedModel) -> None:
 
     Those of OLMoE, Granite and Qwen2 (transformers 4.55) ask a device for its number, which the CPU does not have.
     """
-    module = sys.modules[type(model).__module__]
+    module: Any = sys.modules[type(model).__module__]
     if hasattr(module, "load_balancing_loss_func"):
         module.load_balancing_loss_func = load_balancing_loss_func
 
