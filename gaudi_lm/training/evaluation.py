@@ -27,6 +27,7 @@ from gaudi_lm.data.sampling import (
     read_rows,
 )
 from gaudi_lm.modeling.cross_entropy import full_cross_entropy
+from gaudi_lm.training.length_warmup import of_length, several_lengths
 from gaudi_lm.training.metrics import Throughput, token_metrics
 from gaudi_lm.training.predictions import Predictions, as_float
 from gaudi_lm.training.saving import ResumableTrainer
@@ -143,6 +144,7 @@ class EvaluatingTrainer(ResumableTrainer):
     causal: bool
     evaluation_collator: Callable[[list[dict]], dict]
     _graphed_model: torch.nn.Module | None = None
+    _compiled_model: torch.nn.Module | None = None  # for batches of every length
 
     def _prepare_input(self, data):
         # Parts of rows are cut when they are collated, with the label that follows; GaudiTrainer would cut them again.
@@ -189,19 +191,31 @@ class EvaluatingTrainer(ResumableTrainer):
         throughput.begin_step()
         dtype = torch.bfloat16 if args.bf16_full_eval and not self.is_in_train else None
         predictions = Predictions() if predict else None
+        own = predict or self.compute_loss_func is not None
+
+        def run(batch: dict[str, Tensor], real: Tensor, sums: TokenSums) -> None:
+            inputs = self._prepare_inputs({**batch, **extra_inputs} if update else batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                if own:
+                    self._predict_batch(model, inputs, real, ignore_keys, sums, predictions)
+                else:
+                    outputs = model(**inputs)
+                    sums.add(outputs["loss_sum"], outputs["correct"], outputs["count"])
+            if args.use_lazy_mode:
+                self.htcore.mark_step()
+
+        uncompiled = () if own or model is self._compiled_model else several_lengths(self.evaluation_collator, self)
         with weights_as(self.model, dtype, restore=args.do_train):
             for batch in loader:
                 real = batch[REAL_SAMPLES]
                 window = count_tokens(batch)
-                inputs = self._prepare_inputs({**batch, **extra_inputs} if update else batch)
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    if predict or self.compute_loss_func is not None:
-                        self._predict_batch(model, inputs, real, ignore_keys, sums, predictions)
-                    else:
-                        outputs = model(**inputs)
-                        sums.add(outputs["loss_sum"], outputs["correct"], outputs["count"])
-                if args.use_lazy_mode:
-                    self.htcore.mark_step()
+                for length in uncompiled:
+                    nothing = TokenSums()
+                    for _ in range(2):  # onto no sums, and onto some
+                        run(of_length(batch, length), real, nothing)
+                if uncompiled:
+                    uncompiled, self._compiled_model = (), model
+                run(batch, real, sums)
                 self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
                 throughput.end_step(*window)
                 throughput.begin_step()

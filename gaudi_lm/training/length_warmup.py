@@ -22,14 +22,13 @@ from gaudi_lm.data.masked_token_budget import IGNORE_INDEX
 
 def several_lengths(collator: Callable, trainer: Trainer) -> tuple[int, ...]:
     """The lengths that a collator of this suite pads batches to, where there are several and each is a graph."""
-    while isinstance(collator, partial) and "lengths" not in collator.keywords:
-        collator = collator.args[0] if collator.args else collator.func
-    lengths = collator.keywords["lengths"] if isinstance(collator, partial) else getattr(collator, "lengths", ())
-    args = trainer.args
+    lengths = collator.keywords.get("lengths") if isinstance(collator, partial) else getattr(collator, "lengths", None)
     # Some keep count of their passes: DeepSpeed's engine, the scales of FP8, AdaLoRA's ranks.
     counted = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.accelerator.fp8_enabled
     counted = counted or getattr(trainer.model, "peft_type", None) == PeftType.ADALORA
-    return () if len(lengths) < 2 or not args.use_lazy_mode or counted else tuple(lengths)
+    if counted or not trainer.args.use_lazy_mode or not isinstance(lengths, list) or len(lengths) < 2:
+        return ()
+    return tuple(lengths)
 
 
 @contextlib.contextmanager
