@@ -193,7 +193,8 @@ def check_flags_of_script(name: str, *dataclass_types: type) -> None:
     if name == "__main__":
         argv = sys.argv[1:]
         with user_errors():
-            _checked[(*argv, *dataclass_types)] = _read(argv, *dataclass_types)
+            key = (*argv, *dataclass_types)
+            _checked[key] = _read(argv, *dataclass_types)
 
 
 def _read(argv: list[str], *dataclass_types: type) -> dict[str, object]:
