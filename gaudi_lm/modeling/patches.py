@@ -37,6 +37,13 @@ FLASH_ATTENTION = (
     "flash_attention_fast_softmax",
     "flash_attention_fp8",
 )
+NOT_CHECKPOINTED = (
+    "GPTBigCodeBlock",
+    "GaudiGPT2Block",
+    "GaudiOPTDecoderLayer",
+    "GaudiPhiDecoderLayer",
+    "GaudiStableLmDecoderLayer",
+)
 
 
 def _needed_in(package: str, release: str) -> Callable[[Callable], Callable]:
@@ -146,16 +153,16 @@ def repair_gradient_checkpointing(model: Module) -> None:
 
     Lazy mode's own `checkpoint` (optimum-habana 1.21) is PyTorch's non-reentrant one, but calls an internal function
     of PyTorch whose parameters have changed since (`early_stop`), so that inputs are lost: the public one takes its
-    place. And GaudiGPT2Block leaves `GradientCheckpointingLayer` out, and so would keep all its activations.
+    place. And the layers of some models leave `GradientCheckpointingLayer` out, and so would keep all activations.
     """
     # Imported here: a CPU run has no use for optimum-habana's models, which take seconds to import.
     from optimum.habana.transformers import gradient_checkpointing as lazy_mode
-    from optimum.habana.transformers.models.gpt2.modeling_gpt2 import GaudiGPT2Block
 
     lazy_mode.checkpoint = _checkpoint
     for module in model.modules():
-        if type(module) is GaudiGPT2Block:
-            module.__class__ = type("CheckpointedGPT2Block", (GradientCheckpointingLayer, GaudiGPT2Block), {})
+        kind = type(module)
+        if kind.__name__ in NOT_CHECKPOINTED:
+            module.__class__ = type(f"Checkpointed{kind.__name__}", (GradientCheckpointingLayer, kind), {})
 
 
 def _checkpoint(function, *args, use_reentrant: bool | None = None, **kwargs):

@@ -152,8 +152,17 @@ def test_checkpointing_of_lazy_mode_loses_inputs():
     own = definition("transformers/gradient_checkpointing.py", "checkpoint")
     assert "early_stop" in called
     assert "function, preserve, context_fn, determinism_check, debug, *args, **kwargs" in own
-    block = definition("transformers/models/gpt2/modeling_gpt2.py", "GaudiGPT2Block")
-    assert block.startswith("class GaudiGPT2Block(torch.nn.Module):")
+    files = {
+        "GPT2Block": "gpt2",
+        "OPTDecoderLayer": "opt",
+        "PhiDecoderLayer": "phi",
+        "StableLmDecoderLayer": "stablelm",
+    }
+    for name, model in files.items():
+        layer = definition(f"transformers/models/{model}/modeling_{model}.py", f"Gaudi{name}")
+        assert layer.startswith(f"class Gaudi{name}(torch.nn.Module):")
+    big_code = "transformers/models/gpt_bigcode/modeling_gpt_bigcode.py"
+    assert "checkpointing" not in definition(big_code, "gaudi_gpt_bigcode_model_forward")
 
 
 def test_ranks_on_the_cpu_are_left_alone():

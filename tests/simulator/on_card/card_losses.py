@@ -11,6 +11,7 @@ from habana_frameworks.torch.hpu.metrics import metric_localcontext
 from optimum.habana.transformers import gradient_checkpointing as lazy_mode
 from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 from tiny_models import CAUSAL, EXPERTS, distance, gradients, make_batch, objective_of, tiny_model
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gaudi_lm.architectures import ARCHITECTURES, _always, is_patched, packable
 from gaudi_lm.data.packing import PackedCollator
@@ -75,11 +76,13 @@ def test_autocast(model_type):
         assert distance(gradient.cpu(), gradients(full)[name].cpu()) <= 2e-2 * total, name
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "roberta"])
+@pytest.mark.parametrize("model_type", [*CAUSAL, "roberta"])
 def test_checkpointing_of_lazy_mode(model_type, monkeypatch):
     plain, batch = on_card(model_type)
     checkpointed = copy.deepcopy(plain)
     repair_gradient_checkpointing(checkpointed)
+    layers = [module for module in checkpointed.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert len(layers) == 2
     monkeypatch.setattr("transformers.modeling_utils.checkpoint", lazy_mode.checkpoint)  # as GaudiTrainer does
     checkpointed.gradient_checkpointing_enable()
     for model in (plain, checkpointed):
