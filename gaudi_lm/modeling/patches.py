@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -30,6 +31,8 @@ from torch.utils.checkpoint import DefaultDeviceType, checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+logger = logging.getLogger("gaudi_lm")
 
 FLASH_ATTENTION = (
     "flash_attention_recompute",
@@ -134,6 +137,7 @@ def restore_own_model(model_type: str) -> None:
     for package in (transformers, sys.modules[module.__package__ or ""]):  # they keep the classes they were asked for
         for name in vars(package).keys() & set(module.__all__):
             setattr(package, name, getattr(module, name))
+    logger.info("%s: transformers' own model, since optimum-habana's computes something else", model_type)
 
 
 @_needed_in("transformers", "4.55")
