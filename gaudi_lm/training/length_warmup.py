@@ -72,8 +72,8 @@ def compile_lengths(
     passes = [(False, False, last), (True, False, last)]
     if not last:
         passes += [(True, True, False)] + [(True, True, True)] * ranks
-    kept = {name: getattr(loss, name) for name in ("_window", "_names", "batches")}
-    random_state = torch.hpu.get_rng_state()
+    kept = dict(vars(loss))
+    random_states = torch.get_rng_state(), torch.hpu.get_rng_state()  # OPT skips layers by the host's
     # After the ranks have met for the first time, the next pass lays the buckets of gradients out anew.
     for length in (*lengths[:1] * 2 * ranks, *lengths):
         for has_window, has_gradients, meet in passes:
@@ -84,6 +84,6 @@ def compile_lengths(
             with contextlib.nullcontext() if meet else trainer.accelerator.no_sync(model=model):
                 trainer.training_step(model, of_length(batch, length) | more, items)
     trainer._zero_model_grad(model)
-    torch.hpu.set_rng_state(random_state)
-    for name, value in kept.items():
-        setattr(loss, name, value)
+    torch.set_rng_state(random_states[0])
+    torch.hpu.set_rng_state(random_states[1])
+    vars(loss).update(kept)

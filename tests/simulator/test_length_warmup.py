@@ -4,6 +4,7 @@ import pytest
 from cards import card_environment
 from running import losses, results, run, run_ranks
 from short_runs import common
+from transformers import AutoConfig, AutoTokenizer, OPTConfig, OPTForCausalLM, set_seed
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
 
@@ -37,6 +38,24 @@ def test_lengths_are_compiled_in_the_warmup(instructions, tmp_path, accumulation
     run("run_lora_clm.py", *common(instructions, tmp_path / "cpu", *more, "--use_cpu"))
     assert losses(tmp_path / "card") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-5)
     assert figures["eval_loss"] == pytest.approx(results(tmp_path / "cpu")["eval_loss"], abs=1e-5)
+
+
+def test_the_random_state_is_left_as_it_was(instructions, tmp_path):
+    """OPT skips layers by the host's, so a card that skips those of the CPU has its losses."""
+    folder = tmp_path / "opt"
+    set_seed(1)
+    config = OPTConfig(
+        vocab_size=AutoConfig.from_pretrained(instructions.llama).vocab_size, max_position_embeddings=256,
+        hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=8, num_attention_heads=2,
+        layerdrop=0.2, dropout=0.0,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(instructions.llama).save_pretrained(folder)
+    # FusedAdamW, the default of a card, counts the steps of skipped layers too.
+    more = [*FLAGS, "--model_name_or_path", folder, "--optim", "sgd", "--learning_rate", 1]
+    run("run_lora_clm.py", *common(instructions, tmp_path / "card", *more, *ON_CARD), env=card_environment())
+    run("run_lora_clm.py", *common(instructions, tmp_path / "cpu", *more, "--use_cpu"))
+    assert losses(tmp_path / "card") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-5)
 
 
 def test_on_two_cards(instructions, tmp_path):
