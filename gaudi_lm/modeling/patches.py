@@ -70,6 +70,7 @@ def patch_libraries(device_type: str) -> None:
     find_adapters_in_shards()
     if device_type == "hpu":
         patch_adapter_layers()
+        keep_width_of_heads()
 
 
 @_needed_in("transformers", "4.55")
@@ -103,6 +104,24 @@ def complete_generation_config() -> None:
     """
     for name in ("attn_softmax_bf16", "use_flash_attention", *FLASH_ATTENTION):
         setattr(GenerationConfig, name, None)
+
+
+@_needed_in("optimum-habana", "1.21")
+def keep_width_of_heads() -> None:
+    """On a card, let the configuration of a Llama keep its ``head_dim``, as Minitron's has one.
+
+    optimum-habana's (1.21) takes the field and drops it: a model from scratch got other widths without a word.
+    """
+    from optimum.habana.transformers.models.llama.configuration_llama import LlamaConfig
+
+    read = LlamaConfig.__init__
+
+    def read_all(self, *args, head_dim: int | None = None, **fields) -> None:
+        read(self, *args, **fields)
+        self.head_dim = head_dim or self.head_dim
+
+    if LlamaConfig(head_dim=1).head_dim != 1:
+        LlamaConfig.__init__ = read_all
 
 
 @_needed_in("optimum-habana", "1.21")

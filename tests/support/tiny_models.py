@@ -118,7 +118,7 @@ ODD = {
     "gpt_neox": {"use_parallel_residual": False, "rotary_pct": 0.5, "tie_word_embeddings": True},
     "gpt_oss": {"sliding_window": 8},
     "granite": {"embedding_multiplier": 12.0, "residual_multiplier": 0.2, "attention_multiplier": 0.1},
-    "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "llama": {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "mistral": {"head_dim": 16, "sliding_window": 8},
     "mixtral": {"sliding_window": 8},
     "olmo": {"clip_qkv": 0.5},
