@@ -9,7 +9,7 @@ from transformers.training_args import OptimizerNames
 
 from gaudi_lm.errors import UserError, unknown
 
-# By value, where it is not both of: the modules of which one must be importable, and what pip calls the package.
+# By value, where it is not the name of both: modules of which one must be importable, and what pip calls the package.
 _REPORTERS: dict[str, tuple[tuple[str, ...], str]] = {
     "azure_ml": (("azureml",), "azureml-mlflow"),
     "flyte": (("flytekit",), "flytekit"),

@@ -8,9 +8,11 @@ import transformers
 from tiny_models import CAUSAL, ODD, VOCABULARY, tiny_model
 
 from gaudi_lm.architectures import ARCHITECTURES, is_patched
-from gaudi_lm.modeling.patches import restore_own_model
+from gaudi_lm.modeling.patches import keep_width_of_heads, restore_own_model
+from gaudi_lm.training.samples import most_probable_tokens
 
 TOLERANCE = 1e-5
+NEW_TOKENS = 8
 MODELS = [(name, {}) for name in (*CAUSAL, "bert", "roberta", "distilbert", "albert")]
 MODELS += [(name, fields) for name, fields in ODD.items()]
 IDS = [name + "-odd" * bool(fields) for name, fields in MODELS]
@@ -59,6 +61,10 @@ def stock() -> dict:
                 fields = {**fields, "sliding_window": fields["sliding_window"] + 1}
             model = tiny_model(name, attn_implementation="eager", **fields)
             found[key] = model.state_dict(), *loss_and_gradients(model, batch())
+            if name in CAUSAL:
+                inputs = {field: batch()[field][:1, :6] for field in ("input_ids", "attention_mask")}
+                made = model.eval().generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+                found["text", key] = made[0, 6:].tolist()
         without_lazy_names()
         return found
 
@@ -68,6 +74,9 @@ def patched(stock) -> None:
     from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 
     adapt_transformers_to_gaudi()
+    assert transformers.AutoConfig.for_model("llama", head_dim=24).head_dim != 24, "drop keep_width_of_heads"
+    for _ in range(2):
+        keep_width_of_heads()
 
 
 def compare(model: torch.nn.Module, state: dict, wanted_loss: float, wanted_logits, wanted_gradients: dict) -> None:
@@ -99,3 +108,6 @@ def test_the_model_of_a_card_computes_what_stock_does(key, stock, patched):
     if name in CAUSAL:
         assert is_patched(model) == (not own and name not in STOCK)
     compare(model, *stock[key])
+    if name in CAUSAL:
+        tokens = most_probable_tokens(model.eval(), batch()["input_ids"][0, :6].tolist(), NEW_TOKENS, [2])
+        assert tokens == [token for token in stock["text", key] if token != 2]
