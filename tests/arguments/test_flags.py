@@ -3,14 +3,13 @@
 import argparse
 import ast
 import dataclasses
-import importlib
 import re
 import subprocess
 import sys
 
 import pytest
 from documentation import REPOSITORY, read_pages
-from running import ROOT, documented_flags, help_flags, run
+from running import ROOT, documented_flags, help_flags, load_script, run
 
 SCRIPTS = ("run_clm.py", "run_mlm.py", "run_lora_clm.py")
 
@@ -20,7 +19,7 @@ def caught_parser(name: str) -> argparse.ArgumentParser:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py"])
         patch.syspath_prepend(str(ROOT))
-        script = importlib.import_module(name)
+        script = load_script(name)
         caught: list = []
 
         def catch(argv, *types):

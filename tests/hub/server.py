@@ -171,9 +171,8 @@ class Hub(Served):
 
     def environment(self, home: Path) -> dict[str, str]:
         """The environment of a child process that knows no other hub, has its caches in `home` and no way out."""
-        inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE_"))
-        }
+        left_out = ("HF_", "HUGGING_FACE_", "PYTEST", "PYTHONPATH")
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
         proxies = dict.fromkeys(["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"], self.url)
         direct = dict.fromkeys(["NO_PROXY", "no_proxy"], f"{self.address},localhost")
         # Many ranks on few processors are slow to read an answer; the clients give up after 10 s by default.

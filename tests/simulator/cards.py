@@ -21,7 +21,8 @@ def test_on_card(file: str, **changes: str) -> None:
         *(pytest.__main__.__file__, str(FILES / file), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
         *("-o", "python_files=card_*.py", "-o", "addopts=--strict-markers"),
     ]
-    (result,) = warm.run(argv, environment(**card_environment(2, **changes)), ROOT, ("--use_habana",), 280)
+    card = card_environment(2, **changes)
+    (result,) = warm.run(argv, environment(**card), ROOT, card, 280)
     assert result.returncode == 0, f"{result.stdout[-20000:]}\n{result.stderr[-4000:]}"
     assert " passed" in result.stdout and "skipped" not in result.stdout
 

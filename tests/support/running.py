@@ -122,19 +122,18 @@ def run_interrupted(
     return warm.run(argv, environ, ROOT, _card(argv[1:], environ), seconds, ranks, meanwhile)
 
 
-def _card(flags: list[str], environ: dict[str, str]) -> tuple[str, ...]:
-    """The flags that decide which card a run gets, and so what is imported for it."""
+def _card(flags: list[str], environ: dict[str, str]) -> dict[str, str]:
+    """The variables that the card of a run reads when it is loaded; empty on the CPU."""
     try:
         chosen = _card_flags(expand_config_file(flags))
     except UserError:
-        return ("--use_cpu",)
+        return {}
     if chosen.use_cpu or not chosen.use_habana or "GAUDI_SIMULATOR" not in environ:
-        return ("--use_cpu",)
-    if "PT_HPU_LAZY_MODE" in environ:
-        return ("--use_habana",)
+        return {}
     compiled = bool(chosen.torch_compile or chosen.torch_compile_backend)
     lazy = not compiled if chosen.use_lazy_mode is None else chosen.use_lazy_mode
-    return ("--use_habana", "--use_lazy_mode", str(lazy))
+    own = {name: value for name, value in environ.items() if name.startswith(warm.CARD)}
+    return {"PT_HPU_LAZY_MODE": "1" if lazy else "0", **own}
 
 
 @dataclass

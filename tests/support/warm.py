@@ -1,15 +1,17 @@
 """Processes that have imported what the scripts import, and fork a child for each run of a script.
 
 Most of the time of a short run is imports. A child is what a new process would be after them: it has arguments, an
-environment, a working folder and streams of its own, runs the file as ``__main__``, and ends as Python ends. What is
-read while importing must be there before: one warm process serves one card and one set of such variables.
+environment, a working folder and streams of its own, and runs the file as ``__main__``. What is read while importing
+must be there before. Imports therefore grow like a tree: one process imports what reads no variables of Hugging Face,
+its children the scripts, one for each set of these variables, and their children what depends on the card.
 
-    python tests/support/warm.py FD --use_cpu       (started by `run`, which talks to it over the socket FD)
+    python tests/support/warm.py FD       (started by `run`, which talks to it over the socket FD)
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -20,36 +22,47 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = (
+    *("torch", "torch.distributed.tensor", "torch._dynamo", "sklearn.metrics", "pandas", "pyarrow.dataset"),
+    *("aiohttp", "matplotlib.backends.backend_agg", "matplotlib.figure"),
+)
 SCRIPTS = ("run_clm", "run_mlm", "run_lora_clm")
 # What every run imports after it has begun, and what one on a card does.
-LATER = ("deepspeed", "matplotlib.backends.backend_agg", "matplotlib.figure")
+LATER = ("deepspeed",)
 ON_CARD = ("optimum.habana.transformers.modeling_utils",)
 # Variables that change while a process runs, and from one run to the next; all others count before imports.
 LATE = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ACCELERATE_", "WANDB_", "MLFLOW_", "TMPDIR", "PWD")
-MOST = 4  # warm processes at a time; each holds about a gigabyte, most of it shared with its children
+HUB = ("HF_", "http", "HTTP", "no_proxy", "NO_PROXY")  # libraries other than Hugging Face's read none while imported
+CARD = ("GAUDI_", "PT_HPU_")  # the scripts read none while imported, but the device does
+MOST = 6  # processes that runs fork from at a time; each holds some hundred megabytes of its own
 _warm: dict[tuple, Warm] = {}
 
 
 class Warm:
     """A warm process, seen from the tests."""
 
-    def __init__(self, environment: dict[str, str], card: tuple[str, ...]):
+    def __init__(self, environment: dict[str, str], stage: str, parent: Warm | None = None):
         self.socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.process, self.stderr = None, tempfile.TemporaryFile()  # noqa: SIM115
         with other:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, str(other.fileno()), *card],
-                env=environment, cwd=ROOT, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            )  # fmt: skip
+            if parent is None:
+                self.process = subprocess.Popen(
+                    [sys.executable, __file__, str(other.fileno())],
+                    env=environment, cwd=ROOT, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL, stderr=self.stderr,
+                )  # fmt: skip
+            else:
+                message = json.dumps({"stage": stage, "environment": environment}).encode()
+                socket.send_fds(parent.socket, [message], [other.fileno(), self.stderr.fileno()])
 
     def close(self) -> None:
         self.socket.close()
-        self.process.wait(60)
-        self.process.stderr.close()
+        self.stderr.close()
 
     def receive(self, seconds: float) -> list:
         self.socket.settimeout(seconds)
@@ -58,7 +71,8 @@ class Warm:
         except ConnectionResetError:
             answer = b""
         if not answer:
-            raise RuntimeError(f"the warm process ended: {self.process.stderr.read()[-4000:]}")
+            self.stderr.seek(0)
+            raise RuntimeError(f"the warm process ended: {self.stderr.read().decode(errors='replace')[-4000:]}")
         return json.loads(answer)
 
     def run(
@@ -95,7 +109,7 @@ def run(
     argv: list[str],
     environment: dict[str, str],
     cwd: Path,
-    card: tuple[str, ...],
+    card: dict[str, str],
     seconds: float,
     ranks: int = 0,
     meanwhile: Callable[[list[int]], None] | None = None,
@@ -105,17 +119,13 @@ def run(
     Args:
         argv: the script and its flags.
         environment: the whole environment of the run.
-        card: flags that choose the card, such as ``("--use_cpu",)``.
+        card: the variables that the simulated card reads; empty on the CPU.
         seconds: after so many, all children are killed and ``TimeoutError`` is raised.
         meanwhile: called with the process ids while they run.
     """
-    late = {name: value for name, value in environment.items() if name.startswith(LATE)}
+    late = {name: value for name, value in environment.items() if name.startswith(LATE + CARD)}
     early = {name: value for name, value in environment.items() if name not in late}
-    key = (card, *sorted(early.items()))
-    warm = _warm.pop(key, None) or Warm(early, card)
-    _warm[key] = warm  # the last one is the one used last
-    while len(_warm) > MOST:
-        _warm.pop(next(iter(_warm))).close()
+    warm = _grow(early, card)
     runs = [{"argv": argv, "cwd": str(cwd), "env": late}]
     if ranks:
         with socket.socket() as free:
@@ -128,10 +138,28 @@ def run(
     return warm.run(runs, seconds, meanwhile)
 
 
+def _grow(early: dict[str, str], card: dict[str, str]) -> Warm:
+    """The process that runs with these variables fork from, and what it grows from."""
+    libraries = {name: value for name, value in early.items() if not name.startswith(HUB)}
+    stages = {"libraries": libraries, "scripts": early, "card" if card else "cpu": early | card}
+    warm = None
+    for stage, variables in stages.items():
+        key = (stage, *sorted(variables.items()))
+        warm = _warm.pop(key, None) or Warm(variables, stage, warm)
+        _warm[key] = warm  # the last one is the one used last
+    leaves = [key for key in _warm if key[0] in ("card", "cpu")]
+    for key in leaves[:-MOST]:
+        _warm.pop(key).close()
+    return warm
+
+
 @atexit.register
 def _close_all() -> None:
-    while _warm:
-        _warm.popitem()[1].close()
+    for warm in _warm.values():
+        warm.close()
+    for warm in _warm.values():
+        if warm.process is not None:
+            warm.process.wait(60)  # which waits for what grew from it
 
 
 def _begin(run: dict, stdout: int, stderr: int) -> None:
@@ -143,17 +171,31 @@ def _begin(run: dict, stdout: int, stderr: int) -> None:
         signal.signal(signal_number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(run["cwd"])
+    for name in [name for name in os.environ if name.startswith(CARD)]:
+        del os.environ[name]
     os.environ.update(run["env"])
     sys.argv[:] = run["argv"]
     sys.path.insert(0, str(Path(run["cwd"], run["argv"][0]).resolve().parent))
 
 
 def _serve(connection: socket.socket) -> dict | None:
-    """Fork a child for each run that is asked for; returns None at the end, and in a child the run."""
+    """Fork a child for each run and each stage that is asked for; returns None at the end, and in a child the run."""
     while True:
-        message, descriptors, _, _ = socket.recv_fds(connection, 16, 64)
+        message, descriptors, _, _ = socket.recv_fds(connection, 1 << 17, 64)
         if not message:
+            with contextlib.suppress(ChildProcessError):
+                while True:
+                    os.wait()
             return None
+        if message != b"run":
+            if not os.fork():
+                connection.close()
+                os.dup2(descriptors[1], 2)
+                os.close(descriptors[1])
+                return _import(json.loads(message), socket.socket(fileno=descriptors[0]))
+            for descriptor in descriptors:
+                os.close(descriptor)
+            continue
         with open(descriptors[0], "rb") as file:
             file.seek(0)
             runs = json.load(file)
@@ -174,21 +216,53 @@ def _serve(connection: socket.socket) -> dict | None:
         connection.send(json.dumps(statuses).encode())
 
 
-def main() -> None:
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    sys.argv[1:] = sys.argv[2:]
-    sys.path[0] = str(ROOT)
-    for script in SCRIPTS:
-        importlib.import_module(script)
-        del sys.modules[script]
-    for module in LATER if "--use_cpu" in sys.argv else LATER + ON_CARD:
+def _import(wanted: dict, connection: socket.socket) -> dict | None:
+    """Import what belongs to a stage, with its environment, then serve."""
+    from gaudi_lm.device import choose_card
+
+    stage = wanted["stage"]
+    os.environ.clear()
+    os.environ.update(wanted["environment"])
+    choose_card({"cpu": ["--use_cpu"], "card": ["--use_habana"]}.get(stage, []))
+    modules = {"libraries": LIBRARIES, "scripts": SCRIPTS, "cpu": LATER, "card": LATER + ON_CARD}[stage]
+    for module in modules:
         importlib.import_module(module)
-    del sys.path[0]
+        if module in SCRIPTS:
+            del sys.modules[module]
     gc.collect()
     gc.freeze()  # children share these pages, as long as nobody writes into them
-    run = _serve(connection)
-    if run is not None:
+    return _serve(connection)
+
+
+def _run(run: dict) -> None:
+    """Run a script and end the process, without tearing the interpreter down where all is well.
+
+    That would write into every page which is shared until then: as much time as a short run takes.
+    """
+    try:
         runpy.run_path(run["argv"][0], run_name="__main__")
+        status = None
+    except SystemExit as end:
+        status = end.code
+        if status is not None and not isinstance(status, int):
+            raise
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    gc.collect()  # closes forgotten files
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        status = status or 120
+    os._exit(status or 0)
+
+
+def main() -> None:
+    connection = socket.socket(fileno=int(sys.argv.pop()))
+    sys.path[0] = str(ROOT)
+    run = _import({"stage": "libraries", "environment": dict(os.environ)}, connection)
+    if run is not None:
+        _run(run)
 
 
 if __name__ == "__main__":
