@@ -22,6 +22,8 @@ from gaudi_lm.config_files import expand_config_file
 from gaudi_lm.errors import UserError, user_errors
 from gaudi_lm.optimum_imports import import_in_parts
 
+_THRESHOLDS = gc.get_threshold()
+
 
 def run_script(main: Callable[[], object]) -> None:
     """Run ``main`` as the whole of this process: user errors in one line, and a sure end of several ranks.
@@ -35,6 +37,8 @@ def run_script(main: Callable[[], object]) -> None:
     ``main`` therefore leaves the group alone.
     """
     status: str | int | None = None
+    gc.freeze()  # what was imported stays, and processes that load data share it
+    gc.set_threshold(*_THRESHOLDS)
     if os.environ.get("WORLD_SIZE", "1") == "1":  # a rank may wait for others, and Python's handlers with it
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, partial(_end_at_once, os.getpid()))  # training has handlers of its own
@@ -237,6 +241,7 @@ def choose_card(argv: list[str]) -> None:
         os.environ.setdefault("TQDM_DELAY", "3")
         os.environ.setdefault("TQDM_MININTERVAL", "0.1" if sys.stderr.isatty() else "15")
     import_in_parts()
+    gc.set_threshold(100_000, *_THRESHOLDS[1:])  # to look through all that is imported takes a tenth of the imports
 
 
 def set_up_logging(main_rank: bool, level: int | None = None, bars: bool = True) -> logging.Logger:

@@ -1,4 +1,4 @@
-"""How optimum-habana is imported: in the parts that a run needs, and without asking pip.
+"""How libraries are imported: optimum-habana in the parts that a run needs and without asking pip, no scikit-learn.
 
 ``import optimum.habana`` imports sentence-transformers and all trainers: more than importing torch and transformers
 costs, in each rank, before a flag is read. To know that a flag is wrong takes none of it, and a run only its trainer.
@@ -44,6 +44,16 @@ def import_in_parts() -> None:
             sys.modules[name] = package
             parent, _, child = name.rpartition(".")
             setattr(sys.modules[parent], child, package)
+
+
+def leave_out_scikit_learn() -> None:
+    """Let transformers be imported without scikit-learn, which brings most of scipy: a second in each rank.
+
+    transformers 4.55 takes one function of it, for one setting of assisted generation, and finds it there once
+    :func:`gaudi_lm.modeling.patches.find_scikit_learn` has been called.
+    """
+    if "transformers.generation.candidate_generator" not in sys.modules:
+        importlib.import_module("transformers.utils.import_utils")._sklearn_available = False  # type: ignore[attr-defined]
 
 
 @contextmanager

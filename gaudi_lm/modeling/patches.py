@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import sys
 from collections.abc import Callable
@@ -66,6 +67,7 @@ def _needed_in(package: str, release: str) -> Callable[[Callable], Callable]:
 def patch_libraries(device_type: str) -> None:
     """What is changed in this process as a whole, for a run on ``cpu`` or ``hpu``; repeating it changes nothing."""
     keep_pickled_weights()
+    find_scikit_learn()
     set_checkpoint_device(device_type)
     find_adapters_in_shards()
     if device_type == "hpu":
@@ -84,6 +86,19 @@ def keep_pickled_weights() -> None:
 
 def _no_conversion(*args, **kwargs) -> tuple[None, None, None]:
     return None, None, None
+
+
+@_needed_in("transformers", "4.55")
+def find_scikit_learn() -> None:
+    """Import what assisted generation takes of scikit-learn when it is called: it was left out at the start."""
+    generator = importlib.import_module("transformers.generation.candidate_generator")
+    if not hasattr(generator, "roc_curve") and importlib.util.find_spec("sklearn"):
+        generator.roc_curve = _roc_curve  # type: ignore[attr-defined]
+        transformers.utils.import_utils._sklearn_available = True
+
+
+def _roc_curve(*args, **kwargs) -> tuple:
+    return importlib.import_module("sklearn.metrics").roc_curve(*args, **kwargs)
 
 
 @_needed_in("optimum-habana", "1.21")

@@ -144,7 +144,8 @@ def save_loss_curve(history: list[dict], path: Path) -> bool:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5))
+    figure.subplots_adjust(left=0.12, right=0.92, bottom=0.11, top=0.94)  # a layout engine draws all of it once more
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     smooth = loss.rolling(1 + len(loss) // 100 * 2 + 2 * (len(loss) > 20), center=True, min_periods=1).mean()

@@ -26,7 +26,9 @@ from peft.tuners.adaption_prompt import AdaptedAttention
 from running import ROOT
 from tiny_models import tiny_model
 from transformers import GenerationConfig, Trainer
+from transformers.generation import candidate_generator
 from transformers.safetensors_conversion import auto_conversion
+from transformers.utils import import_utils, is_sklearn_available
 
 from gaudi_lm.modeling import patches
 
@@ -92,6 +94,15 @@ def test_no_setting_keeps_weights_from_being_converted(unpatched):
     assert "target=auto_conversion" in source and "DISABLE_SAFETENSORS_CONVERSION" not in source
     patches.keep_pickled_weights()
     assert transformers.modeling_utils.auto_conversion("a/model", revision="main") == (None, None, None)
+
+
+def test_scikit_learn_is_found_when_it_is_called(monkeypatch):
+    assert "\n    from sklearn.metrics import roc_curve\n" in inspect.getsource(candidate_generator)
+    for module, name in ((candidate_generator, "roc_curve"), (import_utils, "_sklearn_available")):
+        monkeypatch.setattr(module, name, False, raising=False)
+    del candidate_generator.roc_curve
+    patches.find_scikit_learn()
+    assert is_sklearn_available() and candidate_generator.roc_curve([0, 1], [0.1, 0.9])[1].tolist() == [0, 1, 1]
 
 
 def test_checkpointing_looks_for_a_card(unpatched):

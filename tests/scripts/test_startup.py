@@ -62,7 +62,8 @@ def test_a_run_prints_only_its_own_log(card, assets, tmp_path):
 
 
 STARTED = """
-import runpy, sys
+import atexit, runpy, sys
+atexit.register(lambda: print("sklearn" in sys.modules))
 sys.addaudithook(lambda event, about: event == "subprocess.Popen" and print("started", about[1], flush=True))
 sys.argv = ["run_clm.py", "--use_habana", "--output_dir", "out", "--train_file", "missing.txt", "--do_train"]
 runpy.run_path("run_clm.py", run_name="__main__")
@@ -80,6 +81,7 @@ def test_no_pip_is_asked(tmp_path):
     started = [line for line in answer.stdout.splitlines() if line.startswith("started")]
     assert any("hl-smi" in line for line in started), "the hook sees what optimum-habana starts"
     assert not [line for line in started if "pip " in line]
+    assert answer.stdout.splitlines()[-1] == "False", "no scikit-learn either"
     for asked, way in ((misc.get_habana_frameworks_version, "pip list"), (optimum_environment.get_build, "pip show")):
         assert way in inspect.getsource(asked), "the library has another way now: drop answers_without_pip"
 

@@ -7,12 +7,16 @@ disk is made large enough, and the run is started again. For each size: both end
 """
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import warm
 
 
 def forked(script, flags: list[str]) -> tuple[int, str]:
@@ -42,6 +46,9 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     import run_clm
 
+    for module in warm.LATER + warm.LIBRARIES:
+        importlib.import_module(module)
+    gc.freeze()
     ends = []
     for size in sizes:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder], check=True)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = (
-    *("torch", "torch.distributed.tensor", "torch._dynamo", "sklearn.metrics", "pandas", "pyarrow.dataset"),
+    *("torch", "torch.distributed.tensor", "torch._dynamo", "pandas", "pyarrow.dataset"),
     *("aiohttp", "matplotlib.backends.backend_agg", "matplotlib.figure"),
 )
 SCRIPTS = ("run_clm", "run_mlm", "run_lora_clm")
