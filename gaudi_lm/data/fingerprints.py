@@ -76,6 +76,12 @@ def _is_own_file(file: str | None) -> bool:
     return not {"site-packages", "dist-packages"} & {*Path(file).parts}
 
 
+@functools.cache
+def _instructions(code: types.CodeType) -> list[tuple[str, object]]:
+    """Operations of a function and what they are about: a run asks several times about the same functions."""
+    return [(instruction.opname, instruction.argval) for instruction in dis.get_instructions(code)]
+
+
 class _Walk:
     def __init__(self):
         self.digest = hashlib.sha256()
@@ -167,8 +173,7 @@ class _Walk:
             else:
                 self.visit(constant)
         module = None  # of which the next instruction takes an attribute
-        for instruction in dis.get_instructions(code):
-            name, operation = instruction.argval, instruction.opname
+        for operation, name in _instructions(code):
             if operation in ("LOAD_GLOBAL", "LOAD_NAME"):
                 found = namespace.get(name)
             elif operation in ("LOAD_ATTR", "LOAD_METHOD") and module is not None:
