@@ -146,9 +146,13 @@ def _check_fsdp(args, config: dict) -> None:
     for word in args.fsdp.split():
         if word not in known:
             raise UserError(f"--fsdp {word}: {unknown(word, known)}")
-    for name in ("state_dict_type", "fsdp_state_dict_type"):
-        if (kind := config.get(name, "FULL_STATE_DICT")) != "FULL_STATE_DICT":
-            raise UserError(f"--fsdp_config: {name} {kind}: weights are saved whole, by FULL_STATE_DICT; leave it out")
+    kinds = {f"--fsdp_config: {name}": config.get(name) for name in ("state_dict_type", "fsdp_state_dict_type")}
+    kinds["the variable FSDP_STATE_DICT_TYPE"] = os.environ.get("FSDP_STATE_DICT_TYPE")
+    for name, kind in kinds.items():
+        if args.fsdp and kind not in (None, "FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+            raise UserError(f"{name} {kind}: FULL_STATE_DICT or SHARDED_STATE_DICT")
+    if args.fsdp and args.save_only_model and "SHARDED_STATE_DICT" in kinds.values():
+        raise UserError("--save_only_model: not with SHARDED_STATE_DICT, whose shards are what a run goes on from")
     if args.fsdp and not any(name in os.environ for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")):
         raise UserError("--fsdp: it splits a model over ranks, which a launcher starts: gaudi_spawn.py --world_size N")
 

@@ -35,6 +35,7 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
     "adapter_model.safetensors",
     "adapter_model.bin",
+    "pytorch_model_fsdp_0/.metadata",
 )
 DEEPSPEED_GLOBALS = (
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),

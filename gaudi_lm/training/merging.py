@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -15,6 +16,7 @@ from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.data.memory import host_copies
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import saved_config
+from gaudi_lm.training.fsdp import plain_name
 from gaudi_lm.training.trainer import LMTrainer
 
 logger = logging.getLogger("gaudi_lm")
@@ -47,8 +49,6 @@ def check_base_model(model_args, peft_type: str, training_args: LMTrainingArgume
         return
     if name is None and not training_args.do_train:
         raise UserError("--merge_adapter: no adapter; give --adapter_name_or_path, or --do_train to make one")
-    if training_args.fsdp:
-        raise UserError("--merge_adapter: not with FSDP, which divides the weights; merge afterwards, on one card")
     if kind in VIRTUAL_TOKENS:
         raise UserError(f"--merge_adapter: {kind} adds tokens before each text, which no weight can hold")
     if kind in ("llama-adapter", "adaption_prompt"):
@@ -60,14 +60,14 @@ def save_merged(trainer: LMTrainer) -> None:
 
     The trainer's model keeps its adapter, and exactly its weights: subtracting what was added would round them.
     """
-    with trainer.files_at_top() as staging:
+    with trainer.files_at_top() as staging, trainer.whole_model() as adapted:
         if trainer.is_world_process_zero():
-            _write_merged(trainer, staging / "merged")
+            _write_merged(adapted, staging / "merged")
+            trainer.processing_class.save_pretrained(staging / "merged")
     logger.info("the merged model is in %s", Path(trainer.args.output_dir, "merged").resolve())
 
 
-def _write_merged(trainer: LMTrainer, folder: Path) -> None:
-    adapted = trainer.accelerator.unwrap_model(trainer.model)
+def _write_merged(adapted: PeftModel, folder: Path) -> None:
     model = adapted.get_base_model()
     before = {
         name: weight.detach().to("cpu", copy=True)
@@ -80,15 +80,19 @@ def _write_merged(trainer: LMTrainer, folder: Path) -> None:
     with torch.no_grad():
         for name, weight in before.items():
             model.get_parameter(name).copy_(weight)
-    trainer.processing_class.save_pretrained(folder)
 
 
 def _without_adapter(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights by the names that they have without an adapter, in host memory; tied ones stay tied."""
     adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    state = dict(model.named_parameters(remove_duplicate=False))  # state_dict() is not for a gathered FSDP model
+    for prefix, module in model.named_modules():
+        buffers = dict(module.named_buffers(prefix, recurse=False))
+        transient = module._non_persistent_buffers_set
+        state |= {name: buffer for name, buffer in buffers.items() if name.rpartition(".")[2] not in transient}
     weights = {
-        name.replace(".base_layer.", ".", 1): weight
-        for name, weight in model.state_dict(keep_vars=True).items()
+        plain_name(name).replace(".base_layer.", ".", 1): weight
+        for name, weight in state.items()
         if ".base_layer." in name or not name.startswith(adapted)
     }
     return host_copies(weights)

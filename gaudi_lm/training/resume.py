@@ -10,6 +10,7 @@ from pathlib import Path
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import checkpoints
 from gaudi_lm.training.agreement import from_main
+from gaudi_lm.training.fsdp import check_kind
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -34,7 +35,8 @@ def find_checkpoint(training_args) -> str | None:
     What an interrupted run has left half-written in ``--output_dir`` is removed. The main rank decides for all.
 
     Raises:
-        UserError: no such checkpoint, none that is intact, or an output directory that holds something else.
+        UserError: no such checkpoint, none that is intact, one that FSDP divides otherwise, or an output folder that
+            holds something else.
     """
     if not training_args.do_train:
         return None
@@ -58,7 +60,7 @@ def _find(training_args) -> str | None:
                 f"--resume_from_checkpoint {wanted}: {'; '.join(found)}. Name another one, or begin anew from its "
                 "weights by --model_name_or_path"
             )
-        return _taken(Path(wanted))
+        return _taken(Path(wanted), training_args)
     if training_args.dry_run:
         return None  # what is in the folder stays as it is
     here = folder.is_dir() and not training_args.overwrite_output_dir
@@ -76,7 +78,7 @@ def _find(training_args) -> str | None:
     for candidate in candidates:
         found = checkpoints.faults(candidate)
         if not found:
-            return _taken(candidate)
+            return _taken(candidate, training_args)
         logger.warning("%s cannot be resumed from: %s", candidate, "; ".join(found))
     if candidates:
         raise UserError(
@@ -94,7 +96,8 @@ def _find(training_args) -> str | None:
     return None
 
 
-def _taken(checkpoint: Path) -> str:
+def _taken(checkpoint: Path, training_args) -> str:
+    check_kind(checkpoint, training_args)
     logger.info("Resuming from %s", checkpoint)
     if checkpoints.read_manifest(checkpoint) is None:
         logger.warning(

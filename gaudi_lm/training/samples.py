@@ -91,7 +91,7 @@ def generate(trainer: LMTrainer, task: str) -> list[tuple[str, str]]:
     if not (prompts := trainer.args.generate):
         return answers
     logging.getLogger("transformers.pipelines.base").setLevel(logging.CRITICAL)  # it takes a Gaudi model for unknown
-    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
+    model, tokenizer = trainer.plain_model.eval(), trainer.processing_class
     run = pipeline(task, model=model, tokenizer=tokenizer, device=trainer.args.device)
     for prompt in prompts:
         if task == "fill-mask":

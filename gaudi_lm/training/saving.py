@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from optimum.habana.transformers.trainer import GaudiTrainer
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -28,6 +26,7 @@ from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.virtual_tokens import load_encoder, save_encoder
 from gaudi_lm.training import checkpoints
 from gaudi_lm.training.agreement import from_main, gather
+from gaudi_lm.training.fsdp import FSDPTrainer
 from gaudi_lm.training.hub import HubUploads
 from gaudi_lm.training.resume import clear_the_way
 from gaudi_lm.training.resumed_state import Resumption, data_digest, model_digest
@@ -84,7 +83,7 @@ class SavingSteps(TrainerCallback):
         self._at_epoch_end = False
 
 
-class ResumableTrainer(GaudiTrainer):
+class ResumableTrainer(FSDPTrainer):
     """GaudiTrainer with complete checkpoints only, exact resumption, and an end with a checkpoint on a signal."""
 
     def __init__(self, *args, **kwargs):
@@ -117,15 +116,8 @@ class ResumableTrainer(GaudiTrainer):
         self.resumption = Resumption.of(
             self, None if resume_from_checkpoint in (True, False) else resume_from_checkpoint
         )
-        if self.is_fsdp_enabled and self.args.torch_compile and self.resumption.checkpoint is not None:
-            # accelerate 1.10 loads it on the first rank alone, which waits for the others for ever.
-            raise UserError(
-                f"--resume_from_checkpoint {self.resumption.checkpoint}: a compiled FSDP model cannot be resumed; "
-                "begin anew from its weights, or leave out --torch_compile in the whole run"
-            )
+        self.check_fsdp()
         _ = self.model_digest
-        if self._shards_adapter and self.args.load_best_model_at_end:
-            raise UserError("--load_best_model_at_end: FSDP cannot load an adapter into its shards; leave it out")
         if self.args.should_save:
             clear_the_way(output, self.resumption.step, remove=self.args.overwrite_output_dir)
         with self.signals.watching() if self.args.save_on_signal else contextlib.nullcontext():
@@ -137,19 +129,8 @@ class ResumableTrainer(GaudiTrainer):
         with self.loading:
             if self.resumption.checkpoint is not None:
                 self.loading.enter_context(checkpoints.data_only())  # until training begins
-                if self._shards_adapter:
-                    weights = load_peft_weights(self.resumption.checkpoint, device="cpu")
-                    set_peft_model_state_dict(self.model, weights)
+                self.load_divided_adapter(self.resumption.checkpoint)
             return super()._inner_training_loop(batch_size, *args, **kwargs)
-
-    @property
-    def _shards_adapter(self) -> bool:
-        return self.is_fsdp_enabled and isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # peft 0.21 finds no names of an adapter in the state of an FSDP model on other ranks than the first.
-        if not self._shards_adapter:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def init_hf_repo(self, token: str | None = None) -> None:
         """Nothing: a repository is made with the first upload, so that training needs no network."""
@@ -180,13 +161,11 @@ class ResumableTrainer(GaudiTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         self.resumption.apply_flags(self.optimizer, self.lr_scheduler)
         if checkpoint is not None:
-            load_encoder(self.accelerator.unwrap_model(self.model), checkpoint)
+            load_encoder(self.plain_model, checkpoint)
 
     def _save(self, output_dir=None, state_dict=None):
         if state_dict is None and self.args.device.type == "hpu":
             state_dict = host_copies(self.model.state_dict(keep_vars=True))
-        if self.is_fsdp_enabled:  # whose state has the names of a compiled model
-            state_dict = {name.replace("_orig_mod.", ""): value for name, value in state_dict.items()}
         super()._save(output_dir, state_dict)
         save_encoder(self.model, output_dir or self.args.output_dir)
 
@@ -206,7 +185,7 @@ class ResumableTrainer(GaudiTrainer):
             checkpoints.publish(folder)
 
         with self._written_whole(folder, publish) as staging:
-            self.save_model(str(staging), _internal_call=True)
+            self.save_weights_of_checkpoint(staging)
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(staging))
                 self._save_scaler(str(staging))

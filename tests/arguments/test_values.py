@@ -141,7 +141,7 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
     from gaudi_lm.arguments.consistency import _check_deepspeed, _check_fsdp, read_mapping
 
     class Flags:
-        fsdp = ""
+        fsdp, save_only_model = "", False
 
     config = tmp_path / "zero.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
@@ -156,8 +156,15 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
     with pytest.raises(UserError, match="--deepspeed and --fsdp exclude"):
         _check_deepspeed(Flags, {})
     _check_fsdp(Flags, {})
-    with pytest.raises(UserError, match="--fsdp_config: state_dict_type SHARDED_STATE_DICT: .*FULL_STATE_DICT"):
-        _check_fsdp(Flags, {"state_dict_type": "SHARDED_STATE_DICT"})
+    with pytest.raises(UserError, match="--fsdp_config: state_dict_type LOCAL_STATE_DICT: FULL_STATE_DICT or SHARDED"):
+        _check_fsdp(Flags, {"state_dict_type": "LOCAL_STATE_DICT"})
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "LOCAL_STATE_DICT")
+    with pytest.raises(UserError, match="FSDP_STATE_DICT_TYPE LOCAL_STATE_DICT: FULL_STATE_DICT or SHARDED"):
+        _check_fsdp(Flags, {})
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    Flags.save_only_model = True
+    with pytest.raises(UserError, match="--save_only_model: not with SHARDED_STATE_DICT"):
+        _check_fsdp(Flags, {})
     Flags.fsdp = "ful_shard"
     with pytest.raises(UserError, match="--fsdp ful_shard: unknown; did you mean full_shard"):
         _check_fsdp(Flags, {})

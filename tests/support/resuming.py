@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from running import ROOT, log_history, run, run_ranks
@@ -49,9 +50,9 @@ def start(script: str, ranks: int, output: Path, *flags, env: dict[str, str] | N
     return [done.stderr for done in run_ranks(ranks, script, *flags, env=env)]
 
 
-def essence(output: Path) -> tuple[dict[str, bytes], list[dict]]:
-    """The weights at the top of a folder, as bytes, and the log without what depends on the time it took."""
-    weights = {path.name: path.read_bytes() for path in output.glob("*.safetensors")}
+def essence(output: Path) -> tuple[dict[str, str], list[dict]]:
+    """The checksums of weights at the top of a folder, and the log without what depends on the time it took."""
+    weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in output.glob("*.safetensors")}
     rows = [
         {name: value for name, value in row.items() if not any(word in name for word in TIMES)}
         for row in log_history(output)

@@ -1,10 +1,13 @@
 """FSDP: a run on two cards writes weights that load elsewhere, and resumes exactly from its checkpoints."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from resuming import CARD, essence, script_flags, start
 from running import ROOT, results, run
+from safetensors.torch import load_file
 from simulator.cards import card_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two cards")]
@@ -12,40 +15,73 @@ LAYERS = {"run_clm.py": "gpt2", "run_lora_clm.py": "llama"}
 COMPILED = ["--use_habana", "--use_lazy_mode", "False", "--torch_compile", "--torch_compile_backend", "hpu_backend"]
 
 
-def sharded(script: str, *assets) -> list:
-    layers = ROOT / f"configs/fsdp/{LAYERS[script]}.json"
-    return [*script_flags(script, *assets), "--fsdp", "full_shard auto_wrap", "--fsdp_config", layers]
+WHOLE, SHARDS = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
+MODES = {"lazy": (CARD, "1"), "compiled": (COMPILED, "0")}
+
+
+def divided(script: str, kind: str, folder: Path, *assets) -> list:
+    config = json.loads((ROOT / f"configs/fsdp/{LAYERS[script]}.json").read_text())
+    (folder / f"{kind}.json").write_text(json.dumps({**config, "state_dict_type": kind}))
+    return [*script_flags(script, *assets), "--fsdp", "full_shard auto_wrap", "--fsdp_config", folder / f"{kind}.json"]
 
 
 def check_weights(script: str, output: Path, flags: list, llama: Path) -> None:
-    """One card without FSDP evaluates what was saved to the same loss."""
+    """One card without FSDP evaluates what was saved to the same loss, and merges an adapter into the same weights."""
     data = [flag for name in ("--train_file", "--validation_file") for flag in (name, flags[flags.index(name) + 1])]
     if "lora" in script:
         saved = ["--model_name_or_path", llama, "--adapter_name_or_path", output, "--max_seq_length", 128]
-        saved += ["--pad_to_max_length"]
+        saved += ["--pad_to_max_length", "--merge_adapter"]
     else:
         saved = ["--model_name_or_path", output, "--block_size", 32]
     alone = output.with_name("alone")
     more = ["--max_eval_samples", 4, "--do_eval", "--output_dir", alone]
     run(script, *saved, *data, *more, *CARD, env=card_environment(1))
     assert results(alone)["eval_loss"] == pytest.approx(results(output)["eval_loss"], rel=1e-5)
+    if "lora" in script:
+        merged, wanted = (load_file(one / "merged" / "model.safetensors") for one in (output, alone))
+        torch.testing.assert_close(merged, wanted, rtol=0, atol=1e-6)
+        assert {path.name for path in (output / "merged").iterdir()} == {
+            path.name for path in (alone / "merged").iterdir()
+        }
 
 
-@pytest.mark.parametrize("script", LAYERS)
-def test_an_interrupted_run_goes_on_exactly(assets, masked_assets, instructions, tmp_path, script):
-    flags = [*sharded(script, assets, masked_assets, instructions), *CARD]
-    start(script, 2, tmp_path / "whole", *flags)
-    start(script, 2, tmp_path / "again", *flags, "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-3")
+@pytest.mark.parametrize(
+    ("script", "mode", "kind"),
+    [
+        ("run_clm.py", "lazy", WHOLE),
+        ("run_clm.py", "lazy", SHARDS),
+        ("run_clm.py", "compiled", WHOLE),
+        ("run_lora_clm.py", "lazy", WHOLE),
+        ("run_lora_clm.py", "compiled", SHARDS),
+    ],
+)
+def test_an_interrupted_run_goes_on_exactly(assets, masked_assets, instructions, tmp_path, script, mode, kind):
+    card, lazy = MODES[mode]
+    env = card_environment(2, PT_HPU_LAZY_MODE=lazy)
+    flags = [*divided(script, kind, tmp_path, assets, masked_assets, instructions), *card]
+    flags += ["--merge_adapter"] if "lora" in script else ["--load_best_model_at_end", "--save_steps", 4]
+    start(script, 2, tmp_path / "whole", *flags, env=env)
+    checkpoint = tmp_path / "whole" / f"checkpoint-{3 if 'lora' in script else 4}"
+    start(script, 2, tmp_path / "again", *flags, "--resume_from_checkpoint", checkpoint, env=env)
     assert essence(tmp_path / "again") == essence(tmp_path / "whole")
     check_weights(script, tmp_path / "whole", flags, instructions.llama)
+    # No rank has gathered all weights for a checkpoint in shards; an adapter is small.
+    assert (checkpoint / "model.safetensors").exists() == (kind == WHOLE and "lora" not in script)
+    assert (checkpoint / "adapter_model.safetensors").exists() == ("lora" in script)
 
 
-@pytest.mark.parametrize("script", LAYERS)
-def test_a_compiled_run_saves_its_weights_and_cannot_be_resumed(assets, masked_assets, instructions, tmp_path, script):
-    flags = [*sharded(script, assets, masked_assets, instructions), *COMPILED, "--max_steps", 3]
-    env = card_environment(2, PT_HPU_LAZY_MODE="0")
-    start(script, 2, tmp_path / "whole", *flags, env=env)
-    check_weights(script, tmp_path / "whole", flags, instructions.llama)
-    resumed = [*flags, "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-3", "--max_steps", 6]
-    with pytest.raises(AssertionError, match="error: --resume_from_checkpoint .*: a compiled FSDP model"):
-        start(script, 2, tmp_path / "again", *resumed, env=env)
+def test_checkpoints_of_another_kind_are_refused(assets, masked_assets, instructions, tmp_path):
+    script, env = "run_clm.py", card_environment(2, PT_HPU_LAZY_MODE="1")
+    ours = (script, SHARDS, tmp_path, assets, masked_assets, instructions)
+    start(script, 2, tmp_path / "whole", *divided(*ours), *CARD, "--max_steps", 3, env=env)
+    resumed = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-3", *CARD]
+    other, none = divided(script, WHOLE, *ours[2:]), script_flags(script, *ours[3:])
+    for flags, said in ((other, "with --fsdp and FULL_STATE_DICT"), (none, "without --fsdp")):
+        line = f"checkpoint-3: it was saved with --fsdp and SHARDED_STATE_DICT, this run is {said}; go on with the"
+        with pytest.raises(AssertionError, match=line):
+            start(script, 2, tmp_path / "again", *flags, *resumed, env=env)
+    assert not (tmp_path / "again").exists()
+    start(script, 2, tmp_path / "plain", *none, *CARD, "--max_steps", 3, env=env)
+    resumed[1] = tmp_path / "plain" / "checkpoint-3"
+    with pytest.raises(AssertionError, match="error: .*checkpoint-3: it was saved without --fsdp, this run is with"):
+        start(script, 2, tmp_path / "again", *other, *resumed, env=env)

@@ -63,7 +63,7 @@ def test_the_best_checkpoint_is_known_after_a_resume(assets, masked_assets, inst
     best = Path(state["best_model_checkpoint"])
     assert best.parent == tmp_path / "whole" and best.name == f"checkpoint-{state['best_global_step']}"
     whole = essence(tmp_path / "whole")
-    assert whole[0]["model.safetensors"] == (best / "model.safetensors").read_bytes()
+    assert whole[0] == essence(best)[0]
     # The folder has moved meanwhile.
     shutil.copytree(best, tmp_path / "again" / best.name)
     shutil.rmtree(tmp_path / "whole")

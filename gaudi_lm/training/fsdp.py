@@ -1,0 +1,151 @@
+"""What a GaudiTrainer saves and loads of a model that FSDP divides among ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from optimum.habana.transformers.trainer import GaudiTrainer
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn import Module
+from transformers import TrainingArguments
+
+from gaudi_lm.errors import UserError
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight or module has in a model that is neither divided nor compiled."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def state_dict_type(training_args: TrainingArguments) -> str | None:
+    """How checkpoints have the weights of a run with ``--fsdp``; None without it."""
+    if not training_args.fsdp:
+        return None
+    default = os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    return training_args.fsdp_config.get("state_dict_type", default)
+
+
+def check_kind(checkpoint: Path, training_args: TrainingArguments) -> None:
+    """Whether weights and optimizer of a checkpoint are divided in the way that a run divides them.
+
+    Raises:
+        UserError: they are not.
+    """
+    kinds = {"pytorch_model_fsdp.bin": "FULL_STATE_DICT", "pytorch_model_fsdp_0": "SHARDED_STATE_DICT"}
+    found = next((kind for name, kind in kinds.items() if (checkpoint / name).exists()), None)
+    wanted = state_dict_type(training_args)
+    if found != wanted:
+        said = [f"with --fsdp and {kind}" if kind else "without --fsdp" for kind in (found, wanted)]
+        raise UserError(
+            f"{checkpoint}: it was saved {said[0]}, this run is {said[1]}; go on with the --fsdp and the "
+            "state_dict_type of --fsdp_config that it had, or begin in another --output_dir"
+        )
+
+
+class FSDPTrainer(GaudiTrainer):
+    """A GaudiTrainer whose FSDP runs save what loads anywhere, and go on from their checkpoints.
+
+    Checkpoints are whole (``FULL_STATE_DICT``) or in shards, a file for each rank (``SHARDED_STATE_DICT`` of
+    https://docs.pytorch.org/docs/stable/distributed.checkpoint.html); the result of a run is always whole.
+    """
+
+    model: Any
+
+    def create_accelerator_and_postprocess(self):
+        if kind := state_dict_type(self.args):  # the one setting that transformers 4.55 does not pass on in this way
+            os.environ["FSDP_STATE_DICT_TYPE"] = kind
+        super().create_accelerator_and_postprocess()
+
+    @property
+    def plain_model(self) -> Module:
+        """The model without what runs it on several cards or compiles it; FSDP's layers stay where they are."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)  # True would change the model
+
+    @property
+    def _divides_adapter(self) -> bool:
+        return self.is_fsdp_enabled and isinstance(self.plain_model, PeftModel)
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether checkpoints have the weights in shards alone."""
+        return state_dict_type(self.args) == "SHARDED_STATE_DICT"
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self.saves_shards:
+            return super().save_model(output_dir, _internal_call)
+        state_dict = self.accelerator.get_state_dict(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state_dict)
+
+    def save_weights_of_checkpoint(self, folder: Path) -> None:
+        """Adapter or model, by names that load elsewhere; only its configuration where shards have the weights."""
+        if not self.saves_shards or self._divides_adapter:
+            self.save_model(str(folder), _internal_call=True)
+        elif self.args.should_save:
+            self.plain_model.config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[Module]:
+        """The model with its undivided weights, in host memory where FSDP divides them, for the main rank to read."""
+        if not isinstance(divided := getattr(self.model, "_orig_mod", self.model), FullyShardedDataParallel):
+            yield self.plain_model
+            return
+        with FullyShardedDataParallel.summon_full_params(
+            divided, writeback=False, rank0_only=True, offload_to_cpu=True
+        ):
+            yield self.plain_model
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.is_fsdp_enabled:
+            state_dict = {plain_name(name): value for name, value in state_dict.items()}
+        super()._save(output_dir, state_dict)
+
+    def check_fsdp(self) -> None:
+        """Whether the best model of a run can be loaded at its end.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if self._divides_adapter and self.args.load_best_model_at_end:
+            raise UserError("--load_best_model_at_end: FSDP cannot load an adapter into its shards; leave it out")
+
+    @contextlib.contextmanager
+    def _without_compile(self) -> Iterator[None]:
+        """accelerate 1.10 finds neither weights nor states in a compiled model."""
+        compiled = self.model
+        self.model = getattr(compiled, "_orig_mod", compiled)
+        yield
+        self.model = compiled
+
+    def load_divided_adapter(self, checkpoint: str) -> None:
+        """Load an adapter that FSDP is going to divide; before it does."""
+        if self._divides_adapter:
+            set_peft_model_state_dict(self.model, load_peft_weights(checkpoint, device="cpu"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # peft 0.21 finds no names of an adapter in the state of an FSDP model on other ranks than the first.
+        if not self._divides_adapter:
+            super()._load_from_checkpoint(resume_from_checkpoint, getattr(model, "_orig_mod", model))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with self._without_compile():
+            if checkpoint is None or not self.saves_shards:
+                return super()._load_optimizer_and_scheduler(checkpoint)
+            # accelerate 1.10 saves shards by the names of weights, looks for their numbers, and loads nothing.
+            state = {"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
+            distributed_checkpoint.load(state, checkpoint_id=Path(checkpoint, "optimizer_0"))
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+
+    def _load_best_model(self):
+        with self._without_compile():
+            super()._load_best_model()
