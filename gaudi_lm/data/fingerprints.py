@@ -20,6 +20,7 @@ import sysconfig
 import tempfile
 import types
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import tokenizers
@@ -77,7 +78,7 @@ def _is_own_file(file: str | None) -> bool:
 
 
 @functools.cache
-def _instructions(code: types.CodeType) -> list[tuple[str, object]]:
+def _instructions(code: types.CodeType) -> list[tuple[str, Any]]:
     """Operations of a function and what they are about: a run asks several times about the same functions."""
     return [(instruction.opname, instruction.argval) for instruction in dis.get_instructions(code)]
 
