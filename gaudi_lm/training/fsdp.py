@@ -70,6 +70,11 @@ class FSDPTrainer(GaudiTrainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)  # True would change the model
 
     @property
+    def computing_model(self) -> Module:
+        """The model to compute with: without compilation, and with what gathers the weights that FSDP divides."""
+        return getattr(self.model, "_orig_mod", self.model) if self.is_fsdp_enabled else self.plain_model
+
+    @property
     def _divides_adapter(self) -> bool:
         return self.is_fsdp_enabled and isinstance(self.plain_model, PeftModel)
 
@@ -96,7 +101,7 @@ class FSDPTrainer(GaudiTrainer):
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[Module]:
         """The model with its undivided weights, in host memory where FSDP divides them, for the main rank to read."""
-        if not isinstance(divided := getattr(self.model, "_orig_mod", self.model), FullyShardedDataParallel):
+        if not isinstance(divided := self.computing_model, FullyShardedDataParallel):
             yield self.plain_model
             return
         with FullyShardedDataParallel.summon_full_params(

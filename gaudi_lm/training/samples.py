@@ -33,9 +33,11 @@ def _new_tokens(prompt: str, config: PretrainedConfig, tokenizer: PreTrainedToke
     return min(NEW_TOKENS, min(limit, tokenizer.model_max_length) - len(tokenizer(prompt)["input_ids"]))
 
 
-def check_prompts(prompts: list[str], causal: bool, config: PretrainedConfig, tokenizer) -> None:
+def check_prompts(training_args, causal: bool, config: PretrainedConfig, tokenizer) -> None:
     """Before training: a UserError for a prompt that is empty or too long, or lacks a mask for a masked model."""
-    for prompt in prompts:
+    if training_args.generate and training_args.fsdp and not causal:
+        raise UserError("--generate: not with --fsdp, which divides the weights; fill masks with the saved model")
+    for prompt in training_args.generate or []:
         if not causal and tokenizer.mask_token not in prompt:
             raise UserError(f"--generate {prompt!r}: it has no {tokenizer.mask_token} for the model to fill")
         if not prompt or _new_tokens(prompt, config, tokenizer) < causal:
@@ -99,11 +101,14 @@ def generate(trainer: LMTrainer, task: str) -> list[tuple[str, str]]:
             masks = found if isinstance(found[0], list) else [found]
             words = [", ".join(f"{one['token_str'].strip()} ({one['score']:.2f})" for one in mask) for mask in masks]
             answers.append((prompt, "; ".join(words)))
-        elif trainer.args.device.type == "hpu":
+        elif trainer.args.device.type == "hpu" or trainer.is_fsdp_enabled:
             end = model.generation_config.eos_token_id
-            input_ids, new_tokens = tokenizer(prompt)["input_ids"], _new_tokens(prompt, model.config, tokenizer)
-            tokens = most_probable_tokens(model, input_ids, new_tokens, end if isinstance(end, list) else [end])
-            answers.append((prompt, tokenizer.decode(tokens, skip_special_tokens=True)))
+            ids, new_tokens = tokenizer(prompt)["input_ids"], _new_tokens(prompt, model.config, tokenizer)
+            end = end if isinstance(end, list) else [end]
+            tokens = most_probable_tokens(trainer.computing_model, ids, new_tokens, end)
+            # Together with the prompt: some tokenizers drop a space where a text begins.
+            before, text = tokenizer.batch_decode([ids, ids + tokens], skip_special_tokens=True)
+            answers.append((prompt, text.removeprefix(before)))
         else:
             options = {"max_new_tokens": _new_tokens(prompt, model.config, tokenizer), "return_full_text": False}
             (found,) = run(prompt, do_sample=False, temperature=1.0, pad_token_id=tokenizer.eos_token_id, **options)

@@ -279,7 +279,7 @@ def build_trainer(
     check_parts_of_rows(model, training_args, own_figures=bool(loss_func or compute_metrics))
     if compute_metrics is None:
         check_best_metric(training_args.metric_for_best_model, eval_dataset)
-    check_prompts(training_args.generate or [], objective == "causal", model.config, tokenizer)
+    check_prompts(training_args, objective == "causal", model.config, tokenizer)
     trainer = trainer_class(
         model=model,
         objective=objective,

@@ -1,6 +1,8 @@
 """FSDP: a run on two cards writes weights that load elsewhere, and resumes exactly from its checkpoints."""
 
+import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,9 @@ from resuming import CARD, essence, script_flags, start
 from running import ROOT, results, run
 from safetensors.torch import load_file
 from simulator.cards import card_environment
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gaudi_lm.training.samples import NEW_TOKENS
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two cards")]
 LAYERS = {"run_clm.py": "gpt2", "run_lora_clm.py": "llama"}
@@ -16,6 +21,7 @@ COMPILED = ["--use_habana", "--use_lazy_mode", "False", "--torch_compile", "--to
 
 
 WHOLE, SHARDS = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
+PROMPT = "The statement"
 MODES = {"lazy": (CARD, "1"), "compiled": (COMPILED, "0")}
 
 
@@ -23,6 +29,15 @@ def divided(script: str, kind: str, folder: Path, *assets) -> list:
     config = json.loads((ROOT / f"configs/fsdp/{LAYERS[script]}.json").read_text())
     (folder / f"{kind}.json").write_text(json.dumps({**config, "state_dict_type": kind}))
     return [*script_flags(script, *assets), "--fsdp", "full_shard auto_wrap", "--fsdp_config", folder / f"{kind}.json"]
+
+
+def check_text(said: str, folder: Path) -> None:
+    """transformers continues the prompt with the same text."""
+    (text,) = re.findall(f"{PROMPT!r} -> (.*)", said)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)
+    assert tokenizer.decode(tokens[0], skip_special_tokens=True) == PROMPT + ast.literal_eval(text)
 
 
 def check_weights(script: str, output: Path, flags: list, llama: Path) -> None:
@@ -59,8 +74,10 @@ def test_an_interrupted_run_goes_on_exactly(assets, masked_assets, instructions,
     card, lazy = MODES[mode]
     env = card_environment(2, PT_HPU_LAZY_MODE=lazy)
     flags = [*divided(script, kind, tmp_path, assets, masked_assets, instructions), *card]
+    flags += ["--generate", PROMPT]
     flags += ["--merge_adapter"] if "lora" in script else ["--load_best_model_at_end", "--save_steps", 4]
-    start(script, 2, tmp_path / "whole", *flags, env=env)
+    said = start(script, 2, tmp_path / "whole", *flags, env=env)[0]
+    check_text(said, tmp_path / "whole" / ("merged" if "lora" in script else ""))
     checkpoint = tmp_path / "whole" / f"checkpoint-{3 if 'lora' in script else 4}"
     start(script, 2, tmp_path / "again", *flags, "--resume_from_checkpoint", checkpoint, env=env)
     assert essence(tmp_path / "again") == essence(tmp_path / "whole")
@@ -85,3 +102,10 @@ def test_checkpoints_of_another_kind_are_refused(assets, masked_assets, instruct
     resumed[1] = tmp_path / "plain" / "checkpoint-3"
     with pytest.raises(AssertionError, match="error: .*checkpoint-3: it was saved without --fsdp, this run is with"):
         start(script, 2, tmp_path / "again", *other, *resumed, env=env)
+
+
+def test_a_divided_model_fills_no_masks(assets, masked_assets, instructions, tmp_path):
+    flags = [*script_flags("run_mlm.py", assets, masked_assets, instructions), *CARD, "--fsdp", "full_shard auto_wrap"]
+    with pytest.raises(AssertionError, match="error: --generate: not with --fsdp, which divides the weights"):
+        start("run_mlm.py", 2, tmp_path / "out", *flags, "--generate", "the [MASK]")
+    assert not (tmp_path / "out").exists()
