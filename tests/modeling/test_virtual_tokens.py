@@ -175,8 +175,7 @@ def test_divided_weights_are_refused(kind):
         check_base_model(model_args, kind, training_args)
     check_base_model(model_args, "lora", training_args)
     model_args.merge_adapter, training_args.do_train = True, True
-    with pytest.raises(UserError, match="^--merge_adapter: not with FSDP"):
-        check_base_model(model_args, "lora", training_args)
+    check_base_model(model_args, "lora", training_args)  # which FSDP gathers
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def output(trained, tmp_path) -> Path:
 
 def arguments(folder: Path, **changes) -> SimpleNamespace:
     values = {"do_train": True, "process_index": 0, "resume_from_checkpoint": None, "overwrite_output_dir": False}
-    return SimpleNamespace(dry_run=False, output_dir=str(folder), **{**values, **changes})
+    return SimpleNamespace(dry_run=False, fsdp=[], output_dir=str(folder), **{**values, **changes})
 
 
 def test_the_last_complete_checkpoint_is_taken(output, caplog):
