@@ -1,4 +1,4 @@
-"""Flags that only the models of optimum-habana know: on to the model, or refused by name."""
+"""Flags that only some models know: on to the model, or refused by name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from optimum.habana.transformers.trainer import _get_input_update_settings
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.pytorch_utils import Conv1D
 
 from gaudi_lm.architectures import architecture_of
 from gaudi_lm.arguments.definitions import LMTrainingArguments, ModelArguments
@@ -122,10 +123,9 @@ def promote_leaves(model: PreTrainedModel) -> None:
     apply_zero3_leaf_promotion(model)
 
 
-def check_parts_of_rows(
-    model: PreTrainedModel | PeftModel, training_args: LMTrainingArguments, own_figures: bool
-) -> None:
-    """Refuse ``--context_parallel_size`` where a part of a row would not know of the others.
+def check_model(model: PreTrainedModel | PeftModel, training_args: LMTrainingArguments, own_figures: bool) -> None:
+    """Refuse ``--fp8`` where no layer would compute in it, and ``--context_parallel_size`` where parts of a row would
+    not know of each other.
 
     Args:
         own_figures: there is a loss or a metric of a script's own, which would see parts.
@@ -133,6 +133,9 @@ def check_parts_of_rows(
     Raises:
         UserError: see the message.
     """
+    if training_args.fp8 and any(isinstance(module, Conv1D) for module in model.modules()):
+        kind = model.config.model_type
+        raise UserError(f"--fp8: it is for layers of torch.nn.Linear, and those of {kind} are Conv1D; leave it out")
     size = training_args.context_parallel_size
     if size == 1:
         return

@@ -273,19 +273,18 @@ def length_limit(
         virtual_tokens: before each text; they take positions of the model.
 
     Raises:
-        UserError: a length below 1, virtual tokens that leave no positions, or a length that is no multiple of the
-            square of ``parts``.
+        UserError: a length below 1, no positions for text, or a length that is no multiple of the square of ``parts``.
     """
     if wanted is not None and wanted < 1:
         raise UserError(f"{flag} {wanted}: it must be at least 1")
     limits = {"the tokenizer's limit": tokenizer.model_max_length}
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
-        # RoBERTa's positions start after the padding index, so two of them are never used.
-        limits["the model's positions"] = positions - architecture_of(config).position_of_first_token(config)
-        if virtual_tokens and virtual_tokens >= limits["the model's positions"]:
-            raise UserError(f"--num_virtual_tokens {virtual_tokens}: the model has {positions} positions")
-        limits["the model's positions"] -= virtual_tokens
+        first = architecture_of(config).position_of_first_token(config)  # RoBERTa's is after the padding index
+        limits["the model's positions"] = left = positions - first - virtual_tokens
+        if left < 1:
+            flag = f"--num_virtual_tokens {virtual_tokens}" if virtual_tokens else "max_position_embeddings"
+            raise UserError(f"{flag}: {positions} positions, the first of them {first}, leave none for text")
     length = wanted
     if length is None:
         length = min(*limits.values(), default)

@@ -22,7 +22,7 @@ from gaudi_lm.arguments.gaudi_configs import gaudi_config
 from gaudi_lm.data.sampling import TrainingBatches, TrainingRows, count_tokens, ignore_filler_samples, loader_options
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import RankReduction
-from gaudi_lm.modeling.attention import check_parts_of_rows
+from gaudi_lm.modeling.attention import check_model
 from gaudi_lm.modeling.loss import install_token_loss
 from gaudi_lm.modeling.patches import average_gradients, complete_generation_config, repair_gradient_checkpointing
 from gaudi_lm.training.device_metrics import DeviceMetrics
@@ -276,7 +276,7 @@ def build_trainer(
         logger.info("Loss of %s language modelling by loss_func, from the full logits", objective)
     if training_args.device.type != "hpu":
         complete_generation_config()
-    check_parts_of_rows(model, training_args, own_figures=bool(loss_func or compute_metrics))
+    check_model(model, training_args, own_figures=bool(loss_func or compute_metrics))
     if compute_metrics is None:
         check_best_metric(training_args.metric_for_best_model, eval_dataset)
     check_prompts(training_args, objective == "causal", model.config, tokenizer)

@@ -328,6 +328,11 @@ def test_bad_input(assets, masked_assets, tmp_path):
         "causal model": (["--model_name_or_path", assets.gpt2, "--tokenizer_name", masked_assets.bert, *data], "gpt2"),
         "length": ([*model, *data, "--max_seq_length", 2], "--max_seq_length 2"),
         "length 0": ([*model, *data, "--max_seq_length", 0], "--max_seq_length 0"),
+        "no positions": (
+            ["--model_type", "roberta", "--config_overrides", "max_position_embeddings=2", *data,
+             "--tokenizer_name", masked_assets.roberta],
+            "max_position_embeddings: 2 positions, the first of them",
+        ),
         "stream without end": ([*model, *data, "--streaming"], "--max_steps"),
         "column": ([*model, *data, "--text_column_name", "words"], "--text_column_name words"),
         "not packable": (

@@ -73,6 +73,12 @@ def test_fp8_is_close_to_bf16(assets, instructions, tmp_path):
             env=card_environment(2, **LAZY),
         )
         found[name] = losses(tmp_path / name)
+    gpt2 = ["--model_type", "gpt2", "--tokenizer_name", assets.tokenizer]
+    more = ["--config_overrides", "n_embd=16,n_layer=1,n_head=2"]
+    more += ["--train_file", assets.train, "--do_train", "--fp8", "--use_habana", "--output_dir", tmp_path / "gpt2"]
+    refused = run("run_clm.py", *gpt2, *more, env=card_environment(2, **LAZY), code=2).stderr
+    assert "error: --fp8: it is for layers of torch.nn.Linear, and those of gpt2 are Conv1D" in refused
+    assert not (tmp_path / "gpt2").exists()
     assert found["fp8"][-1] < found["fp8"][0] - 0.5
     assert found["fp8"] == pytest.approx(found["bf16"], rel=0.02)
     assert found["fp8"] != pytest.approx(found["bf16"], rel=1e-4), "FP8 leaves its trace"
