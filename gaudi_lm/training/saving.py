@@ -116,6 +116,10 @@ class ResumableTrainer(FSDPTrainer):
         self.resumption = Resumption.of(
             self, None if resume_from_checkpoint in (True, False) else resume_from_checkpoint
         )
+        if self.resumption.checkpoint is not None and self.args.fp8:
+            logger.warning(
+                "--fp8: its scales are not in a checkpoint; losses will be near those of a whole run, not equal"
+            )
         self.check_fsdp()
         _ = self.model_digest
         if self.args.should_save:

@@ -44,9 +44,11 @@ def test_fp8_is_close_to_bf16(assets, instructions, tmp_path):
     """All weights, 50 steps; and what checkpointing computes again is what was computed first."""
     again = ["--fp8", "--gradient_checkpointing", "--use_cache", "False", "--minimize_memory"]
     found = {}
-    cases = {"bf16": ([], 50), "fp8": (["--fp8", "True"], 50), "again": (again, 20)}
+    again += ["--save_strategy", "steps", "--save_steps", 10]
+    resumed = [*again, "--resume_from_checkpoint", tmp_path / "again" / "checkpoint-10"]
+    cases = {"bf16": ([], 50), "fp8": (["--fp8", "True"], 50), "again": (again, 20), "resumed": (resumed, 20)}
     for name, (flags, steps) in cases.items():
-        run(
+        log = run(
             *(
                 ROOT / "run_clm.py",
                 "--model_name_or_path",
@@ -71,7 +73,8 @@ def test_fp8_is_close_to_bf16(assets, instructions, tmp_path):
             *("--lr_scheduler_type", "constant", "--save_strategy", "no", "--use_habana"),
             *("--output_dir", tmp_path / name, *flags),
             env=card_environment(2, **LAZY),
-        )
+        ).stderr
+        assert ("--fp8: its scales are not in a checkpoint" in log) == (name == "resumed")
         found[name] = losses(tmp_path / name)
     gpt2 = ["--model_type", "gpt2", "--tokenizer_name", assets.tokenizer]
     more = ["--config_overrides", "n_embd=16,n_layer=1,n_head=2"]
@@ -83,6 +86,8 @@ def test_fp8_is_close_to_bf16(assets, instructions, tmp_path):
     assert found["fp8"] == pytest.approx(found["bf16"], rel=0.02)
     assert found["fp8"] != pytest.approx(found["bf16"], rel=1e-4), "FP8 leaves its trace"
     assert found["again"] == found["fp8"][:20]
+    assert found["resumed"][:10] == found["fp8"][:10]
+    assert found["resumed"] == pytest.approx(found["fp8"][:20], rel=0.01)
 
 
 def test_fp8_zero_3(instructions, tmp_path):
