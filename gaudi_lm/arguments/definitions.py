@@ -19,10 +19,9 @@ from gaudi_lm.arguments.dry_runs import prepare_dry_run
 from gaudi_lm.arguments.gaudi_configs import resolve_gaudi_config
 from gaudi_lm.arguments.refusals import CARD_ONLY
 from gaudi_lm.errors import UserError
-from gaudi_lm.optimum_imports import answers_without_pip, leave_out_scikit_learn
+from gaudi_lm.optimum_imports import answers_without_pip
 
 CARD_BACKEND = "hpu_backend"  # of torch.compile
-leave_out_scikit_learn()  # before the models of transformers are imported
 
 
 @dataclass
