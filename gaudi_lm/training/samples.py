@@ -94,14 +94,10 @@ def generate(trainer: LMTrainer, task: str) -> list[tuple[str, str]]:
         return answers
     logging.getLogger("transformers.pipelines.base").setLevel(logging.CRITICAL)  # it takes a Gaudi model for unknown
     model, tokenizer = trainer.plain_model.eval(), trainer.processing_class
-    run = pipeline(task, model=model, tokenizer=tokenizer, device=trainer.args.device)
+    token_by_token = task != "fill-mask" and (trainer.args.device.type == "hpu" or trainer.is_fsdp_enabled)
+    run = None if token_by_token else pipeline(task, model=model, tokenizer=tokenizer, device=trainer.args.device)
     for prompt in prompts:
-        if task == "fill-mask":
-            found = run(prompt, top_k=CANDIDATES)
-            masks = found if isinstance(found[0], list) else [found]
-            words = [", ".join(f"{one['token_str'].strip()} ({one['score']:.2f})" for one in mask) for mask in masks]
-            answers.append((prompt, "; ".join(words)))
-        elif trainer.args.device.type == "hpu" or trainer.is_fsdp_enabled:
+        if run is None:
             end = model.generation_config.eos_token_id
             ids, new_tokens = tokenizer(prompt)["input_ids"], _new_tokens(prompt, model.config, tokenizer)
             end = end if isinstance(end, list) else [end]
@@ -109,6 +105,11 @@ def generate(trainer: LMTrainer, task: str) -> list[tuple[str, str]]:
             # Together with the prompt: some tokenizers drop a space where a text begins.
             before, text = tokenizer.batch_decode([ids, ids + tokens], skip_special_tokens=True)
             answers.append((prompt, text.removeprefix(before)))
+        elif task == "fill-mask":
+            found = run(prompt, top_k=CANDIDATES)
+            masks = found if isinstance(found[0], list) else [found]
+            words = [", ".join(f"{one['token_str'].strip()} ({one['score']:.2f})" for one in mask) for mask in masks]
+            answers.append((prompt, "; ".join(words)))
         else:
             options = {"max_new_tokens": _new_tokens(prompt, model.config, tokenizer), "return_full_text": False}
             (found,) = run(prompt, do_sample=False, temperature=1.0, pad_token_id=tokenizer.eos_token_id, **options)
