@@ -27,6 +27,10 @@ from gaudi_lm.errors import UserError, nearest, unknown, warn
 METRICS = ("loss", "perplexity", "accuracy")
 # The scripts deal out batches themselves; accelerate's loaders are not used.
 _OWN_BATCHES = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
+_FSDP_SETTINGS = (
+    "activation_checkpointing backward_prefetch cpu_ram_efficient_loading forward_prefetch limit_all_gathers "
+    "min_num_params state_dict_type sync_module_states transformer_layer_cls_to_wrap use_orig_params"
+)
 _FP8 = (("habana_frameworks.torch.hpex.experimental.transformer_engine",), "habana-transformer-engine")
 
 
@@ -142,10 +146,14 @@ def _check_deepspeed(args, config: dict | None) -> None:
 def _check_fsdp(args, config: dict) -> None:
     if not isinstance(args.fsdp, str):
         return
-    known = [option.value for option in FSDPOption]
+    options = [option.value for option in FSDPOption]
     for word in args.fsdp.split():
-        if word not in known:
-            raise UserError(f"--fsdp {word}: {unknown(word, known)}")
+        if word not in options:
+            raise UserError(f"--fsdp {word}: {unknown(word, options)}")
+    ignored = {name.removeprefix("fsdp_") for name in config}.difference(_FSDP_SETTINGS.split())
+    if args.fsdp and ignored:
+        known = ", ".join(_FSDP_SETTINGS.split())
+        warn(f"--fsdp_config: no effect of {', '.join(sorted(ignored))}; the settings are {known}")
     kinds = {f"--fsdp_config: {name}": config.get(name) for name in ("state_dict_type", "fsdp_state_dict_type")}
     kinds["the variable FSDP_STATE_DICT_TYPE"] = os.environ.get("FSDP_STATE_DICT_TYPE")
     for name, kind in kinds.items():

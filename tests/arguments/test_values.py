@@ -137,7 +137,7 @@ def test_one_line_before_anything_is_written(flags, assets, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "file"], "a refused run wrote something"
 
 
-def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, tmp_path):
+def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, capsys, tmp_path):
     from gaudi_lm.arguments.consistency import _check_deepspeed, _check_fsdp, read_mapping
 
     class Flags:
@@ -155,7 +155,10 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UserError, match="--deepspeed and --fsdp exclude"):
         _check_deepspeed(Flags, {})
-    _check_fsdp(Flags, {})
+    _check_fsdp(Flags, {"fsdp_min_num_params": 1, "use_orig_params": True})
+    assert not capsys.readouterr().err
+    _check_fsdp(Flags, {"fsdp_version": 2})
+    assert "warning: --fsdp_config: no effect of version; the settings are activation_" in capsys.readouterr().err
     with pytest.raises(UserError, match="--fsdp_config: state_dict_type LOCAL_STATE_DICT: FULL_STATE_DICT or SHARDED"):
         _check_fsdp(Flags, {"state_dict_type": "LOCAL_STATE_DICT"})
     monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "LOCAL_STATE_DICT")
