@@ -83,6 +83,8 @@ def cut_rows(batch: dict[str, torch.Tensor], part: int, parts: int) -> dict[str,
     """The ``part``-th of ``parts`` parts of the rows of a batch, for context parallelism.
 
     Labels of the part have one column more than its tokens: the last token predicts the first label of the next part.
+    The part has `position_ids` (batch, tokens of the part) int64, those in the whole row: Qwen2 of optimum-habana
+    1.21.2 numbers each part from 0 without them.
 
     Raises:
         UserError: the length of the rows cannot be divided so.
@@ -97,7 +99,7 @@ def cut_rows(batch: dict[str, torch.Tensor], part: int, parts: int) -> dict[str,
     }
     if end == length:
         cut["labels"] = torch.nn.functional.pad(cut["labels"], (0, 1), value=-100)
-    return cut
+    return {"position_ids": torch.arange(start, end).repeat(rows, 1), **cut}
 
 
 def _needs_sample_id(collator: Callable) -> bool:

@@ -108,6 +108,7 @@ def test_parts_of_rows_have_all_labels_once():
     parts = [cut_rows(batch, part, 2) for part in range(2)]
     assert torch.equal(torch.cat([part["input_ids"] for part in parts], 1), ids)
     assert [part["labels"].shape[1] for part in parts] == [7, 7] and parts[0]["attention_mask"].shape == (2, 6)
+    assert [part["position_ids"].tolist() for part in parts] == [[list(range(6))] * 2, [list(range(6, 12))] * 2]
     predicted = torch.cat([part["labels"][:, 1:] for part in parts], 1)
     assert torch.equal(predicted[:, :-1], batch["labels"][:, 1:]) and predicted[:, -1].tolist() == [-100, -100]
     with pytest.raises(UserError, match=r"^--context_parallel_size 5: rows of 12 tokens are no multiple of 25$"):

@@ -120,7 +120,7 @@ def test_falcon_zero_3_with_the_optimizer_of_deepspeed(instructions, tmp_path):
     run_ranks(2, *command, env=card_environment(2, **LAZY))
     command = lora(instructions, tmp_path / "one", *common, "--per_device_train_batch_size", 4, **options)
     run(*command, env=card_environment(2, **LAZY))
-    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
 def test_mixtral_zero_3(instructions, tmp_path):
@@ -135,4 +135,4 @@ def test_mixtral_zero_3(instructions, tmp_path):
     run_ranks(2, *command, env=card_environment(2, **LAZY))
     run(*lora(instructions, tmp_path / "one", "--use_lazy_mode", "--per_device_train_batch_size", 4, **model),
         env=card_environment(2, **LAZY))  # fmt: skip
-    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
