@@ -28,10 +28,11 @@ BENCHMARKS = {
     "weak_scaling": "running",
     "simulator_overhead": "running",
     "fp8": "precision",
+    "fp8_noise": "precision",
     "price": "price",
 }
 # Two figures of one run.
-ANSWERED_BY = {"clm_limit": "clm_step", "syncs": "graphs"}
+ANSWERED_BY = {"clm_limit": "clm_step", "syncs": "graphs", "fp8_noise": "fp8"}
 
 
 def main() -> None:

@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from cards import card_environment
 from running import ROOT, losses, run, run_ranks
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two cards")]
 
@@ -60,21 +58,11 @@ CONTEXT = ["--context_parallel_size", 2, "--attn_implementation", "gaudi_fused_s
 CONTEXT += ["--flash_attention_causal_mask", "True"]
 
 
-@pytest.fixture(scope="module")
-def models(instructions, tmp_path_factory) -> dict[int, Path]:
-    """Llamas by their number of layers. What torch.compile takes goes with it: one is enough there."""
-    folder = tmp_path_factory.mktemp("one_layer")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig.from_pretrained(instructions.llama, num_hidden_layers=1)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(instructions.llama).save_pretrained(folder)
-    return {1: folder, 2: instructions.llama}
-
-
 @pytest.fixture(scope="module", params=TASKS)
-def one_card(request, models, assets, instructions, tmp_path_factory) -> tuple[str, dict[int, list[float]]]:
+def one_card(request, assets, instructions, tmp_path_factory) -> tuple[str, dict[int, list[float]]]:
     """A task, and its losses on one card with the rows of two, by the number of layers."""
     found = {}
-    for layers, model in models.items():
+    for layers, model in ((1, instructions.shallow), (2, instructions.llama)):
         output = tmp_path_factory.mktemp("one_card") / "out"
         run(*command(request.param, model, assets, instructions, output, 4), env=card_environment(2))
         found[layers] = losses(output)
@@ -84,11 +72,11 @@ def one_card(request, models, assets, instructions, tmp_path_factory) -> tuple[s
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("form", FORMS)
-def test_two_cards_give_the_losses_of_one(one_card, form, mode, models, assets, instructions, tmp_path):
+def test_two_cards_give_the_losses_of_one(one_card, form, mode, assets, instructions, tmp_path):
     task, wanted = one_card
-    layers = 1 if mode == "compile" else 2
+    layers, model = (1, instructions.shallow) if mode == "compile" else (2, instructions.llama)
     rows = 4 if form == "context" else 2  # both cards have a part of each of the four rows
-    flags = command(task, models[layers], assets, instructions, tmp_path / "out", rows) + settings(form, tmp_path)
+    flags = command(task, model, assets, instructions, tmp_path / "out", rows) + settings(form, tmp_path)
     if mode == "compile":
         flags += ["--torch_compile", "--torch_compile_backend", "hpu_backend"]
     run_ranks(2, *flags, env=card_environment(2, PT_HPU_LAZY_MODE=MODES[mode]))

@@ -71,7 +71,7 @@ def _write_instructions(root: Path) -> None:
             rows.append({"instruction": f"Explain {title}.", "input": given, "output": block[:120]})
     for split, part in (("train", rows[:60]), ("validation", rows[60:75])):
         (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n")
-    for name, layers in (("llama", 2), ("deeper", 3)):
+    for name, layers in (("llama", 2), ("shallow", 1), ("deeper", 3)):
         tokenizer = LlamaTokenizerFast(tokenizer_object=train_llama(), model_max_length=512)
         tokenizer.chat_template = None if name == "deeper" else CHAT_TEMPLATE
         tokenizer.save_pretrained(root / name)
@@ -103,14 +103,16 @@ def masked_assets(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> M
 
 @pytest.fixture(scope="session")
 def instructions(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> SimpleNamespace:
-    """Alpaca-like ``train`` and ``validation`` files, a tiny ``llama`` with tokenizer, and a ``deeper`` one.
+    """Alpaca-like ``train`` and ``validation`` files, a tiny ``llama`` with tokenizer, a ``deeper`` one,
+    and one of one layer, ``shallow``, for runs that compile, whose time goes with the layers.
 
-    Only ``llama`` has a chat template; neither has a padding token.
+    All but ``deeper`` have a chat template; none has a padding token.
     """
     root = _once(tmp_path_factory, worker_id, "instructions", _write_instructions)
     return SimpleNamespace(
         train=root / "train.jsonl",
         validation=root / "validation.jsonl",
         llama=root / "llama",
+        shallow=root / "shallow",
         deeper=root / "deeper",
     )
