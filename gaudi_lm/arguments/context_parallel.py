@@ -41,11 +41,12 @@ def check_context_parallel(args) -> None:
             f"{flag} needs --attn_implementation gaudi_fused_sdpa --flash_attention_causal_mask True: no other "
             "attention sees the whole row"
         )
-    for name in ("dry_run", "generate"):
-        if getattr(args, name):
-            raise UserError(f"{flag} cannot be combined with --{name}")
+    if args.generate:
+        raise UserError(f"{flag} cannot be combined with --generate")
     if not args.average_tokens_across_devices:
         raise UserError(f"{flag}: parts of a row have one loss; leave out --average_tokens_across_devices False")
-    ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
+    started = int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
+    ranks = args.dry_run_cards or started
     if ranks % size:
-        raise UserError(f"{flag} does not divide the number of ranks, {ranks} (--world_size of gaudi_spawn.py)")
+        number = "--dry_run_cards" if args.dry_run and started == 1 else "--world_size of gaudi_spawn.py"
+        raise UserError(f"{flag} does not divide the number of ranks, {ranks} ({number})")

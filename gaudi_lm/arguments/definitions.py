@@ -15,7 +15,7 @@ from transformers.utils.logging import get_log_levels_dict
 
 from gaudi_lm.arguments.consistency import check_together
 from gaudi_lm.arguments.context_parallel import data_ranks
-from gaudi_lm.arguments.dry_runs import prepare_dry_run
+from gaudi_lm.arguments.dry_runs import prepare_dry_run, without_groups
 from gaudi_lm.arguments.gaudi_configs import resolve_gaudi_config
 from gaudi_lm.arguments.refusals import CARD_ONLY
 from gaudi_lm.errors import UserError
@@ -229,7 +229,7 @@ class LMTrainingArguments(GaudiTrainingArguments):
         self.remove_unused_columns = False
         try:
             # On a card this imports optimum-habana's models, which print.
-            with contextlib.redirect_stdout(None), answers_without_pip():
+            with contextlib.redirect_stdout(None), answers_without_pip(), without_groups(self):
                 super().__post_init__()
         except (ValueError, AssertionError) as error:
             raise UserError(str(error)) from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 
 from gaudi_lm.errors import UserError
 
@@ -33,3 +35,18 @@ def prepare_dry_run(args) -> None:
             port = str(free.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(alone)
+
+
+@contextlib.contextmanager
+def without_groups(args) -> Iterator[None]:
+    """In a dry run, let optimum-habana form no groups of ranks for the parts of rows: one process stands for all.
+
+    Args:
+        args: as for :func:`prepare_dry_run`.
+    """
+    size = args.context_parallel_size
+    args.context_parallel_size = 1 if args.dry_run else size
+    try:
+        yield
+    finally:
+        args.context_parallel_size = size

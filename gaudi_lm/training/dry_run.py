@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import PeftType
 from torch.utils.data import IterableDataset
 
+from gaudi_lm.arguments.context_parallel import data_ranks, sequence_part
 from gaudi_lm.arguments.model_files import first_line
 from gaudi_lm.data.sampling import TrainingRows, count_tokens, ignore_filler_samples
 from gaudi_lm.errors import UserError
@@ -57,7 +58,8 @@ def dry_run(trainer) -> dict[str, float]:
     batch, lengths = largest_batch(trainer)
     total = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    rows, length = batch["input_ids"].shape
+    rows, groups = len(batch["input_ids"]), data_ranks(args)[1]
+    length = batch["input_ids"].shape[1] * args.context_parallel_size
     loader = trainer.get_train_dataloader()
     _, per_epoch, *_, steps = trainer.set_initial_training_values(args, loader, args.rows_per_step)
     figures = {
@@ -69,10 +71,11 @@ def dry_run(trainer) -> dict[str, float]:
     kind = trainer.model.config.model_type
     print(f"dry run of {Path(sys.argv[0]).name}: no weights are loaded, nothing is written")
     print(f"parameters: {total:,} of {kind}, {trained:,} of them trained ({trained / total:.3%})")
-    parts = {"sequences": rows, "accumulated": args.gradient_accumulation_steps, "cards": args.world_size}
+    parts = {"sequences": rows, "accumulated": args.gradient_accumulation_steps, "cards": groups}
     product = " x ".join(f"{number} {what}" for what, number in parts.items() if number > 1 or what == "sequences")
+    parted = f", each on {args.context_parallel_size} cards" * (args.context_parallel_size > 1)
     tokens = f"{args.rows_per_step:,} sequences, {figures['tokens_per_step']:,} tokens"
-    print(f"step: {product} of at most {length} tokens: {tokens}", end="")
+    print(f"step: {product} of at most {length} tokens{parted}: {tokens}", end="")
     if lengths is None:
         print(f"\nsteps: {steps:,} of a stream, whose length is not known")
     else:
@@ -93,6 +96,8 @@ def dry_run(trainer) -> dict[str, float]:
 def largest_batch(trainer) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
     """A batch of one rank as the collator makes it, of the longest rows, and the tokens of each row of the data.
 
+    With context parallelism it is the first part of these rows.
+
     Of a stream it is the first batch, and there are no lengths.
     """
     data, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
@@ -104,7 +109,7 @@ def largest_batch(trainer) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
     else:
         lengths = row_lengths(data)
         longest = np.resize(np.argsort(-lengths, kind="stable")[:size], size)
-        collate = ignore_filler_samples(trainer.data_collator, labels_from_inputs=trainer.causal)
+        collate = ignore_filler_samples(trainer.data_collator, trainer.causal, sequence_part(trainer.args))
         batch = collate(TrainingRows(data).__getitems__(longest.tolist()))
     count_tokens(batch)  # takes out what is not for the model
     return batch, lengths

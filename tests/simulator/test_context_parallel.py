@@ -76,7 +76,6 @@ REFUSED = {
     "at least 1": [*CONTEXT, "--context_parallel_size", 0],
     "llama-adapter": [*CONTEXT, "--peft_type", "llama-adapter", "--adapter_layers", 2],
     "--generate": [*CONTEXT, "--generate", "A"],
-    "--dry_run": [*CONTEXT, "--dry_run"],
 }
 
 

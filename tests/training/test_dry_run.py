@@ -82,6 +82,24 @@ def test_checkpointing_and_the_second_card_are_what_a_simulated_card_measures(jo
     assert without > 1.1 * peak(planned)
 
 
+@pytest.mark.slow
+def test_parts_of_rows_are_what_a_simulated_card_measures(jobs, tmp_path):
+    script, *flags = jobs["llama"]
+    flags += ["--output_dir", tmp_path / "out", "--max_seq_length", 256, "--attn_implementation", "gaudi_fused_sdpa"]
+    flags += ["--flash_attention_causal_mask", "True", "--deepspeed", ROOT / "configs" / "deepspeed" / "zero_1.json"]
+    parts, planned = ["--context_parallel_size", 2], ["--dry_run", "--dry_run_cards", 2]
+    text = run(script, *flags, *parts, *planned, env={"GAUDI_SIMULATOR": "1"}).stdout
+    assert "step: 4 sequences of at most 256 tokens, each on 2 cards: 4 sequences, 1,024 tokens" in text
+    whole = run(script, *flags, *planned, env={"GAUDI_SIMULATOR": "1"}).stdout
+    assert "step: 4 sequences x 2 cards of at most 256 tokens: 8 sequences, 2,048 tokens" in whole
+    run_ranks(2, script, *flags, *parts, env={"GAUDI_SIMULATOR": "2"})
+    assert peak(text) == pytest.approx(results(tmp_path / "out")["peak_device_memory_gb"], rel=0.15)
+    assert peak(whole) > 1.4 * peak(text)
+    planned[-1] = 3
+    line = "error: --context_parallel_size 2 does not divide the number of ranks, 3 (--dry_run_cards)"
+    assert line in run(script, *flags, *parts, *planned, env={"GAUDI_SIMULATOR": "1"}, code=2).stderr
+
+
 def tree(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
