@@ -54,6 +54,18 @@ def test_a_card_gives_the_losses_of_the_cpu(instructions, tmp_path, kind, rows, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
+def test_bf16_changes_the_losses_by_its_rounding(instructions, tmp_path, kind):
+    runs = {}
+    for precision in ("False", "True"):
+        more = [*SHORT, *CARD, "--pack_sequences", "--bf16", precision]
+        runs[precision] = run_and_read(tmp_path / precision, instructions, *flags(kind, *more), env=card_environment())
+    (figures, rounded, _), (wanted, exact, _) = runs["True"], runs["False"]
+    assert rounded != exact and rounded == pytest.approx(exact, rel=1e-3)
+    assert figures["eval_loss"] == pytest.approx(wanted["eval_loss"], rel=1e-3) and wanted["eval_loss"] < exact[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_packed_rows_are_evaluated_as_padded_ones(instructions, tmp_path, kind):
     """Packed texts see the virtual tokens and themselves."""
     trained = run_and_read(tmp_path / "padded", instructions, *flags(kind, *SHORT, *CPU, "--pad_to_max_length"))[0]
