@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from optimum.habana.transformers.trainer import GaudiTrainer
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -114,15 +115,6 @@ class FSDPTrainer(GaudiTrainer):
             state_dict = {plain_name(name): value for name, value in state_dict.items()}
         super()._save(output_dir, state_dict)
 
-    def check_fsdp(self) -> None:
-        """Whether the best model of a run can be loaded at its end.
-
-        Raises:
-            UserError: it cannot.
-        """
-        if self._divides_adapter and self.args.load_best_model_at_end:
-            raise UserError("--load_best_model_at_end: FSDP cannot load an adapter into its shards; leave it out")
-
     @contextlib.contextmanager
     def _without_compile(self) -> Iterator[None]:
         """accelerate 1.10 finds neither weights nor states in a compiled model."""
@@ -152,5 +144,23 @@ class FSDPTrainer(GaudiTrainer):
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
 
     def _load_best_model(self):
+        if self._divides_adapter:
+            return self._load_into_shards(load_peft_weights(self.state.best_model_checkpoint, device="cpu"))
         with self._without_compile():
             super()._load_best_model()
+
+    @torch.no_grad()
+    def _load_into_shards(self, adapter: dict[str, Tensor]) -> None:
+        """Load whole weights, by their names in peft's files, into an adapter that FSDP divides, layer by layer."""
+        divided = self.computing_model
+        named = (*divided.named_parameters(), *divided.named_buffers())
+        tensors = {plain_name(name): tensor for name, tensor in named}
+        saved = {id(tensor): name for name, tensor in get_peft_model_state_dict(self.plain_model, tensors).items()}
+        loaded = {name: adapter[saved[id(tensor)]] for name, tensor in tensors.items() if id(tensor) in saved}
+        for prefix, layer in divided.named_modules():
+            if isinstance(layer, FullyShardedDataParallel):
+                with FullyShardedDataParallel.summon_full_params(layer, recurse=False):
+                    for name, weight in layer.named_parameters(prefix=prefix):
+                        whole = loaded.get(plain_name(name))
+                        if whole is not None and weight.shape == whole.shape:  # those of layers within are in parts
+                            weight.copy_(whole)

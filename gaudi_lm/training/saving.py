@@ -120,7 +120,6 @@ class ResumableTrainer(FSDPTrainer):
             logger.warning(
                 "--fp8: its scales are not in a checkpoint; losses will be near those of a whole run, not equal"
             )
-        self.check_fsdp()
         _ = self.model_digest
         if self.args.should_save:
             clear_the_way(output, self.resumption.step, remove=self.args.overwrite_output_dir)
