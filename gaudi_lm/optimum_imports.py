@@ -1,4 +1,4 @@
-"""How libraries are imported: optimum-habana in the parts that a run needs and without asking pip, no scikit-learn.
+"""How libraries are imported: optimum-habana in the parts that a run needs, and nothing that only other runs use.
 
 ``import optimum.habana`` imports sentence-transformers and all trainers: more than importing torch and transformers
 costs, in each rank, before a flag is read. To know that a flag is wrong takes none of it, and a run only its trainer.
@@ -47,13 +47,48 @@ def import_in_parts() -> None:
 
 
 def leave_out_scikit_learn() -> None:
-    """Let transformers be imported without scikit-learn, which brings most of scipy: a second in each rank.
+    """Let transformers be imported without scikit-learn and scipy: a second and more in each rank.
 
-    transformers 4.55 takes one function of it, for one setting of assisted generation, and finds it there once
-    :func:`gaudi_lm.modeling.patches.find_scikit_learn` has been called.
+    transformers 4.55 takes one function of each, for assisted generation and for finding objects in images, and finds
+    them there once :func:`gaudi_lm.modeling.patches.find_scikit_learn` has been called. On a card the models of
+    optimum-habana import scipy all the same.
     """
-    if "transformers.generation.candidate_generator" not in sys.modules:
-        importlib.import_module("transformers.utils.import_utils")._sklearn_available = False  # type: ignore[attr-defined]
+    if "transformers.modeling_utils" not in sys.modules:
+        found = importlib.import_module("transformers.utils.import_utils")
+        found._sklearn_available = found._scipy_available = False  # type: ignore[attr-defined]
+
+
+def leave_out_mlflow_and_inductor(args) -> None:
+    """Let DeepSpeed be imported without MLflow, which its autotuner imports where it is installed, and the models of
+    optimum-habana without torch's inductor: each takes half a second to a second in each rank.
+
+    optimum-habana 1.21 mends two faults of torch 2.2 there, in collectives that inductor compiles.
+
+    Args:
+        args: :class:`gaudi_lm.arguments.definitions.LMTrainingArguments`.
+    """
+    if args.deepspeed:
+        with _replaced({"mlflow": None}):
+            importlib.import_module("deepspeed")
+    if args.use_cpu or args.torch_compile or args.torch_compile_backend:
+        return
+    importlib.import_module("optimum.habana.distributed")
+    ir, lowering = ModuleType("torch._inductor.ir"), ModuleType("torch._inductor.lowering")
+    ir._WaitKernel, lowering.lowerings = type("_WaitKernel", (), {}), {}  # type: ignore[attr-defined]
+    with _replaced({module.__name__: module for module in (ir, lowering)}):
+        importlib.import_module("optimum.habana.distributed.tensorparallel")
+
+
+@contextmanager
+def _replaced(modules: dict[str, ModuleType | None]) -> Iterator[None]:
+    """While this is open, the modules are these, or cannot be imported; those that have been imported stay."""
+    missing = {name: module for name, module in modules.items() if name not in sys.modules}
+    sys.modules.update(missing)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in missing:
+            del sys.modules[name]
 
 
 @contextmanager

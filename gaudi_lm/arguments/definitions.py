@@ -19,7 +19,7 @@ from gaudi_lm.arguments.dry_runs import prepare_dry_run, without_groups
 from gaudi_lm.arguments.gaudi_configs import resolve_gaudi_config
 from gaudi_lm.arguments.refusals import CARD_ONLY
 from gaudi_lm.errors import UserError
-from gaudi_lm.optimum_imports import answers_without_pip
+from gaudi_lm.optimum_imports import answers_without_pip, leave_out_mlflow_and_inductor
 
 CARD_BACKEND = "hpu_backend"  # of torch.compile
 
@@ -214,8 +214,7 @@ class LMTrainingArguments(GaudiTrainingArguments):
             raise UserError("no card chosen: give --use_habana (a Gaudi, or a simulated one) or --use_cpu")
         else:
             self._match_lazy_mode()
-        defaulted = ("optim", "attn_implementation", "disable_tqdm")
-        self.chosen = {name for name in defaulted if getattr(self, name) is not None}
+        self.chosen = {x for x in ("optim", "attn_implementation", "disable_tqdm") if getattr(self, x) is not None}
         if self.optim is None:
             self.optim = "adamw_torch_fused" if self.use_cpu else "adamw_torch"
         if self.attn_implementation is None:
@@ -230,6 +229,7 @@ class LMTrainingArguments(GaudiTrainingArguments):
         try:
             # On a card this imports optimum-habana's models, which print.
             with contextlib.redirect_stdout(None), answers_without_pip(), without_groups(self):
+                leave_out_mlflow_and_inductor(self)
                 super().__post_init__()
         except (ValueError, AssertionError) as error:
             raise UserError(str(error)) from error

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+import accelerate.utils.other
 import torch
 import transformers
 import transformers.modeling_utils
@@ -68,6 +69,7 @@ def patch_libraries(device_type: str) -> None:
     """What is changed in this process as a whole, for a run on ``cpu`` or ``hpu``; repeating it changes nothing."""
     keep_pickled_weights()
     find_scikit_learn()
+    leave_out_deepspeed()
     set_checkpoint_device(device_type)
     find_adapters_in_shards()
     if device_type == "hpu":
@@ -88,17 +90,36 @@ def _no_conversion(*args, **kwargs) -> tuple[None, None, None]:
     return None, None, None
 
 
+LOSSES_OF_OBJECTS = ("for_object_detection", "deformable_detr", "rt_detr", "grounding_dino")
+LEFT_OUT = {"transformers.generation.candidate_generator": ("sklearn.metrics", "roc_curve")}
+LEFT_OUT |= {f"transformers.loss.loss_{of}": ("scipy.optimize", "linear_sum_assignment") for of in LOSSES_OF_OBJECTS}
+
+
 @_needed_in("transformers", "4.55")
 def find_scikit_learn() -> None:
-    """Import what assisted generation takes of scikit-learn when it is called: it was left out at the start."""
-    generator = importlib.import_module("transformers.generation.candidate_generator")
-    if not hasattr(generator, "roc_curve") and importlib.util.find_spec("sklearn"):
-        generator.roc_curve = _roc_curve  # type: ignore[attr-defined]
-        transformers.utils.import_utils._sklearn_available = True
+    """Import what transformers takes of scikit-learn and scipy when it is called: it was left out at the start."""
+    for name, (origin, function) in LEFT_OUT.items():
+        library, module = origin.partition(".")[0], importlib.import_module(name)
+        if not hasattr(module, function) and importlib.util.find_spec(library):
+            setattr(module, function, functools.partial(_call, origin, function))
+            setattr(transformers.utils.import_utils, f"_{library}_available", True)
 
 
-def _roc_curve(*args, **kwargs) -> tuple:
-    return importlib.import_module("sklearn.metrics").roc_curve(*args, **kwargs)
+def _call(origin: str, function: str, *args, **kwargs):
+    return getattr(importlib.import_module(origin), function)(*args, **kwargs)
+
+
+@_needed_in("accelerate", "1.10")
+def leave_out_deepspeed() -> None:
+    """Let accelerate look for DeepSpeed's models only where DeepSpeed is imported, so where such a model can be.
+
+    accelerate 1.10 imports it in every run, where it is installed, to compare a model's class: a second in each rank.
+    """
+    accelerate.utils.other.is_deepspeed_available = _deepspeed_is_imported
+
+
+def _deepspeed_is_imported() -> bool:
+    return "deepspeed" in sys.modules
 
 
 @_needed_in("optimum-habana", "1.21")

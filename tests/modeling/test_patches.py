@@ -10,12 +10,14 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import accelerate.utils.other
 import pytest
 import torch
 import torch.utils.checkpoint
 import transformers.modeling_utils
+from accelerate import Accelerator
 from optimum.habana import GaudiTrainer
 from optimum.habana.accelerate import GaudiAccelerator
 from optimum.habana.transformers.trainer import _get_input_update_settings
@@ -26,9 +28,8 @@ from peft.tuners.adaption_prompt import AdaptedAttention
 from running import ROOT
 from tiny_models import tiny_model
 from transformers import GenerationConfig, Trainer
-from transformers.generation import candidate_generator
 from transformers.safetensors_conversion import auto_conversion
-from transformers.utils import import_utils, is_sklearn_available
+from transformers.utils import import_utils
 
 from gaudi_lm.modeling import patches
 
@@ -96,13 +97,34 @@ def test_no_setting_keeps_weights_from_being_converted(unpatched):
     assert transformers.modeling_utils.auto_conversion("a/model", revision="main") == (None, None, None)
 
 
-def test_scikit_learn_is_found_when_it_is_called(monkeypatch):
-    assert "\n    from sklearn.metrics import roc_curve\n" in inspect.getsource(candidate_generator)
-    for module, name in ((candidate_generator, "roc_curve"), (import_utils, "_sklearn_available")):
-        monkeypatch.setattr(module, name, False, raising=False)
-    del candidate_generator.roc_curve
+@pytest.mark.parametrize("name", patches.LEFT_OUT)
+def test_what_was_left_out_is_found_when_it_is_called(monkeypatch, name):
+    module, (origin, function) = importlib.import_module(name), patches.LEFT_OUT[name]
+    assert f"\n    from {origin} import {function}\n" in inspect.getsource(module)
+    flag = f"_{origin.partition('.')[0]}_available"
+    for holder, attribute in ((module, function), (import_utils, flag)):
+        monkeypatch.setattr(holder, attribute, False, raising=False)
+    delattr(module, function)
     patches.find_scikit_learn()
-    assert is_sklearn_available() and candidate_generator.roc_curve([0, 1], [0.1, 0.9])[1].tolist() == [0, 1, 1]
+    assert getattr(import_utils, flag)
+    if function == "roc_curve":
+        assert module.roc_curve([0, 1], [0.1, 0.9])[1].tolist() == [0, 1, 1]
+    else:
+        assert [one.tolist() for one in module.linear_sum_assignment([[2, 1], [1, 2]])] == [[0, 1], [1, 0]]
+
+
+def test_deepspeed_is_looked_for_where_it_is_imported(monkeypatch):
+    source = inspect.getsource(accelerate.utils.other.extract_model_from_parallel)
+    assert "    if is_deepspeed_available():\n        from deepspeed import DeepSpeedEngine\n" in source
+    monkeypatch.setattr(accelerate.utils.other, "is_deepspeed_available", None)
+    patches.leave_out_deepspeed()
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    model = torch.nn.Linear(2, 2)
+    assert Accelerator().unwrap_model(model) is model and "deepspeed" not in sys.modules
+    engine = type("DeepSpeedEngine", (torch.nn.Module,), {})()
+    engine.module = model
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(DeepSpeedEngine=type(engine)))
+    assert Accelerator().unwrap_model(engine) is model
 
 
 def test_checkpointing_looks_for_a_card(unpatched):

@@ -63,7 +63,8 @@ def test_a_run_prints_only_its_own_log(card, assets, tmp_path):
 
 STARTED = """
 import atexit, runpy, sys
-atexit.register(lambda: print("sklearn" in sys.modules))
+left_out = ("sklearn", "mlflow", "torch._inductor.ir", "torch._inductor.lowering")
+atexit.register(lambda: print([name for name in left_out if name in sys.modules]))
 sys.addaudithook(lambda event, about: event == "subprocess.Popen" and print("started", about[1], flush=True))
 sys.argv = ["run_clm.py", "--use_habana", "--output_dir", "out", "--train_file", "missing.txt", "--do_train"]
 runpy.run_path("run_clm.py", run_name="__main__")
@@ -81,7 +82,7 @@ def test_no_pip_is_asked(tmp_path):
     started = [line for line in answer.stdout.splitlines() if line.startswith("started")]
     assert any("hl-smi" in line for line in started), "the hook sees what optimum-habana starts"
     assert not [line for line in started if "pip " in line]
-    assert answer.stdout.splitlines()[-1] == "False", "no scikit-learn either"
+    assert answer.stdout.splitlines()[-1] == "[]", "what no run needs is imported"
     for asked, way in ((misc.get_habana_frameworks_version, "pip list"), (optimum_environment.get_build, "pip show")):
         assert way in inspect.getsource(asked), "the library has another way now: drop answers_without_pip"
 
@@ -120,6 +121,22 @@ def test_a_wrong_flag_does_not_wait_for_imports(script, flags):
         "sklearn",
         "scipy",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", ["cpu", "card"])
+def test_a_run_imports_no_library_for_other_tasks(assets, tmp_path, card):
+    flags = ["--do_train", "--max_steps", 1, "--train_file", assets.train, "--model_name_or_path", assets.gpt2]
+    flags += ["--block_size", 32, "--use_cpu" if card == "cpu" else "--use_habana", "--output_dir", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, "run_clm.py", *map(str, flags)], cwd=ROOT, text=True, capture_output=True,
+        env=environment(**({} if card == "cpu" else card_environment())), timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    imported = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "transformers.trainer" in imported
+    unneeded = {"deepspeed", "sklearn", "mlflow", "torch._inductor.ir", "sentence_transformers"}
+    assert not imported & (unneeded | {"scipy.optimize"} if card == "cpu" else unneeded)
 
 
 IN_PARTS = """
