@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from optimum.habana.transformers.gaudi_configuration import GaudiConfig
 from optimum.habana.transformers.training_args import GaudiTrainingArguments
 
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 logger = logging.getLogger("gaudi_lm")
 

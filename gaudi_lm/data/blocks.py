@@ -19,7 +19,7 @@ from gaudi_lm.data.columns import texts_of
 from gaudi_lm.data.fingerprints import fingerprint
 from gaudi_lm.data.memory import forget_mapped_pages
 from gaudi_lm.data.tokenization import encode
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 logger = logging.getLogger("gaudi_lm")
 

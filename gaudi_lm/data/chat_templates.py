@@ -34,7 +34,7 @@ from gaudi_lm.data.conversations import (
     one_line,
     variants,
 )
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 logger = logging.getLogger("gaudi_lm")
 

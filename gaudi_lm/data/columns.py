@@ -9,7 +9,7 @@ from itertools import islice
 import pyarrow as pa
 from datasets import Dataset, IterableDataset, Json, Value
 
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 SAMPLE = 100  # rows that tell which column holds words
 

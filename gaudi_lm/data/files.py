@@ -7,7 +7,7 @@ import gzip
 import io
 from pathlib import Path
 
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 KINDS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
 COMPRESSED = ("gz", "zst")

@@ -23,7 +23,7 @@ from gaudi_lm.data.completions import encode_examples
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX
 from gaudi_lm.data.prompts import ExampleFormat
 from gaudi_lm.data.ragged import join_rows, pad_rows
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 logger = logging.getLogger("gaudi_lm")
 

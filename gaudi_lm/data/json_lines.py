@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.json
 
 from gaudi_lm.data.files import bad_line, open_bytes
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 BLOCK = 2**23  # bytes that are read at a time
 HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # of the two that write one character, or alone

@@ -23,7 +23,7 @@ from gaudi_lm.arguments.definitions import DataArguments, ModelArguments
 from gaudi_lm.data.files import check_files, kind_of
 from gaudi_lm.data.memory import forget_mapped_pages
 from gaudi_lm.data.readers import FileSet, read_files, stream_files
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 logger = logging.getLogger("gaudi_lm")
 

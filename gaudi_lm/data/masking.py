@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, limit_predictions
 from gaudi_lm.data.ragged import join_rows, pad_rows, shorten_rows
 from gaudi_lm.data.tokenization import encode, special_ends
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 
 def sequence_ends(

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from gaudi_lm.architectures import architecture_of, is_patched, packable
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 logger = logging.getLogger("gaudi_lm")
 

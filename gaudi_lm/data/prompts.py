@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gaudi_lm.data.columns import spell, values_of
 from gaudi_lm.data.conversations import is_conversation, read_messages, read_tools
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 # The columns that people give these parts, the first one that is there is taken.
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "chat")

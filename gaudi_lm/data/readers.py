@@ -25,7 +25,7 @@ from gaudi_lm.data.builder import FilesBuilder
 from gaudi_lm.data.files import bad_line, find_delimiter, open_bytes
 from gaudi_lm.data.fingerprints import fingerprint
 from gaudi_lm.data.json_lines import json_blocks, json_table, parse_lines
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 BLOCK = 2**23  # bytes that are read at a time
 ROWS = 10_000  # of csv and parquet files, at a time

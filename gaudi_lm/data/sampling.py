@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 FILLER_SAMPLE = "padding_row"
 SAMPLE_ID = "sample_id"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from itertools import islice
 
@@ -15,7 +16,7 @@ from gaudi_lm.data.blocks import cut
 from gaudi_lm.data.columns import batches_of_text
 from gaudi_lm.data.masking import encode_lines
 from gaudi_lm.data.tokenization import encode
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 
 def rank_share(
@@ -73,8 +74,9 @@ class StreamedRows(torch.utils.data.IterableDataset):
         self.repeat = repeat
         self.max_rows = max_rows
 
+    @abstractmethod
     def _rows(self) -> Iterator[np.ndarray]:
-        raise NotImplementedError
+        """Rows of one pass over the texts, int32 arrays of shape ``[length]``."""
 
     def __iter__(self) -> Iterator[dict]:
         number = 0

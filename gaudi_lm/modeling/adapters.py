@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from gaudi_lm.arguments.adapters import VIRTUAL_TOKENS, AdapterArguments
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import load_adalora, refuse_deepspeed, saved_config
 from gaudi_lm.modeling.patches import complete_adapter
 from gaudi_lm.modeling.virtual_tokens import (

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gaudi_lm.architectures import architecture_of
 from gaudi_lm.arguments.definitions import LMTrainingArguments, ModelArguments
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.patches import FLASH_ATTENTION
 
 logger = logging.getLogger("gaudi_lm")

@@ -21,8 +21,8 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from gaudi_lm.architectures import PADDING, architecture_of, is_patched
 from gaudi_lm.arguments.definitions import LMTrainingArguments, ModelArguments
 from gaudi_lm.arguments.model_files import check_config, first_line, tokenizer_damage
-from gaudi_lm.device import UserError, parse_bool
-from gaudi_lm.errors import nearest
+from gaudi_lm.device import parse_bool
+from gaudi_lm.errors import UserError, nearest
 from gaudi_lm.modeling.activations import fuse_activations
 from gaudi_lm.modeling.attention import check_attention, choose_attention, hand_over_flags
 from gaudi_lm.modeling.patches import restore_own_model

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gaudi_lm.architectures import is_patched
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 logger = logging.getLogger("gaudi_lm")
 

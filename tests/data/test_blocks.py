@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gaudi_lm.data.blocks import cut, group_into_blocks, to_list_array
 from gaudi_lm.data.loading import split_rows
 from gaudi_lm.data.sampling import TrainingBatches, TrainingRows
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 from gaudi_lm.training.evaluation import FILLER_SAMPLE, EvaluationRows
 
 rows_of_tokens = st.lists(st.lists(st.integers(0, 999), max_size=30), max_size=40)

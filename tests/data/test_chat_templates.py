@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 from gaudi_lm.data.chat_templates import ChatTemplate
 from gaudi_lm.data.completions import encode_with_offsets
 from gaudi_lm.data.conversations import ConversationError, read_messages
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 EOS = "<|endoftext|>"
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "<|return|>", "<|channel|>"]

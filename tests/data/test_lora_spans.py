@@ -19,7 +19,7 @@ from gaudi_lm.data.instructions import (
 )
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
 from gaudi_lm.data.prompts import find_format
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 
 CHAT = "<bos> {% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {{ eos_token }} {% endfor %}" + (
     "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -15,7 +15,7 @@ from torch.nn import functional
 from gaudi_lm.architectures import packable
 from gaudi_lm.data.packing import PackedCollator, best_fit, pack_sequences
 from gaudi_lm.data.sampling import count_tokens
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.loss import install_token_loss
 
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from gaudi_lm.arguments.definitions import DataArguments, ModelArguments
 from gaudi_lm.data.loading import load_raw, split_stream
 from gaudi_lm.data.masking import MaskingCollator
 from gaudi_lm.data.streams import StreamedBlocks, StreamedLines, rank_share
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 from gaudi_lm.training.evaluation import EvaluationRows
 
 

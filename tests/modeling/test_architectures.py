@@ -11,7 +11,7 @@ from tiny_models import CAUSAL, MASKED, OTHERS, VOCABULARY
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from gaudi_lm.architectures import ARCHITECTURES, PADDING
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.loading import fit_vocabulary, length_limit
 from gaudi_lm.modeling.loss import install_token_loss
 

@@ -24,7 +24,8 @@ import pyte
 import repeated
 import warm
 
-from gaudi_lm.device import UserError, _card_flags, expand_config_file
+from gaudi_lm.device import _card_flags, expand_config_file
+from gaudi_lm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

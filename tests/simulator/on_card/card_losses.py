@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gaudi_lm.architectures import ARCHITECTURES, _always, is_patched, packable
 from gaudi_lm.data.packing import PackedCollator
-from gaudi_lm.device import UserError
+from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.loss import install_token_loss
 from gaudi_lm.modeling.patches import repair_gradient_checkpointing, restore_own_model
 
