@@ -36,12 +36,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 logger = logging.getLogger("gaudi_lm")
 
-FLASH_ATTENTION = (
-    "flash_attention_recompute",
-    "flash_attention_causal_mask",
-    "flash_attention_fast_softmax",
-    "flash_attention_fp8",
-)
+FLASH_ATTENTION = tuple(f"flash_attention_{way}" for way in ("recompute", "causal_mask", "fast_softmax", "fp8"))
 NOT_CHECKPOINTED = (
     "GPTBigCodeBlock",
     "GaudiGPT2Block",
@@ -75,6 +70,7 @@ def patch_libraries(device_type: str) -> None:
     if device_type == "hpu":
         patch_adapter_layers()
         keep_width_of_heads()
+        narrow_windows()
 
 
 @_needed_in("transformers", "4.55")
@@ -115,11 +111,7 @@ def leave_out_deepspeed() -> None:
 
     accelerate 1.10 imports it in every run, where it is installed, to compare a model's class: a second in each rank.
     """
-    accelerate.utils.other.is_deepspeed_available = _deepspeed_is_imported
-
-
-def _deepspeed_is_imported() -> bool:
-    return "deepspeed" in sys.modules
+    accelerate.utils.other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
 
 
 @_needed_in("optimum-habana", "1.21")
@@ -140,6 +132,19 @@ def complete_generation_config() -> None:
     """
     for name in ("attn_softmax_bf16", "use_flash_attention", *FLASH_ATTENTION):
         setattr(GenerationConfig, name, None)
+
+
+@_needed_in("optimum-habana", "1.21")
+def narrow_windows() -> None:
+    """Let a token see as many as its window has; with optimum-habana 1.21, and the masks that it extends, one more."""
+    masks = importlib.import_module("optimum.habana.transformers.modeling_attn_mask_utils")
+    for converter in (masks.GaudiAttentionMaskConverter, masks.AttentionMaskConverter):
+        if not isinstance(converter._make_causal_mask, functools.partial):
+            converter._make_causal_mask = staticmethod(functools.partial(_narrower, converter._make_causal_mask))
+
+
+def _narrower(make: Callable, *args, sliding_window: int | None = None, **kwargs) -> torch.Tensor:
+    return make(*args, sliding_window=sliding_window and sliding_window - 1, **kwargs)
 
 
 @_needed_in("optimum-habana", "1.21")

@@ -143,6 +143,23 @@ def test_the_trainer_reads_settings_that_are_not_there(unpatched):
     assert "use_flash_attention" not in model.generation_config.to_dict()
 
 
+def test_a_token_sees_one_more_than_its_window(monkeypatch):
+    masks = importlib.import_module("optimum.habana.transformers.modeling_attn_mask_utils")
+    converters = masks.GaudiAttentionMaskConverter, masks.AttentionMaskConverter
+    for converter in converters:
+        monkeypatch.setattr(converter, "_make_causal_mask", staticmethod(converter._make_causal_mask))
+
+    def seen(converter) -> list[int]:
+        made = converter(is_causal=True, sliding_window=2)
+        mask = made.to_4d(torch.ones(1, 4), 4, torch.float32, key_value_length=4)
+        return (mask[0, 0] == 0).sum(1).tolist()
+
+    assert [seen(converter) for converter in converters] == [[1, 2, 3, 3]] * 2
+    for _ in range(2):
+        patches.narrow_windows()
+        assert [seen(converter) for converter in converters] == [[1, 2, 2, 2]] * 2
+
+
 def test_adapter_layers_are_not_those_of_a_card():
     assert "* scaling / ranknum" in inspect.getsource(SVDLinear)
     assert "pre_attn_forward" not in inspect.getsource(AdaptedAttention)
