@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import FSDPOption
 
 from gaudi_lm.arguments.context_parallel import check_context_parallel
-from gaudi_lm.arguments.optional_packages import check_optimizer, check_reporters, require
+from gaudi_lm.arguments.optional_packages import check_optimizer, check_reporters, is_importable, require
 from gaudi_lm.errors import UserError, nearest, unknown, warn
 
 # Figures of an evaluation, by which a best model can be told.
@@ -141,6 +141,11 @@ def _check_deepspeed(args, config: dict | None) -> None:
         )
     if args.fsdp:
         raise UserError("--deepspeed and --fsdp exclude each other: both split the model's state over ranks")
+    if not is_importable("deepspeed"):
+        raise UserError(
+            "--deepspeed: the package deepspeed is not installed; on a Gaudi it comes from Habana's fork, "
+            "pip install git+https://github.com/HabanaAI/DeepSpeed.git at the release that README.md names"
+        )
 
 
 def _check_fsdp(args, config: dict) -> None:

@@ -71,7 +71,8 @@ def dry_run(trainer) -> dict[str, float]:
     kind = trainer.model.config.model_type
     print(f"dry run of {Path(sys.argv[0]).name}: no weights are loaded, nothing is written")
     print(f"parameters: {total:,} of {kind}, {trained:,} of them trained ({trained / total:.3%})")
-    parts = {"sequences": rows, "accumulated": args.gradient_accumulation_steps, "cards": groups}
+    several = "groups" if args.context_parallel_size > 1 else "cards"
+    parts = {"sequences": rows, "accumulated": args.gradient_accumulation_steps, several: groups}
     product = " x ".join(f"{number} {what}" for what, number in parts.items() if number > 1 or what == "sequences")
     parted = f", each on {args.context_parallel_size} cards" * (args.context_parallel_size > 1)
     tokens = f"{args.rows_per_step:,} sequences, {figures['tokens_per_step']:,} tokens"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 from running import run_many
@@ -155,6 +156,12 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UserError, match="--deepspeed and --fsdp exclude"):
         _check_deepspeed(Flags, {})
+    Flags.fsdp = ""
+    _check_deepspeed(Flags, {})
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="--deepspeed: .* is not installed"):
+        patch.setitem(sys.modules, "deepspeed", None)
+        _check_deepspeed(Flags, {})
+    Flags.fsdp = "full_shard auto_wrap"
     _check_fsdp(Flags, {"fsdp_min_num_params": 1, "use_orig_params": True})
     assert not capsys.readouterr().err
     _check_fsdp(Flags, {"fsdp_version": 2})

@@ -56,6 +56,7 @@ def test_qwen2(instructions, tmp_path):
         env=CARDS,
     )
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert results(tmp_path / "two")["eval_loss"] == pytest.approx(results(tmp_path / "one")["eval_loss"], abs=1e-5)
 
 
 def test_resumed_runs_are_exact(assets, instructions, tmp_path):

@@ -95,6 +95,9 @@ def test_parts_of_rows_are_what_a_simulated_card_measures(jobs, tmp_path):
     run_ranks(2, script, *flags, *parts, env={"GAUDI_SIMULATOR": "2"})
     assert peak(text) == pytest.approx(results(tmp_path / "out")["peak_device_memory_gb"], rel=0.15)
     assert peak(whole) > 1.4 * peak(text)
+    planned[-1] = 4
+    text = run(script, *flags, *parts, *planned, env={"GAUDI_SIMULATOR": "1"}).stdout
+    assert "step: 4 sequences x 2 groups of at most 256 tokens, each on 2 cards: 8 sequences, 2,048 tokens" in text
     planned[-1] = 3
     line = "error: --context_parallel_size 2 does not divide the number of ranks, 3 (--dry_run_cards)"
     assert line in run(script, *flags, *parts, *planned, env={"GAUDI_SIMULATOR": "1"}, code=2).stderr
