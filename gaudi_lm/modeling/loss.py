@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Literal
 
@@ -91,7 +92,7 @@ def install_token_loss(
     parameters = dict(inspect.signature(base.forward).parameters)
 
     def forward(self, *args, **kwargs):
-        run = MethodType(original, self) if takes_self else original
+        run = partial(original, self) if takes_self else original
         if args:
             kwargs.update(zip(parameters, args, strict=False))
         num_items = kwargs.pop("num_items_in_batch", None)
@@ -105,6 +106,10 @@ def install_token_loss(
             inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
             # A part of a row comes with the first label of the next part.
             labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1 : 1 + inputs.shape[1]]
+            whole_rows = kwargs.get("attention_mask") is None and kwargs.get("position_ids") is None
+            if whole_rows and labels.device.type == "cpu" and "attention_mask" in parameters:
+                # Without one, transformers 4.55 takes a row for a packed one and computes with a mask of its square.
+                kwargs["attention_mask"] = torch.ones_like(labels)
         smoothing = label_smoothing if self.training else 0.0
         if reason:
             with _uncompiled(self.config):

@@ -62,11 +62,15 @@ def exact_gradients(model, batch, objective):
 
 
 def assert_same_gradients(ours, full, exact):
-    """Within 1e-6 of the full computation, unless that is itself farther than half as much from the exact gradient."""
+    """Within 2e-6 of the exact gradient, or not much farther from it than the full computation is.
+
+    Both round, differently on each kind of processor, and where terms cancel, as in the biases of keys, rounding is
+    much of what is left: 1.1e-6 with AVX-512.
+    """
     assert ours.keys() == full.keys() == exact.keys()
     for name in full:
-        allowed = max(1e-6 * exact[name].norm().item(), 2 * distance(full[name], exact[name]))
-        assert distance(ours[name], full[name]) <= allowed, name
+        allowed = max(2e-6 * exact[name].norm().item(), 3 * distance(full[name], exact[name]))
+        assert distance(ours[name], exact[name]) <= allowed, name
 
 
 def test_every_known_architecture_is_tested():
@@ -214,6 +218,26 @@ def test_no_targets_is_zero_loss(model_type, chunked, num_items):
     output.loss.backward()
     assert output.loss.item() == 0.0 and output.count.item() == 0 and output.correct.item() == 0
     assert all(not g.any() for g in gradients(model).values())
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen2"])
+def test_whole_rows_are_attended_to_without_a_mask(model_type, monkeypatch):
+    """transformers 4.55 makes one where nothing is cached, and half of what is multiplied then is thrown away."""
+    masks, attend = [], functional.scaled_dot_product_attention
+
+    def record(*args, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", record)
+    model = tiny_model(model_type)
+    input_ids = torch.randint(3, VOCABULARY, (2, 20))
+    wanted = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.item()
+    assert len(masks) == 2 and all(mask.shape == (2, 1, 20, 20) for mask in masks)
+    masks.clear()
+    install_token_loss(model, "causal")
+    assert model(input_ids=input_ids, labels=input_ids).loss.item() == pytest.approx(wanted, rel=1e-6)
+    assert masks == [None, None]
 
 
 def test_lora_gives_the_same_adapter_gradients_and_none_for_the_head():
