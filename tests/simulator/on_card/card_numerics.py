@@ -69,6 +69,28 @@ def test_checkpointed_dropout_is_redrawn_alike():
     assert torch.equal(gradient(lambda block: checkpoint(block, x, use_reentrant=False)), plain)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.3, 0.5, 1.0])
+def test_dropout_is_that_of_the_cpu_and_leaves_a_mask_of_bytes(p):
+    """The CPU leaves noise of the input's dtype to backward."""
+    values = torch.randn(64, 100, generator=torch.Generator().manual_seed(1))
+    found = []
+    for device in ("cpu", "hpu"):
+        leaf = values.clone().to(device).requires_grad_()
+        torch.manual_seed(7)
+        torch.hpu.manual_seed(7)
+        before = torch.hpu.memory_allocated()
+        dropped = F.dropout(leaf * 1, p)
+        held = torch.hpu.memory_allocated() - before
+        dropped.backward(torch.arange(6400.0).view(64, 100).to(device))
+        found.append([dropped.cpu(), leaf.grad.cpu()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    # The result, and the mask.
+    assert held == 6400 * 4 + (6400 if 0 < p < 1 else 0)
+    assert torch.equal(F.dropout(values.to("hpu"), p, training=False).cpu(), values)
+    with pytest.raises(RuntimeError, match="between 0 and 1, but got 1.5"):
+        torch.dropout(values.to("hpu"), 1.5, True)
+
+
 def test_autocast_lists():
     x = torch.randn(4, 4, device="hpu")
     narrow = x.bfloat16()

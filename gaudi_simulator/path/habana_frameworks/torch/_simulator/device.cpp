@@ -19,6 +19,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <array>
@@ -1069,6 +1070,39 @@ TORCH_LIBRARY_IMPL(aten, HPU, m) {
 
 TORCH_LIBRARY_IMPL(_, HPU, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_twins>());
+}
+
+// Dropout as Gaudi's bridge has it (`hpu_wrap::dropout`, github.com/HabanaAI/gaudi-pytorch-bridge): backward is left a mask
+// of one byte for each element, where PyTorch's own composition leaves noise of the input's dtype.
+struct Dropout : torch::autograd::Function<Dropout> {
+  static at::Tensor scaled(const at::Tensor& values, const at::Tensor& mask, double p) {
+    return at::mul(values, mask).mul_(1.0f / static_cast<float>(1 - p));  // rounded as the CPU's noise is
+  }
+
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& input, double p) {
+    const auto mask = at::empty_like(input, input.options().dtype(at::kByte)).bernoulli_(1 - p);
+    context->save_for_backward({mask});
+    context->saved_data["p"] = p;
+    return scaled(input, mask, p);
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context, torch::autograd::variable_list gradients) {
+    const auto mask = context->get_saved_variables()[0];
+    return {scaled(gradients[0], mask, context->saved_data["p"].toDouble()), at::Tensor()};
+  }
+};
+
+at::Tensor dropout(const at::Tensor& input, double p, bool train) {
+  TORCH_CHECK(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ", p);
+  if (!train || p == 0 || input.sym_numel() == 0) {
+    return input;
+  }
+  return p == 1 ? at::mul(input, 0.0) : Dropout::apply(input, p);
+}
+
+TORCH_LIBRARY_IMPL(aten, AutogradHPU, m) {
+  m.impl("dropout", dropout);
 }
 
 // --------------------------------------------------------------------------------------------------------- collectives
