@@ -15,6 +15,7 @@ BENCHMARKS = {
     "preprocess": "preprocessing",
     "instructions": "preprocessing",
     "memory_scale": "preprocessing",
+    "preprocess_many": "preprocessing",
     "mlm_head": "masked",
     "mlm_packed": "masked",
     "lora_packed": "causal",
