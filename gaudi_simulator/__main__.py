@@ -17,8 +17,8 @@ Simulated, as on a card
   device           views, in-place and resized outputs, streams, events, pinned memory, files; tensors of two devices
                    in one operation are an error.
   memory           per card: in use, peak, limit (96 GB, or GAUDI_SIMULATOR_MEMORY_GB), out-of-memory errors. Counted
-                   are tensors; the workspace of a kernel or a compiled graph is not. Dropout keeps a byte for each
-                   element until backward, as Gaudi's bridge does.
+                   are tensors; the workspace of a kernel or a compiled graph is not. Dropout keeps a mask of one
+                   byte per element for backward, as Gaudi's bridge does.
   random numbers   a generator for each card, apart from the CPU's, in checkpoints by torch.hpu.random. Other numbers
                    than a Gaudi draws.
   autocast         by PyTorch's operation lists; PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST and _FP32_OPS_LIST replace

@@ -106,9 +106,9 @@ def install_token_loss(
             inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
             # A part of a row comes with the first label of the next part.
             labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1 : 1 + inputs.shape[1]]
-            whole_rows = kwargs.get("attention_mask") is None and kwargs.get("position_ids") is None
-            if whole_rows and labels.device.type == "cpu" and "attention_mask" in parameters:
-                # Without one, transformers 4.55 takes a row for a packed one and computes with a mask of its square.
+            unpadded = kwargs.get("attention_mask") is None and kwargs.get("position_ids") is None
+            if unpadded and labels.device.type == "cpu" and "attention_mask" in parameters:
+                # Without one, transformers 4.55 treats each row as packed, and SDPA gets a mask instead of is_causal.
                 kwargs["attention_mask"] = torch.ones_like(labels)
         smoothing = label_smoothing if self.training else 0.0
         if reason:

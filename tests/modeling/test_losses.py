@@ -221,8 +221,8 @@ def test_no_targets_is_zero_loss(model_type, chunked, num_items):
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen2"])
-def test_whole_rows_are_attended_to_without_a_mask(model_type, monkeypatch):
-    """transformers 4.55 makes one where nothing is cached, and half of what is multiplied then is thrown away."""
+def test_unpadded_rows_need_no_attention_mask(model_type, monkeypatch):
+    """Without a cache, transformers 4.55 builds one of shape (batch, 1, length, length), and SDPA cannot skip half."""
     masks, attend = [], functional.scaled_dot_product_attention
 
     def record(*args, attn_mask=None, **options):

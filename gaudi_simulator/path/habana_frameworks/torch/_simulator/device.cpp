@@ -1072,8 +1072,8 @@ TORCH_LIBRARY_IMPL(_, HPU, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_twins>());
 }
 
-// Dropout as Gaudi's bridge has it (`hpu_wrap::dropout`, github.com/HabanaAI/gaudi-pytorch-bridge): backward is left a mask
-// of one byte for each element, where PyTorch's own composition leaves noise of the input's dtype.
+// Dropout as Gaudi's bridge has it (`hpu_wrap::dropout`, github.com/HabanaAI/gaudi-pytorch-bridge): a mask of one
+// byte per element is saved for backward, where PyTorch's own composition saves noise of the input's dtype.
 struct Dropout : torch::autograd::Function<Dropout> {
   static at::Tensor scaled(const at::Tensor& values, const at::Tensor& mask, double p) {
     return at::mul(values, mask).mul_(1.0f / static_cast<float>(1 - p));  // rounded as the CPU's noise is
