@@ -237,13 +237,37 @@ def test_fused_clip_norm():
         torch.testing.assert_close(p.grad.cpu(), gradient * scale, rtol=1e-5, atol=1e-6)
 
 
-def test_fused_rms_norm():
-    x, weight = torch.randn(2, 5, 8, device="hpu"), torch.randn(8, device="hpu")
-    wanted = F.rms_norm(x, (8,), weight, eps=1e-5)
-    torch.testing.assert_close(FusedRMSNorm.apply(x, weight, 1e-5), wanted)
-    narrow = FusedRMSNorm.apply(x.bfloat16(), weight.bfloat16(), 1e-5)
-    assert narrow.dtype == torch.bfloat16
-    torch.testing.assert_close(narrow.float(), wanted, rtol=0.02, atol=0.02)
+def held_until_backward(make, *leaves: torch.Tensor) -> tuple[int, list[torch.Tensor]]:
+    """Bytes that a card holds between the passes beside results and leaves; the result and the leaves' gradients."""
+    leaves = [leaf.detach().to("hpu").requires_grad_() for leaf in leaves]
+    made = [leaf * 1 for leaf in leaves]  # whose memory is counted if they are kept
+    torch.hpu.synchronize()
+    before = torch.hpu.memory_allocated() - sum(each.numel() * each.element_size() for each in made)
+    result = make(*made)
+    del made
+    torch.hpu.synchronize()
+    held = torch.hpu.memory_allocated() - before - result.numel() * result.element_size()
+    result.backward(torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view(result.shape).to("hpu"))
+    return held, [result.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)]
+
+
+def gradients_of(make, *leaves: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    result = make(*leaves)
+    result.backward(torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view(result.shape))
+    return [result.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_rms_norm_keeps_its_input_and_a_number_for_each_row(dtype):
+    x, weight = torch.randn(2, 50, 64).to(dtype), torch.randn(64).to(dtype)
+    held, found = held_until_backward(lambda x, weight: FusedRMSNorm.apply(x, weight, 1e-5), x, weight)
+    assert held == (x.numel() + weight.numel()) * x.element_size() + 100 * 4
+    assert found[0].dtype == dtype
+    wanted = gradients_of(lambda x, weight: F.rms_norm(x, (64,), weight, eps=1e-5), x.float(), weight.float())
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.2}
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.float(), other, **close)
 
 
 def test_rotary_embedding():
@@ -253,25 +277,29 @@ def test_rotary_embedding():
     angles = torch.arange(positions)[:, None] * frequencies
     q = torch.randn(1, 1, positions, width)
     position_ids = torch.arange(positions)[None]
-    halves, pairs = torch.cat((angles, angles), -1), angles.repeat_interleave(2, -1)
-    for helper, table in (
-        (kernels.RotaryPosEmbeddingHelperV2, halves),
-        (kernels.RotaryPosEmbeddingHelperV3, pairs),
-    ):
-        cos, sin = (each[None, None].to("hpu") for each in (table.cos(), table.sin()))
-        got = helper.apply(q.to("hpu"), cos, sin, position_ids.to("hpu")).cpu()
-        if helper is kernels.RotaryPosEmbeddingHelperV2:
-            z = torch.complex(q[..., : width // 2], q[..., width // 2 :])
-        else:
-            z = torch.complex(q[..., ::2], q[..., 1::2])
-        turned = z * torch.polar(torch.ones_like(angles), angles)
-        if helper is kernels.RotaryPosEmbeddingHelperV2:
-            wanted = torch.cat((turned.real, turned.imag), -1)
-        else:
-            wanted = torch.view_as_real(turned).flatten(-2)
-        torch.testing.assert_close(got, wanted)
-        shifted = helper.apply(q.to("hpu"), cos, sin, (position_ids.flip(1)).to("hpu")).cpu()
-        torch.testing.assert_close(shifted[..., -1, :], q[..., -1, :])  # position 0 turns nothing
+    halves = torch.cat((angles, angles), -1)
+    cos, sin = (each[None, None].to("hpu") for each in (halves.cos(), halves.sin()))
+    rotate = kernels.RotaryPosEmbeddingHelperV2.apply
+    turned = torch.complex(q[..., : width // 2], q[..., width // 2 :]) * torch.polar(torch.ones_like(angles), angles)
+    got = rotate(q.to("hpu"), cos, sin, position_ids.to("hpu")).cpu()
+    torch.testing.assert_close(got, torch.cat((turned.real, turned.imag), -1))
+    shifted = rotate(q.to("hpu"), cos, sin, position_ids.flip(1).to("hpu")).cpu()
+    torch.testing.assert_close(shifted[..., -1, :], q[..., -1, :])  # position 0 turns nothing
+
+    # Only the tables are kept, and a rotation's gradient is rotated back.
+    before = cos.numel() * 4 * 2 + position_ids.numel() * 8
+    held, (_, gradient) = held_until_backward(lambda p: rotate(p, cos, sin, position_ids.to("hpu")), q)
+    assert held <= before
+    back = torch.linspace(-1, 1, q.numel()).view(q.shape).to("hpu")
+    torch.testing.assert_close(gradient, rotate(back, cos, -sin, position_ids.to("hpu")).cpu())
+
+    # ChatGLM's: neighbours, of the first part of a head.
+    table = torch.stack((angles.cos(), angles.sin()), -1)[:, None].to("hpu")
+    wide = torch.randn(positions, 2, 3, width + 4)
+    neighbours = torch.view_as_complex(wide[..., :width].unflatten(-1, (-1, 2)))
+    turned = neighbours * torch.polar(torch.ones_like(angles), angles)[:, None, None]
+    wanted = torch.cat((torch.view_as_real(turned).flatten(-2), wide[..., width:]), -1)
+    torch.testing.assert_close(kernels.RotaryPosEmbeddingHelperV3.apply(wide.to("hpu"), table).cpu(), wanted)
     cos, sin = halves.cos(), halves.sin()
     first = kernels.RotaryPosEmbeddingHelperV1.apply(q[..., :4, :], cos, sin, 3)
     ids = torch.arange(3, 7)[None]
@@ -299,14 +327,57 @@ def test_fused_attention():
         return torch.zeros(mask.shape, device="hpu").masked_fill(~mask, -torch.inf)
 
     apply = kernels.FusedSDPA.apply
-    for got, wanted in (
-        (apply(q, k, v), definition(0)),
-        (apply(q, k, v, added), definition(added)),
-        (apply(q, k, v, allowed), definition(bias(allowed))),
-        (apply(q, k, v, None, 0.0, True, 0.5, "fast", True), definition(bias(causal), 0.5)),
-        (apply(q, k, v, added, 0.0, True), definition(added + bias(causal))),
-        (apply(q, k, v, allowed, 0.0, True), definition(bias(allowed & causal))),
-        (apply(q, k, v, None, 0.0, False, None, "None", None, lengths, "right"), definition(bias(right))),
-        (apply(q, k, v, None, 0.0, True, None, "None", None, lengths, "right"), definition(bias(right & causal))),
-    ):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    for recompute in (False, True):
+        for got, wanted in (
+            (apply(q, k, v, None, 0.0, False, None, "None", recompute), definition(0)),
+            (apply(q, k, v, added, 0.0, False, None, "None", recompute), definition(added)),
+            (apply(q, k, v, allowed, 0.0, False, None, "None", recompute), definition(bias(allowed))),
+            (apply(q, k, v, None, 0.0, True, 0.5, "fast", recompute), definition(bias(causal), 0.5)),
+            (apply(q, k, v, added, 0.0, True, None, "None", recompute), definition(added + bias(causal))),
+            (apply(q, k, v, allowed, 0.0, True, None, "None", recompute), definition(bias(allowed & causal))),
+            (apply(q, k, v, None, 0.0, False, None, "None", recompute, lengths, "right"), definition(bias(right))),
+            (
+                apply(q, k, v, None, 0.0, True, None, "None", recompute, lengths, "right"),
+                definition(bias(right & causal)),
+            ),
+        ):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fused_attention_keeps_its_probabilities_unless_it_recomputes(recompute, dropout):
+    q, k, v = torch.randn(2, 4, 32, 8), torch.randn(2, 2, 32, 8), torch.randn(2, 2, 32, 8)
+    mask = torch.randn(2, 1, 32, 32)
+    on_card = mask.to("hpu")
+
+    def fused(q, k, v):
+        return kernels.FusedSDPA.apply(q, k, v, on_card, dropout, False, None, "None", recompute)
+
+    torch.hpu.manual_seed(5)
+    held, found = held_until_backward(fused, q, k, v)
+    rows = 2 * 4 * 32
+    kept = rows * 32 * (4 * (not recompute) + bool(dropout))
+    assert held == 4 * (q.numel() + k.numel() + v.numel()) + (kept or rows * 4)
+
+    torch.hpu.manual_seed(5)
+    left = torch.empty(2, 4, 32, 32, dtype=torch.bool, device="hpu").bernoulli_(1 - dropout).cpu()
+
+    def definition(q, k, v):
+        scores = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 8**-0.5 + mask
+        return (scores.softmax(-1) * left / (1 - dropout)) @ v.repeat_interleave(2, 1)
+
+    for one, other in zip(found, gradients_of(definition, q, k, v), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_is_told_to_recompute_by_the_context():
+    q = torch.randn(2, 4, 32, 8)
+
+    def fused(q):
+        return kernels.FusedSDPA.apply(q, q, q)
+
+    plain = held_until_backward(fused, q)[0]
+    with torch.hpu.sdp_kernel(enable_recompute=True):
+        assert held_until_backward(fused, q)[0] < plain
+    assert held_until_backward(fused, q)[0] == plain

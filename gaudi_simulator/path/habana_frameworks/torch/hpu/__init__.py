@@ -208,7 +208,25 @@ def enable_dynamic_shape() -> None:
 disable_dynamic_shape = enable_dynamic_shape
 
 
+_recompute_attention = False
+
+
+def enable_recompute_sdp(enabled: bool) -> None:
+    """Whether `FusedSDPA` computes its probabilities again in backward, where it is not told."""
+    global _recompute_attention
+    _recompute_attention = enabled
+
+
+def recompute_sdp_enabled() -> bool:
+    return _recompute_attention
+
+
 @contextlib.contextmanager
 def sdp_kernel(enable_recompute: bool = True):
-    """Accepted: attention is computed one way here."""
-    yield
+    """Whether `FusedSDPA` computes its probabilities again in backward, inside of this context."""
+    before = recompute_sdp_enabled()
+    enable_recompute_sdp(enable_recompute)
+    try:
+        yield
+    finally:
+        enable_recompute_sdp(before)
