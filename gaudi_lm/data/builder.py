@@ -1,5 +1,4 @@
-"""The builder of ``datasets`` that reads files, alone in its module: ``datasets`` replaces `open`, `os` and others in
-the module of each builder by variants that take addresses, and read names with ``::`` or ``*`` otherwise."""
+"""The builder of ``datasets`` that reads files, alone in its module, which ``datasets`` changes unless it is told."""
 
 from __future__ import annotations
 
@@ -8,6 +7,10 @@ from typing import Any
 
 from datasets import ArrowBasedBuilder, BuilderConfig, DatasetInfo, SplitGenerator
 from datasets.builder import Key
+
+# `datasets` asks for it before it replaces `open`, `os` and others in the module of a builder by variants
+# that take addresses, and read names with ``::`` or ``*`` otherwise. It would import scipy for one of them.
+_patched_for_streaming = True
 
 
 @dataclass
