@@ -45,6 +45,7 @@ MODELS: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
 }
 COMMON = "--do_train --use_habana --use_lazy_mode --throughput_warmup_steps 3 --logging_steps 100000 --report_to none"
 GAUDI = "--gaudi_config_name Habana/gpt2"  # the same for RoBERTa
+FUSED = "--attn_implementation gaudi_fused_sdpa"  # there is none for a plain GaudiTrainer's RoBERTa
 LORA = "--bf16 True --gradient_accumulation_steps 4 --learning_rate 1e-4"
 # On two cards rows are short: what is sent does not depend on them.
 TWO = "--per_device_train_batch_size 1"
@@ -97,7 +98,7 @@ WORKLOADS = {
         "RoBERTa, lines padded to 512 tokens, 8 a step",
         "roberta",
         "text.txt",
-        f"run_mlm.py --line_by_line --pad_to_max_length {GAUDI}",
+        f"run_mlm.py --line_by_line --pad_to_max_length {GAUDI} {FUSED}",
         "mlm --length 512",
         "--per_device_train_batch_size 8",
         {"peak_memory_bytes": 0.4},
@@ -106,7 +107,7 @@ WORKLOADS = {
         "RoBERTa, lines packed into rows of 512 tokens",
         "roberta",
         "text.txt",
-        f"run_mlm.py --line_by_line --pack_sequences {GAUDI}",
+        f"run_mlm.py --line_by_line --pack_sequences {GAUDI} {FUSED}",
         "mlm --length 512",
         "--per_device_train_batch_size 8",
         {"peak_memory_bytes": 0.4, "flop_per_token": 0.08},
