@@ -26,6 +26,7 @@ class Architecture:
         packs: a block-diagonal mask and position ids keep the texts of a row apart.
         packs_patched: so they do in optimum-habana's model, where there is one.
         patched_sdpa: that model has PyTorch's own fused attention, ``sdpa``; others compute eagerly when asked for it.
+        fuses: an encoder whose ``sdpa`` attention is computed by Gaudi's fused kernel on a card.
         patched_router_loss: that model, a mixture of experts, has the loss that balances its routers.
         unpatched: whether that model is wrong for a configuration: then, on a card too, transformers' own is used.
     """
@@ -37,6 +38,7 @@ class Architecture:
     packs: bool = False
     packs_patched: bool = False
     patched_sdpa: bool = False
+    fuses: bool = False
     patched_router_loss: bool = False
     unpatched: Callable[[PretrainedConfig], bool] = lambda config: False
 
@@ -59,6 +61,10 @@ def _capped(model: PreTrainedModel) -> tuple[float, float | None]:
 
 def _always(config: PretrainedConfig) -> bool:
     return True
+
+
+def _drops(config: PretrainedConfig) -> bool:
+    return config.attention_dropout > 0
 
 
 def _shared_keys(config: PretrainedConfig) -> bool:
@@ -100,7 +106,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granitemoe": _causal(logit_transform=_divided),
     "llama": _causal(patched=True),
     "mistral": _causal(patched=True),
-    "mixtral": _causal(patched=True),
+    "mixtral": _causal(patched=True, unpatched=_drops),
     "mpt": _causal(packs=False, patched=True),
     "olmo": _causal(),
     "olmo2": _causal(),
@@ -117,18 +123,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stablelm": _causal(patched=True),
     "starcoder2": _causal(unpatched=_always),
     "albert": _masked("predictions", packs=False, patched_sdpa=True),
-    "bert": _masked("cls", patched=True, patched_sdpa=True),
-    "camembert": _masked("lm_head", PADDING),
+    "bert": _masked("cls", patched=True, patched_sdpa=True, fuses=True),
+    "camembert": _masked("lm_head", PADDING, fuses=True),
     "deberta": _masked("cls", packs=False),
     "deberta-v2": _masked("cls", packs=False),
     "distilbert": _masked("vocab_transform", packs=False),
     "electra": _masked("generator_predictions"),
     "modernbert": _masked("head", packs=False),
     "mpnet": _masked("lm_head", 2),  # whatever its padding id is
-    "roberta": _masked("lm_head", PADDING),
+    "roberta": _masked("lm_head", PADDING, fuses=True),
     "roberta-prelayernorm": _masked("lm_head", PADDING),
-    "xlm-roberta": _masked("lm_head", PADDING),
-    "xlm-roberta-xl": _masked("lm_head", PADDING),
+    "xlm-roberta": _masked("lm_head", PADDING, fuses=True),
+    "xlm-roberta-xl": _masked("lm_head", PADDING, fuses=True),
     # Their heads are not known: the loss is made from the full logits.
     "data2vec-text": Architecture(first_position=PADDING),
     "esm": Architecture(first_position=PADDING),

@@ -9,13 +9,15 @@ import sys
 from optimum.habana.distributed import apply_zero3_leaf_promotion
 from optimum.habana.transformers.trainer import _get_input_update_settings
 from peft import PeftModel
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.masking_utils import eager_mask
 from transformers.pytorch_utils import Conv1D
 
-from gaudi_lm.architectures import architecture_of
+from gaudi_lm.architectures import architecture_of, is_patched
 from gaudi_lm.arguments.definitions import LMTrainingArguments, ModelArguments
 from gaudi_lm.errors import UserError
+from gaudi_lm.modeling.fused_attention import fuse_self_attention
 from gaudi_lm.modeling.patches import FLASH_ATTENTION
 
 logger = logging.getLogger("gaudi_lm")
@@ -43,10 +45,13 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
         return
     if training_args.use_zero3_leaf_promotion:
         promote_leaves(model)
+    config = model.config
+    if config._attn_implementation == "sdpa" and architecture_of(config).fuses:
+        fuse_self_attention(model)
     module = sys.modules[type(model).forward.__module__]
     if not fused_rope:
         if not hasattr(module, "has_fused_rope"):
-            raise UserError(f"--use_fused_rope False: {model.config.model_type} has no fused rotary embedding")
+            raise UserError(f"--use_fused_rope False: {config.model_type} has no fused rotary embedding")
         model.generation_config.use_fused_rope = False
     if not module.__name__.startswith("optimum.habana"):
         # The model of transformers itself: its fused attention takes these two from the environment.
@@ -60,7 +65,20 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
     for name in wanted:
         if name not in passed:
             flag = "--attn_implementation gaudi_fused_sdpa" if name == "use_flash_attention" else f"--{name}"
-            raise UserError(f"{flag}: optimum-habana's {model.config.model_type} does not take it in training")
+            raise UserError(f"{flag}: optimum-habana's {config.model_type} does not take it in training")
+    rate = attention_dropout(config)
+    if flags.get("use_flash_attention") and rate and training_args.do_train:
+        raise UserError(
+            f"--attn_implementation gaudi_fused_sdpa: optimum-habana's {config.model_type} has no dropout in it, and "
+            f"the configuration an attention dropout of {rate:g}; leave the flag out, or choose eager"
+        )
+
+
+def attention_dropout(config: PretrainedConfig) -> float:
+    """The share of attention's probabilities that the model drops in training."""
+    config = getattr(config, "attn_config", config)  # MPT's
+    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), 0.0)
 
 
 def choose_attention(config: PretrainedConfig, training_args: LMTrainingArguments) -> str | None:
@@ -70,6 +88,12 @@ def choose_attention(config: PretrainedConfig, training_args: LMTrainingArgument
         UserError: another one was chosen.
     """
     wanted = training_args.attn_implementation
+    if wanted == "gaudi_fused_sdpa":
+        # transformers makes no mask at all for an attention that it has no mask function of: tokens would see those
+        # after them, and padding. optimum-habana (1.21) registers the attention alone.
+        AttentionMaskInterface.register(wanted, eager_mask)
+        if architecture_of(config).fuses:
+            return "sdpa"
     kept = {"attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None)}
     if wanted == "gaudi_fused_sdpa":  # scales by the width of a head
         scalar = getattr(config, "query_pre_attn_scalar", None)
@@ -86,26 +110,33 @@ def choose_attention(config: PretrainedConfig, training_args: LMTrainingArgument
     return "eager"
 
 
-def check_attention(config: PretrainedConfig, training_args: LMTrainingArguments, found: str, patched: bool = False):
-    """Say where ``sdpa``, the default on the CPU, is computed eagerly; refuse it where it was chosen.
+def check_attention(config: PretrainedConfig, training_args: LMTrainingArguments, model: PreTrainedModel | None):
+    """Say where ``sdpa``, the default on the CPU, is computed eagerly; refuse an attention that was chosen in vain.
 
     Args:
-        found: the attention that transformers gave the model.
-        patched: the model is optimum-habana's, which takes the setting and mostly computes as ever.
+        model: None where transformers could not make one with that attention.
 
     Raises:
         UserError: the model has no such attention.
     """
-    has_it = found == "sdpa" and (not patched or architecture_of(config).patched_sdpa)
-    if training_args.attn_implementation != "sdpa" or has_it:
+    wanted, row = training_args.attn_implementation, architecture_of(config)
+    patched = model is not None and is_patched(model)
+    if wanted == "sdpa":
+        has_it = (
+            model is not None and model.config._attn_implementation == "sdpa" and (not patched or row.patched_sdpa)
+        )
+    else:
+        # optimum-habana's models are asked by hand_over_flags.
+        has_it = wanted == "eager" or row.fuses or patched or (model is not None and model._supports_attention_backend)
+    if has_it:
         return
     if "attn_implementation" not in training_args.chosen:
         logger.info("attention: eager, since %s has no sdpa", config.model_type)
         return
-    whose, fused = ("optimum-habana's ", " or gaudi_fused_sdpa") if patched else ("", "")
+    whose = "optimum-habana's " if patched else ""
     raise UserError(
-        f"--attn_implementation sdpa: {whose}{config.model_type} does not have it; leave the flag out, or choose "
-        f"eager{fused}"
+        f"--attn_implementation {wanted}: {whose}{config.model_type} does not have it; leave the flag out, or choose "
+        "eager"
     )
 
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from gaudi_lm.architectures import PADDING, architecture_of, is_patched
+from gaudi_lm.architectures import PADDING, architecture_of
 from gaudi_lm.arguments.definitions import LMTrainingArguments, ModelArguments
 from gaudi_lm.arguments.model_files import check_config, first_line, tokenizer_damage
 from gaudi_lm.device import parse_bool
@@ -228,14 +228,14 @@ def load_model(
     try:
         try:
             model = make(**options)
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             # The default of the CPU is tried first; some architectures have eager attention only.
-            if "scaled_dot_product_attention" not in str(error) or training_args.attn_implementation != "sdpa":
+            if not any(name in str(error) for name in ("scaled_dot_product_attention", "gaudi_fused_sdpa")):
                 raise
-            check_attention(config, training_args, "eager")
+            check_attention(config, training_args, None)
             model = make(**{**options, "attn_implementation": "eager"})
         else:
-            check_attention(config, training_args, model.config._attn_implementation, is_patched(model))
+            check_attention(config, training_args, model)
     except UserError:
         raise
     except Exception as error:  # likewise; nothing has been written yet

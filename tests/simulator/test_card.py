@@ -35,6 +35,11 @@ def test_gaudi_models():
 
 
 @pytest.mark.slow
+def test_attention_of_each_model():
+    run_on_card("card_attention.py")
+
+
+@pytest.mark.slow
 def test_fp8():
     run_on_card("card_fp8.py", PT_HPU_LAZY_MODE="0")
 

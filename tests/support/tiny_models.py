@@ -137,7 +137,9 @@ ODD = {
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides) -> torch.nn.Module:
-    """A model of `model_type`, two layers, 32 wide, without dropout, in training mode; the same weights for a seed.
+    """A model of `model_type`, two layers, 32 wide, in training mode; the same weights for a seed.
+
+    It drops what `overrides` say alone.
 
     The weights are drawn wide enough that logits differ and gradients are no rounding noise.
     """
@@ -160,7 +162,7 @@ def tiny_model(model_type: str, seed: int = 0, **overrides) -> torch.nn.Module:
     ]
     config = AutoConfig.for_model(model_type, **settings | overrides)
     for name in dropouts:
-        if isinstance(getattr(config, name, None), float):
+        if name not in overrides and isinstance(getattr(config, name, None), float):
             setattr(config, name, 0.0)
     torch.manual_seed(seed)
     model = (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_config(config)
