@@ -64,7 +64,7 @@ def _always(config: PretrainedConfig) -> bool:
 
 
 def _drops(config: PretrainedConfig) -> bool:
-    return config.attention_dropout > 0
+    return bool(config.attention_dropout)
 
 
 def _shared_keys(config: PretrainedConfig) -> bool:

@@ -19,7 +19,7 @@ from gaudi_lm.arguments.dry_runs import prepare_dry_run, without_groups
 from gaudi_lm.arguments.gaudi_configs import resolve_gaudi_config
 from gaudi_lm.arguments.refusals import CARD_ONLY
 from gaudi_lm.errors import UserError
-from gaudi_lm.optimum_imports import answers_without_pip, leave_out_mlflow_and_inductor
+from gaudi_lm.optimum_imports import answers_without_pip, leave_out_libraries
 
 CARD_BACKEND = "hpu_backend"  # of torch.compile
 
@@ -229,7 +229,7 @@ class LMTrainingArguments(GaudiTrainingArguments):
         try:
             # On a card this imports optimum-habana's models, which print.
             with contextlib.redirect_stdout(None), answers_without_pip(), without_groups(self):
-                leave_out_mlflow_and_inductor(self)
+                leave_out_libraries(self)
                 super().__post_init__()
         except (ValueError, AssertionError) as error:
             raise UserError(str(error)) from error

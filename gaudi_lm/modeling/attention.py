@@ -9,15 +9,14 @@ import sys
 from optimum.habana.distributed import apply_zero3_leaf_promotion
 from optimum.habana.transformers.trainer import _get_input_update_settings
 from peft import PeftModel
-from transformers import AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.masking_utils import eager_mask
 from transformers.pytorch_utils import Conv1D
 
 from gaudi_lm.architectures import architecture_of, is_patched
 from gaudi_lm.arguments.definitions import LMTrainingArguments, ModelArguments
 from gaudi_lm.errors import UserError
-from gaudi_lm.modeling.fused_attention import fuse_self_attention
+from gaudi_lm.modeling.fused_attention import FUSED, fuse_self_attention, register_mask
 from gaudi_lm.modeling.patches import FLASH_ATTENTION
 
 logger = logging.getLogger("gaudi_lm")
@@ -34,7 +33,6 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
     Raises:
         UserError: the model has no such setting.
     """
-    fused = training_args.attn_implementation == "gaudi_fused_sdpa"
     flags = {name: getattr(training_args, name) for name in FLASH_ATTENTION}
     flags["attn_softmax_bf16"] = model_args.attn_softmax_bf16
     fused_rope = getattr(model_args, "use_fused_rope", True)
@@ -47,7 +45,7 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
         promote_leaves(model)
     config = model.config
     if config._attn_implementation == "sdpa" and architecture_of(config).fuses:
-        fuse_self_attention(model)
+        fuse_self_attention(model, training_args.attn_implementation)
     module = sys.modules[type(model).forward.__module__]
     if not fused_rope:
         if not hasattr(module, "has_fused_rope"):
@@ -56,7 +54,7 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
     if not module.__name__.startswith("optimum.habana"):
         # The model of transformers itself: its fused attention takes these two from the environment.
         flags |= {"flash_attention_recompute": False, "flash_attention_fast_softmax": False}
-    elif fused:
+    elif training_args.attn_implementation == FUSED:
         flags["use_flash_attention"] = True
     wanted = [name for name, value in flags.items() if value]
     for name in wanted:
@@ -64,12 +62,19 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
     passed = _get_input_update_settings(model)[1].keys() & inspect.signature(model.forward).parameters.keys()
     for name in wanted:
         if name not in passed:
-            flag = "--attn_implementation gaudi_fused_sdpa" if name == "use_flash_attention" else f"--{name}"
-            raise UserError(f"{flag}: optimum-habana's {config.model_type} does not take it in training")
+            flag = f"--attn_implementation {FUSED}" if name == "use_flash_attention" else f"--{name}"
+            whose = "optimum-habana's" if is_patched(model) else "transformers' own"
+            raise UserError(f"{flag}: {whose} {config.model_type} does not take it in training")
+    both = training_args.flash_attention_fast_softmax and training_args.flash_attention_recompute
+    if both and training_args.do_train and not training_args.flash_attention_causal_mask:
+        raise UserError(
+            "--flash_attention_fast_softmax with --flash_attention_recompute: in training, the kernel takes both with "
+            "--flash_attention_causal_mask alone; leave one out"
+        )
     rate = attention_dropout(config)
     if flags.get("use_flash_attention") and rate and training_args.do_train:
         raise UserError(
-            f"--attn_implementation gaudi_fused_sdpa: optimum-habana's {config.model_type} has no dropout in it, and "
+            f"--attn_implementation {FUSED}: optimum-habana's {config.model_type} has no dropout in it, and "
             f"the configuration an attention dropout of {rate:g}; leave the flag out, or choose eager"
         )
 
@@ -88,14 +93,12 @@ def choose_attention(config: PretrainedConfig, training_args: LMTrainingArgument
         UserError: another one was chosen.
     """
     wanted = training_args.attn_implementation
-    if wanted == "gaudi_fused_sdpa":
-        # transformers makes no mask at all for an attention that it has no mask function of: tokens would see those
-        # after them, and padding. optimum-habana (1.21) registers the attention alone.
-        AttentionMaskInterface.register(wanted, eager_mask)
+    if wanted == FUSED:
+        register_mask()
         if architecture_of(config).fuses:
             return "sdpa"
     kept = {"attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None)}
-    if wanted == "gaudi_fused_sdpa":  # scales by the width of a head
+    if wanted == FUSED:  # scales by the width of a head
         scalar = getattr(config, "query_pre_attn_scalar", None)
         kept["query_pre_attn_scalar"] = scalar if scalar != getattr(config, "head_dim", None) else None
     lost = [name for name, value in kept.items() if value]
@@ -149,8 +152,9 @@ def promote_leaves(model: PreTrainedModel) -> None:
     if not is_deepspeed_zero3_enabled():
         raise UserError("--use_zero3_leaf_promotion: the --deepspeed configuration is not of stage 3")
     known = ("llama", "mixtral", "qwen3_moe")
-    if model.config.model_type not in known:
-        raise UserError(f"--use_zero3_leaf_promotion: {model.config.model_type} is not among {', '.join(known)}")
+    kind = model.config.model_type if is_patched(model) else f"transformers' own {model.config.model_type}"
+    if kind not in known:
+        raise UserError(f"--use_zero3_leaf_promotion: {kind} is not among {', '.join(known)}")
     apply_zero3_leaf_promotion(model)
 
 

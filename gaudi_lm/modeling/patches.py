@@ -4,8 +4,8 @@ Nothing is patched by importing this. :func:`patch_libraries` is called once by 
 loaded; the others get the one object that they change, or are for :func:`gaudi_lm.training.trainer.build_trainer`.
 With a release of the library that a patch was not written for, the patch is left out;
 `tests/modeling/test_patches.py` has a test for each, which fails when the library no longer needs it. What the trainer
-overrides in GaudiTrainer is in `gaudi_lm/training/`, and when AdaLoRA's ranks are reduced in
-:mod:`gaudi_lm.modeling.adalora`.
+overrides in GaudiTrainer is in `gaudi_lm/training/`, what fused attention lacks in
+:mod:`gaudi_lm.modeling.fused_attention`, and when AdaLoRA's ranks are reduced in :mod:`gaudi_lm.modeling.adalora`.
 """
 
 from __future__ import annotations
@@ -191,7 +191,8 @@ def restore_own_model(model_type: str) -> None:
 
     Of optimum-habana's (1.21), with transformers 4.55, CodeGen, Cohere and StarCoder2 fail in each forward pass, and
     Gemma norms the output of attention, not its sum with the residual. Qwen's (2 and 3, mixtures too) see past their
-    window, Phi's cannot share keys among heads, and Qwen3's mixtures have experts in each layer.
+    window, Phi's cannot share keys among heads, Mixtral's never drops in attention, and Qwen3's mixtures have experts
+    in each layer.
     """
     module = importlib.reload(importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}"))
     for package in (transformers, sys.modules[module.__package__ or ""]):  # they keep the classes they were asked for

@@ -135,8 +135,8 @@ def test_a_run_imports_no_library_for_other_tasks(assets, tmp_path, card):
     assert done.returncode == 0, done.stderr
     imported = set(json.loads(done.stdout.splitlines()[-1]))
     assert "transformers.trainer" in imported
-    unneeded = {"deepspeed", "sklearn", "mlflow", "torch._inductor.ir", "sentence_transformers"}
-    assert not imported & (unneeded | {"scipy" if card == "cpu" else "scipy.io"})
+    unneeded = {"deepspeed", "sklearn", "scipy.linalg", "mlflow", "torch._inductor.ir", "sentence_transformers"}
+    assert not imported & unneeded
 
 
 IN_PARTS = """

@@ -34,11 +34,12 @@ def patched() -> None:
     assert "gaudi_fused_sdpa" not in ALL_MASK_ATTENTION_FUNCTIONS, "drop the mask of choose_attention"
 
 
-def asked_for(name: str, attention: str, **fields) -> tuple[torch.nn.Module, dict]:
+def asked_for(name: str, attention: str, *flags: str, **fields) -> tuple[torch.nn.Module, dict]:
     """A tiny model on a card with that attention, as a script loads it, and what GaudiTrainer adds to its inputs."""
     args = SimpleNamespace(
-        attn_implementation=attention, chosen=["attn_implementation"], device=torch.device("hpu"), do_train=True, **OFF
-    )
+        attn_implementation=attention, chosen=["attn_implementation"], device=torch.device("hpu"), do_train=True,
+        **OFF | dict.fromkeys(flags, True),
+    )  # fmt: skip
     config = transformers.AutoConfig.for_model(name, **{**(CAUSAL | MASKED)[name], **fields})
     if ARCHITECTURES[name].unpatched(config):
         restore_own_model(name)
@@ -58,8 +59,8 @@ def batches() -> list[dict]:
     inputs = {key: value.to("hpu") for key, value in batch().items()}
     unmasked = {key: value for key, value in inputs.items() if key != "attention_mask"}
     padded = {key: value.clone() for key, value in inputs.items()}
-    padded["attention_mask"][1, 9:] = 0
-    padded["labels"][1, 9:] = -100
+    padded["attention_mask"][1, 5:] = 0  # more padding than a window has tokens
+    padded["labels"][1, 5:] = -100
     return [unmasked, inputs, padded]
 
 
@@ -114,6 +115,48 @@ def test_a_chosen_attention_computes_what_eager_does(attention, name, fields):
         assert loss == pytest.approx(wanted, abs=TOLERANCE)
         for parameter, gradient in gradients.items():
             torch.testing.assert_close(found[parameter], gradient, rtol=1e-4, atol=TOLERANCE, msg=parameter)
+
+
+@pytest.mark.parametrize("name, fields", [(name, ODD.get(name, {}) if name in OWN else {}) for name in FUSED])
+def test_the_fused_kernel_under_autocast_has_no_infinite_mask(name, fields):
+    model, added = asked_for(name, "gaudi_fused_sdpa", **fields)
+    eager, _ = asked_for(name, "eager", **fields)
+    eager.load_state_dict(model.state_dict())
+    inputs = batches()[2]
+    with torch.autocast("hpu", torch.bfloat16):
+        wanted, _, _ = loss_and_gradients(eager, inputs)
+        loss, _, found = loss_and_gradients(model, {**inputs, **added})
+    assert loss == pytest.approx(wanted, abs=0.03)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+@pytest.mark.parametrize("fields", [{}, {"is_decoder": True}])
+def test_what_the_fused_kernel_cannot_do_is_left_to_the_model(fields):
+    model, _ = asked_for("roberta", "gaudi_fused_sdpa", **fields)
+    eager, _ = asked_for("roberta", "eager", **fields)
+    eager.load_state_dict(model.state_dict())
+    found, wanted = (each(**batches()[2], output_attentions=not fields) for each in (model, eager))
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=TOLERANCE)
+    for one, other in zip(found.attentions or (), wanted.attentions or (), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=TOLERANCE)
+    half = torch.tensor([1.0, 0, 1, 0], device="hpu")
+    masked = (each(**batches()[2], head_mask=half).logits for each in (model, eager))
+    torch.testing.assert_close(*masked, rtol=1e-4, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fast_softmax_that_is_recomputed_is_for_causal_masks_alone(name):
+    both = ("flash_attention_fast_softmax", "flash_attention_recompute")
+    with pytest.raises(UserError, match="--flash_attention_fast_softmax"):
+        asked_for(name, "gaudi_fused_sdpa", *both)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_positions_that_are_not_absolute_are_refused(name):
+    with pytest.raises(
+        UserError, match=f"--attn_implementation sdpa: {name} has position_embedding_type relative_key"
+    ):
+        asked_for(name, "sdpa", position_embedding_type="relative_key")
 
 
 @pytest.mark.parametrize("name", [name for name in FUSED if ARCHITECTURES[name].packs])

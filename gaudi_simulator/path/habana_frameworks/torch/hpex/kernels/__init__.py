@@ -49,13 +49,16 @@ class FusedSDPA:
             attn_mask = _both(attn_mask, valid)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         recompute = recompute_sdp_enabled() if recompute_mode is None else recompute_mode
-        flash = recompute and not dropout_p
-        if is_causal and (attn_mask is not None or not flash):
+        if recompute and softmax_mode.lower() == "fast" and not is_causal and query.requires_grad:
+            raise AssertionError("in training, softmax_mode fast with recomputation is for is_causal alone")
+        flash = recompute and not dropout_p and value.shape[-1] == query.shape[-1]
+        if is_causal and (attn_mask is not None or not flash or rows != columns):
             causal = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
             attn_mask = _both(attn_mask, causal)
             is_causal = False
+        least = torch.finfo(query.dtype).min
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, least)
         elif attn_mask is not None:
             attn_mask = attn_mask.to(query.dtype)
         with torch.autocast("hpu", enabled=False):
