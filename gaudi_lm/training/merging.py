@@ -41,6 +41,8 @@ def check_base_model(model_args, peft_type: str, training_args: LMTrainingArgume
     kind = peft_type if name is None else saved_config(name).peft_type.lower()
     if kind == "prefix_tuning" and training_args.gradient_checkpointing:
         raise UserError("--gradient_checkpointing: prefix_tuning keeps keys and values, which it would drop")
+    if kind == "prefix_tuning" and training_args.flash_attention_causal_mask and not training_args.use_cpu:
+        raise UserError("--flash_attention_causal_mask: for as many keys as queries, and prefix_tuning adds keys")
     if kind in (*VIRTUAL_TOKENS, "llama-adapter", "adaption_prompt") and training_args.context_parallel_size > 1:
         raise UserError(f"--context_parallel_size: {kind} puts its tokens before every part of a row")
     if kind in VIRTUAL_TOKENS and (is_deepspeed_zero3_enabled() or training_args.fsdp):

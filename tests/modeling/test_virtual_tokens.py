@@ -179,10 +179,18 @@ def test_what_virtual_tokens_cannot_do_is_refused(instructions, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_divided_weights_are_refused(kind):
+def test_divided_weights_and_causal_masks_of_a_card_are_refused(kind):
     """With ZeRO-3 two ranks waited for each other in the first step; with FSDP nothing could be saved."""
     model_args = SimpleNamespace(model_name_or_path="a", adapter_name_or_path=None, merge_adapter=False)
-    training_args = SimpleNamespace(fsdp=["full_shard"], gradient_checkpointing=False, context_parallel_size=1)
+    training_args = SimpleNamespace(
+        fsdp="", gradient_checkpointing=False, context_parallel_size=1, flash_attention_causal_mask=True, use_cpu=False
+    )
+    if kind == "prefix_tuning":
+        with pytest.raises(UserError, match="^--flash_attention_causal_mask: .*prefix_tuning adds keys"):
+            check_base_model(model_args, kind, training_args)
+        training_args.use_cpu = True
+    check_base_model(model_args, kind, training_args)
+    training_args.fsdp = ["full_shard"]
     with pytest.raises(UserError, match=f"^--peft_type {kind}: not with ZeRO-3 or FSDP"):
         check_base_model(model_args, kind, training_args)
     check_base_model(model_args, "lora", training_args)

@@ -34,7 +34,11 @@ LIBRARIES = (
 SCRIPTS = ("run_clm", "run_mlm", "run_lora_clm")
 # What every run imports after it has begun, and what one on a card does.
 LATER = ("deepspeed",)
-ON_CARD = ("optimum.habana.transformers.modeling_utils",)
+ADAPTED = "albert blip deepseek_v2 deepseek_v3 detr owlvit table_transformer vision_encoder_decoder vit xlm_roberta"
+ON_CARD = (
+    "optimum.habana.transformers.modeling_utils",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ADAPTED.split()),
+)
 # Variables that change while a process runs, and from one run to the next; all others count before imports.
 LATE = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ACCELERATE_", "WANDB_", "MLFLOW_", "TMPDIR", "PWD")
 HUB = ("HF_", "http", "HTTP", "no_proxy", "NO_PROXY")  # libraries other than Hugging Face's read none while imported

@@ -13,7 +13,7 @@ from optimum.habana.transformers.trainer import _get_input_update_settings
 from tiny_models import CAUSAL, MASKED, ODD, tiny_model
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from gaudi_lm.architectures import ARCHITECTURES
+from gaudi_lm.architectures import ARCHITECTURES, is_patched, packable
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.attention import attention_dropout, check_attention, choose_attention, hand_over_flags
 from gaudi_lm.modeling.patches import FLASH_ATTENTION, restore_own_model
@@ -97,7 +97,7 @@ def test_what_optimum_habana_does_alone():
 
 
 CHOSEN = [(attention, name, {}) for attention, name in CASES if attention != "eager"]
-CHOSEN += [("gaudi_fused_sdpa", name, ODD[name]) for name in OWN if name in ODD]
+CHOSEN += [(attention, name, ODD[name]) for attention, name, _ in CHOSEN if name in OWN and name in ODD]
 
 
 @pytest.mark.parametrize(
@@ -159,11 +159,15 @@ def test_positions_that_are_not_absolute_are_refused(name):
         asked_for(name, "sdpa", position_embedding_type="relative_key")
 
 
-@pytest.mark.parametrize("name", [name for name in FUSED if ARCHITECTURES[name].packs])
-def test_packed_texts_do_not_see_each_other_by_the_fused_kernel(name):
-    model, added = asked_for(name, "gaudi_fused_sdpa")
+@pytest.mark.parametrize("attention, name", [case for case in CASES if case[0] != "eager"])
+def test_packed_texts_do_not_see_each_other(attention, name):
+    model, added = asked_for(name, attention)
     model.forward = partial(model.forward, **added)
-    assert worst_difference(model, "hpu") <= 1e-5
+    if name in packable(is_patched(model)):
+        assert worst_difference(model, "hpu") <= 1e-5
+    else:
+        with pytest.raises(UserError, match="--pack_sequences: "):
+            worst_difference(model, "hpu")
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -379,6 +379,17 @@ def test_a_fast_softmax_is_recomputed_for_causal_attention_alone():
     assert kernels.FusedSDPA.apply(*[q.detach()] * 3, None, 0.0, False, None, "fast", True).shape == q.shape
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_causal_attention_is_for_as_many_keys_as_queries(recompute):
+    q, k = torch.randn(2, 4, 4, 8, device="hpu"), torch.randn(2, 4, 6, 8, device="hpu")
+    with pytest.raises(NotImplementedError, match="6 keys to 4 queries"):
+        kernels.FusedSDPA.apply(q, k, k, None, 0.0, True, None, "None", recompute)
+    narrow = k[..., :5]
+    wanted = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1) @ narrow
+    found = kernels.FusedSDPA.apply(q, k, narrow, None, 0.0, False, None, "None", recompute)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_attention_is_told_to_recompute_by_the_context():
     q = torch.randn(2, 4, 32, 8)
 

@@ -52,8 +52,10 @@ class FusedSDPA:
         if recompute and softmax_mode.lower() == "fast" and not is_causal and query.requires_grad:
             raise AssertionError("in training, softmax_mode fast with recomputation is for is_causal alone")
         flash = recompute and not dropout_p and value.shape[-1] == query.shape[-1]
-        if is_causal and (attn_mask is not None or not flash or rows != columns):
-            causal = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+        if is_causal and rows != columns:
+            raise NotImplementedError(f"what a Gaudi's causal attention of {columns} keys to {rows} queries is")
+        if is_causal and (attn_mask is not None or not flash):
+            causal = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
             attn_mask = _both(attn_mask, causal)
             is_causal = False
         least = torch.finfo(query.dtype).min
