@@ -152,10 +152,12 @@ def promote_leaves(model: PreTrainedModel) -> None:
     if not is_deepspeed_zero3_enabled():
         raise UserError("--use_zero3_leaf_promotion: the --deepspeed configuration is not of stage 3")
     known = ("llama", "mixtral", "qwen3_moe")
-    kind = model.config.model_type if is_patched(model) else f"transformers' own {model.config.model_type}"
-    if kind not in known:
-        raise UserError(f"--use_zero3_leaf_promotion: {kind} is not among {', '.join(known)}")
-    apply_zero3_leaf_promotion(model)
+    if model.config.model_type not in known:
+        raise UserError(f"--use_zero3_leaf_promotion: {model.config.model_type} is not among {', '.join(known)}")
+    try:
+        apply_zero3_leaf_promotion(model)
+    except ValueError as error:  # a Mixtral that drops in attention, which is transformers' own
+        raise UserError(f"--use_zero3_leaf_promotion: {str(error).splitlines()[0]}; leave it out") from error
 
 
 def check_model(model: PreTrainedModel | PeftModel, training_args: LMTrainingArguments, own_figures: bool) -> None:

@@ -390,6 +390,8 @@ def test_zero3_leaf_promotion(monkeypatch):
     monkeypatch.setattr(attention, "is_deepspeed_zero3_enabled", lambda: True)
     attention.promote_leaves(model)
     assert all(map(z3_leaf_module, layers))
+    with pytest.raises(UserError, match="^--use_zero3_leaf_promotion: .*; leave it out$"):
+        attention.promote_leaves(tiny_model("llama"))
     with pytest.raises(UserError, match="gpt2 is not among llama, mixtral, qwen3_moe"):
         attention.promote_leaves(tiny_model("gpt2"))
 

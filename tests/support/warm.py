@@ -41,6 +41,7 @@ ON_CARD = (
 )
 # Variables that change while a process runs, and from one run to the next; all others count before imports.
 LATE = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ACCELERATE_", "WANDB_", "MLFLOW_", "TMPDIR", "PWD")
+LATE += ("PYTORCH_NVML_",)  # of CUDA; libraries set it in the tests' own process, some time
 HUB = ("HF_", "http", "HTTP", "no_proxy", "NO_PROXY")  # libraries other than Hugging Face's read none while imported
 CARD = ("GAUDI_", "PT_HPU_")  # the scripts read none while imported, but the device does
 MOST = 6  # processes that runs fork from at a time; each holds some hundred megabytes of its own
