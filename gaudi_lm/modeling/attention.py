@@ -44,8 +44,13 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
     if training_args.use_zero3_leaf_promotion:
         promote_leaves(model)
     config = model.config
+    fused = training_args.attn_implementation == FUSED
     if config._attn_implementation == "sdpa" and architecture_of(config).fuses:
         fuse_self_attention(model, training_args.attn_implementation)
+        fused = True
+    idle = [name for name in FLASH_ATTENTION if flags[name] and not fused]
+    if idle:
+        raise UserError(f"--{idle[0]}: it is for --attn_implementation {FUSED}")
     module = sys.modules[type(model).forward.__module__]
     if not fused_rope:
         if not hasattr(module, "has_fused_rope"):
@@ -54,7 +59,7 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
     if not module.__name__.startswith("optimum.habana"):
         # The model of transformers itself: its fused attention takes these two from the environment.
         flags |= {"flash_attention_recompute": False, "flash_attention_fast_softmax": False}
-    elif training_args.attn_implementation == FUSED:
+    elif fused:
         flags["use_flash_attention"] = True
     wanted = [name for name, value in flags.items() if value]
     for name in wanted:

@@ -151,6 +151,13 @@ def test_a_fast_softmax_that_is_recomputed_is_for_causal_masks_alone(name):
         asked_for(name, "gaudi_fused_sdpa", *both)
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "olmo2"])
+@pytest.mark.parametrize("flag", FLASH_ATTENTION)
+def test_flags_of_the_fused_kernel_are_not_for_eager_attention(flag, name):
+    with pytest.raises(UserError, match=f"^--{flag}: it is for --attn_implementation gaudi_fused_sdpa"):
+        asked_for(name, "eager", flag)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_positions_that_are_not_absolute_are_refused(name):
     with pytest.raises(
