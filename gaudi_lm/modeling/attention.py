@@ -76,19 +76,12 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
             "--flash_attention_fast_softmax with --flash_attention_recompute: in training, the kernel takes both with "
             "--flash_attention_causal_mask alone; leave one out"
         )
-    rate = attention_dropout(config)
+    rate = getattr(config, "attention_dropout", None)
     if flags.get("use_flash_attention") and rate and training_args.do_train:
         raise UserError(
             f"--attn_implementation {FUSED}: optimum-habana's {config.model_type} has no dropout in it, and "
             f"the configuration an attention dropout of {rate:g}; leave the flag out, or choose eager"
         )
-
-
-def attention_dropout(config: PretrainedConfig) -> float:
-    """The share of attention's probabilities that the model drops in training."""
-    config = getattr(config, "attn_config", config)  # MPT's
-    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-    return next((getattr(config, name) for name in names if getattr(config, name, None)), 0.0)
 
 
 def choose_attention(config: PretrainedConfig, training_args: LMTrainingArguments) -> str | None:

@@ -53,7 +53,7 @@ class FusedSDPA:
             raise AssertionError("in training, softmax_mode fast with recomputation is for is_causal alone")
         flash = recompute and not dropout_p and value.shape[-1] == query.shape[-1]
         if is_causal and rows != columns:
-            raise NotImplementedError(f"what a Gaudi's causal attention of {columns} keys to {rows} queries is")
+            raise NotImplementedError(f"is_causal with {rows} queries and {columns} keys: not known of a Gaudi")
         if is_causal and (attn_mask is not None or not flash):
             causal = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
             attn_mask = _both(attn_mask, causal)
@@ -84,34 +84,34 @@ def _probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | 
 
 
 class _Attention(torch.autograd.Function):
-    """Attention that keeps its probabilities or, to make them again, the mask; and a byte for what dropout has left.
+    """Attention that saves its probabilities or, to recompute them, the mask; and dropout's mask, a byte each.
 
-    A card that makes them again draws dropout again too, and keeps no bytes.
+    A card that recomputes draws dropout again too, and saves no mask of it.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, mask, dropout_p: float, scale: float, recompute: bool) -> torch.Tensor:
         probabilities = _probabilities(query, key, mask, scale)
-        left, dropped = None, probabilities
+        dropout_mask, dropped = None, probabilities
         if dropout_p:
-            left = torch.empty_like(probabilities, dtype=torch.bool).bernoulli_(1 - dropout_p)
-            dropped = probabilities * _scaled(left, probabilities, dropout_p)
+            dropout_mask = torch.empty_like(probabilities, dtype=torch.bool).bernoulli_(1 - dropout_p)
+            dropped = probabilities * _scaled(dropout_mask, probabilities, dropout_p)
         result = (_grouped(dropped, key) @ value).reshape(*query.shape[:-1], value.shape[-1])
         kept = (mask, None) if recompute else (None, probabilities)
-        ctx.save_for_backward(query, key, value, *kept, left, result)
+        ctx.save_for_backward(query, key, value, *kept, dropout_mask, result)
         ctx.dropout_p, ctx.scale = dropout_p, scale
         return result
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        query, key, value, mask, probabilities, left, result = ctx.saved_tensors
+        query, key, value, mask, probabilities, dropout_mask, result = ctx.saved_tensors
         if probabilities is None:
             probabilities = _probabilities(query, key, mask, ctx.scale)
         wide = _grouped(gradient, key)
         of_probabilities = (wide @ value.transpose(-1, -2)).reshape_as(probabilities)
         dropped = probabilities
-        if left is not None:
-            scaled = _scaled(left, probabilities, ctx.dropout_p)
+        if dropout_mask is not None:
+            scaled = _scaled(dropout_mask, probabilities, ctx.dropout_p)
             dropped, of_probabilities = probabilities * scaled, of_probabilities * scaled
         of_value = _grouped(dropped, key).transpose(-1, -2) @ wide
         shared = (gradient * result).sum(-1, keepdim=True)
@@ -120,8 +120,8 @@ class _Attention(torch.autograd.Function):
         return of_query, of_scores.transpose(-1, -2) @ _grouped(query, key), of_value, None, None, None, None
 
 
-def _scaled(left: torch.Tensor, probabilities: torch.Tensor, dropout_p: float) -> torch.Tensor:
-    return left.to(probabilities.dtype).mul_(1 / (1 - dropout_p))
+def _scaled(dropout_mask: torch.Tensor, probabilities: torch.Tensor, dropout_p: float) -> torch.Tensor:
+    return dropout_mask.to(probabilities.dtype).mul_(1 / (1 - dropout_p))
 
 
 def _grouped(tensor: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
