@@ -62,8 +62,9 @@ def hand_over_flags(model: PreTrainedModel, model_args: ModelArguments, training
     elif fused:
         flags["use_flash_attention"] = True
     wanted = [name for name, value in flags.items() if value]
-    for name in wanted:
-        setattr(model.generation_config, name, True)
+    if model.generation_config is not None:  # masked models have none, and take none of these flags
+        for name in wanted:
+            setattr(model.generation_config, name, True)
     passed = _get_input_update_settings(model)[1].keys() & inspect.signature(model.forward).parameters.keys()
     for name in wanted:
         if name not in passed:

@@ -168,6 +168,14 @@ def test_flags_of_the_fused_kernel_are_not_for_eager_attention(flag, name):
         asked_for(name, "eager", flag)
 
 
+@pytest.mark.parametrize("name", ["bert", "modernbert", "roberta"])
+@pytest.mark.parametrize("flag", ["attn_softmax_bf16", "flash_attention_causal_mask", "flash_attention_fp8"])
+def test_flags_that_no_masked_model_takes_are_refused(flag, name):
+    attention = "gaudi_fused_sdpa" if name in ENCODERS and flag in FLASH_ATTENTION else "eager"
+    with pytest.raises(UserError, match=f"^--{flag}: "):
+        asked_for(name, attention, flag)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_positions_that_are_not_absolute_are_refused(name):
     with pytest.raises(
