@@ -79,11 +79,7 @@ def keep_pickled_weights() -> None:
 
     transformers 4.55 asks it from a thread while it loads such a model, and no setting turns that off.
     """
-    transformers.modeling_utils.auto_conversion = _no_conversion
-
-
-def _no_conversion(*args, **kwargs) -> tuple[None, None, None]:
-    return None, None, None
+    transformers.modeling_utils.auto_conversion = lambda *args, **kwargs: (None, None, None)
 
 
 LOSSES_OF_OBJECTS = ("for_object_detection", "deformable_detr", "rt_detr", "grounding_dino")
@@ -139,12 +135,15 @@ def narrow_windows() -> None:
     """Let a token see as many as its window has; with optimum-habana 1.21, and the masks that it extends, one more."""
     masks = importlib.import_module("optimum.habana.transformers.modeling_attn_mask_utils")
     for converter in (masks.GaudiAttentionMaskConverter, masks.AttentionMaskConverter):
-        if not isinstance(converter._make_causal_mask, functools.partial):
-            converter._make_causal_mask = staticmethod(functools.partial(_narrower, converter._make_causal_mask))
+        if (make := converter._make_causal_mask).__module__ != __name__:
+            converter._make_causal_mask = staticmethod(_narrower(make))
 
 
-def _narrower(make: Callable, *args, sliding_window: int | None = None, **kwargs) -> torch.Tensor:
-    return make(*args, sliding_window=sliding_window and sliding_window - 1, **kwargs)
+def _narrower(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def narrowed(*args, sliding_window: int | None = None, **kwargs) -> torch.Tensor:
+        return make(*args, sliding_window=sliding_window and sliding_window - 1, **kwargs)
+
+    return narrowed  # torch.compile cannot follow a `functools.partial`
 
 
 @_needed_in("optimum-habana", "1.21")

@@ -7,7 +7,11 @@ from habana_frameworks.torch import _simulator
 from habana_frameworks.torch.hpu.metrics import metric_localcontext
 from habana_frameworks.torch.utils.internal import is_lazy
 from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
-from tiny_models import tiny_model
+from peft import LoraConfig, get_peft_model
+from tiny_models import objective_of, tiny_model
+
+from gaudi_lm.modeling.loss import install_token_loss
+from gaudi_lm.modeling.patches import patch_libraries
 
 
 def test_operations_are_graphs():
@@ -38,11 +42,16 @@ def test_compiled_function_is_one_graph():
         assert metric.stats()[0][1] == 0
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
+@pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama", "llama-lora", "falcon", "gemma2", "mistral", "qwen3"])
 def test_compiled_models(model_type):
-    """Forward and backward are one graph each, and the results are those of the model itself."""
+    """Forward and backward are one graph each, with what this suite changes, and the results are the model's own."""
     adapt_transformers_to_gaudi()
-    model = tiny_model(model_type).to("hpu")
+    patch_libraries("hpu")
+    model_type, _, adapted = model_type.partition("-")
+    model = tiny_model(model_type)
+    if adapted:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    install_token_loss(model.to("hpu"), objective_of(model_type), chunked=False)
     tokens = torch.arange(3, 19)[None].to("hpu")
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
@@ -52,7 +61,7 @@ def test_compiled_models(model_type):
         loss.backward()
         return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
-    compiled = torch.compile(model, backend="hpu_backend")
+    compiled = torch.compile(model, backend="hpu_backend", fullgraph=True)
     for got, wanted in zip(train(compiled), train(model), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     with metric_localcontext("graph_compilation") as metric:

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 
 from habana_frameworks.torch import _simulator, hpu
-from habana_frameworks.torch.utils.internal import is_lazy
+from habana_frameworks.torch.utils.internal import is_lazy, lazy_only
 
 _closures: list[tuple[Callable, tuple]] = []
 
 
+@lazy_only
 def mark_step(device_str: str = "", sync: bool = False) -> None:
-    """Close the graph gathered since the last mark, as lazy mode does; nothing in eager mode or without a card.
+    """Close the graph gathered since the last mark.
 
     What :func:`add_step_closure` was given since the last mark is called now.
     """
@@ -28,6 +29,7 @@ def _mark_step_if_lazy(device_str: str = "") -> None:
         mark_step(device_str)
 
 
+@lazy_only
 def add_step_closure(closure: Callable, args: Sequence = ()) -> None:
     """Call `closure(*args)` at the next mark, when tensors among `args` have their values."""
     _closures.append((closure, tuple(args)))
