@@ -24,7 +24,7 @@ def busy_processors():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("heavy")
+@pytest.mark.xdist_group("launcher")
 @pytest.mark.parametrize("last", ["gather", "backward"])
 def test_ranks_end_well_right_after_a_collective(last, busy_processors, tmp_path):
     """A rank that neither hangs nor dies of SIGABRT has status 0 and has said its last words."""

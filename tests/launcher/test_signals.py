@@ -18,7 +18,7 @@ ACT = str(RANKS / "act.py")
 ROUNDS = int(os.environ.get("STRESS_ROUNDS", "2"))
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
 GRACE = 2.0
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launcher")]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -17,7 +17,7 @@ from running import environment, losses
 
 from launcher.spawning import BACKENDS, ROOT, Launch, clm_flags, log_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launcher")]
 
 
 @pytest.mark.parametrize(

@@ -506,7 +506,7 @@ def _save_gradients(rank, port, folder):
     torch.save(gradients(model), f"{folder}/{rank}.pt")
 
 
-@pytest.mark.xdist_group("heavy")
+@pytest.mark.xdist_group("cards")
 @pytest.mark.slow
 def test_data_parallel_with_accumulation(tmp_path):
     with socket.socket() as probe:

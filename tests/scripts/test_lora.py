@@ -171,7 +171,7 @@ def test_on_a_simulated_card(instructions, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("heavy")
+@pytest.mark.xdist_group("cards")
 def test_a_pretrained_model_learns(tmp_path):
     """The short form of `make demo-lora`: loss falls, adapter and merged model give it again to 1e-6."""
     from demo import lora as demo

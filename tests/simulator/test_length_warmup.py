@@ -6,7 +6,7 @@ from running import losses, results, run, run_ranks
 from short_runs import common
 from transformers import AutoConfig, AutoTokenizer, OPTConfig, OPTForCausalLM, set_seed
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cards")]
 
 # One row a batch: the longest lengths come late, and in every place of a step.
 FLAGS = [

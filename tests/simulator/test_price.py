@@ -8,7 +8,7 @@ from running import ROOT, results, run, run_ranks
 
 from benchmarks.price import WORKLOADS, environment, figures_of, write_inputs
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("price")]
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def launch(*command: str | Path, **changes: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("heavy")
+@pytest.mark.xdist_group("cards")
 @pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
 def test_collectives(launcher):
     command = {
@@ -53,14 +53,14 @@ def test_collectives(launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("heavy")
+@pytest.mark.xdist_group("cards")
 def test_zero():
     out = launch(BIN / "deepspeed", "--num_gpus", "2", "--master_port", "PORT", RANKS / "zero.py")
     assert "rank 0 done" in out and "rank 1 done" in out
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("heavy")
+@pytest.mark.xdist_group("cards")
 def test_under_torch_compile():
     out = launch(
         BIN / "torchrun", "--nproc_per_node", "2", "--master_port", "PORT", RANKS / "compiled.py", PT_HPU_LAZY_MODE="0"

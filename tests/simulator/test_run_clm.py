@@ -12,7 +12,7 @@ from cards import card_environment
 from running import ROOT, environment, log_history, losses, results, run, run_several
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cards")]
 
 STEPS, WARMUP = 8, 3
 ON_CARD = ["--use_habana", "--use_lazy_mode", "--use_hpu_graphs_for_inference", "--throughput_warmup_steps", WARMUP]
