@@ -147,6 +147,8 @@ def install_token_loss(
     if reason:
         return f"Loss of {objective} language modelling from the full logits: {reason}"
     head = base.get_output_embeddings()
+    for module in [head, *([base.get_submodule(entry)] if entry else [])]:
+        module.forward = module.forward  # as each step leaves it: torch.compile would trace the second step again
     frozen = "" if head.weight.requires_grad else ", no gradient for the frozen head"
     where = " on masked positions only" if entry and max_predictions_per_seq is not None else ""
     return f"Loss of {objective} language modelling in row chunks{where}, without full logits{frozen}"
@@ -170,16 +172,14 @@ def _run_without_head(model, run, kwargs, labels, entry, rows):
             return _inner(hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions), *args, **kwargs)
 
         bypassed[module] = enter
-    kept = {module: module.__dict__.get("forward") for module in bypassed}
+    kept = {module: module.forward for module in bypassed}
     for module, forward in bypassed.items():
         module.forward = forward
     try:
         outputs = run(**kwargs)
     finally:
         for module, forward in kept.items():
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+            module.forward = forward
     return outputs, captured[0], labels
 
 

@@ -266,8 +266,8 @@ def build_trainer(
     if training_args.gradient_checkpointing and training_args.device.type == "hpu":
         repair_gradient_checkpointing(model)
     if loss_func is None:
-        # Dynamo cannot follow a forward pass whose head is bypassed for the duration of the call.
-        chunked = training_args.chunked_loss and not training_args.torch_compile
+        # Chunks are compiled for one number of rows, and on a CPU each batch may have another.
+        chunked = training_args.chunked_loss and not (training_args.torch_compile and training_args.use_cpu)
         loss_options["label_smoothing"] = training_args.label_smoothing_factor
         logger.info(install_token_loss(model, objective, chunked=chunked, **loss_options))
     elif training_args.label_smoothing_factor:

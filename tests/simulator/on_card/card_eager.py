@@ -51,7 +51,8 @@ def test_compiled_models(model_type):
     model = tiny_model(model_type)
     if adapted:
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    install_token_loss(model.to("hpu"), objective_of(model_type), chunked=False)
+    limit = {"max_predictions_per_seq": 16} if objective_of(model_type) == "masked" else {}
+    assert "in row chunks" in install_token_loss(model.to("hpu"), objective_of(model_type), **limit)
     tokens = torch.arange(3, 19)[None].to("hpu")
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
@@ -67,3 +68,20 @@ def test_compiled_models(model_type):
     with metric_localcontext("graph_compilation") as metric:
         train(compiled)
         assert metric.stats()[0][1] == 0
+
+
+def test_a_compiled_step_holds_no_full_logits():
+    tokens = torch.randint(3, 9000, (4, 64)).to("hpu")
+    peaks = {}
+    for chunked in (False, True):
+        model = tiny_model("gpt2", vocab_size=9000).to("hpu")
+        install_token_loss(model, "causal", chunked=chunked)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="hpu_backend", fullgraph=True)
+        compiled(input_ids=tokens, labels=tokens).loss.backward()  # gradients are there from now on
+        before = torch.hpu.memory_allocated()
+        torch.hpu.reset_peak_memory_stats()
+        compiled(input_ids=tokens, labels=tokens).loss.backward()
+        peaks[chunked] = torch.hpu.max_memory_allocated() - before
+    logits = 4 * 64 * 9000 * 4
+    assert peaks[False] > 2 * logits and peaks[True] < logits, peaks
