@@ -20,6 +20,7 @@ def test_on_card(file: str, **changes: str) -> None:
     argv = [
         *(pytest.__main__.__file__, str(FILES / file), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
         *("-o", "python_files=card_*.py", "-o", "addopts=--strict-markers"),
+        *("-p", "no:logging"),  # would format each record of torch.compile's trace
     ]
     card = card_environment(2, **changes)
     (result,) = warm.run(argv, environment(**card), ROOT, card, 280)

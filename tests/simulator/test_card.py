@@ -25,6 +25,11 @@ def test_graphs_in_eager_mode():
 
 
 @pytest.mark.slow
+def test_compiled_models():
+    run_on_card("card_compiled.py", PT_HPU_LAZY_MODE="0")
+
+
+@pytest.mark.slow
 def test_recorded_operations():
     run_on_card("card_operations.py")
 
