@@ -167,7 +167,7 @@ class LMTrainingArguments(GaudiTrainingArguments):
     )
     chunked_loss: bool = field(
         default=True,
-        metadata={"help": "Compute the cross-entropy in chunks of tokens; False keeps the logits of a whole batch."},
+        metadata={"help": "Cross-entropy in chunks of tokens; False, or compiling on the CPU, keeps the logits of a batch."},
     )
     attn_implementation: str | None = field(
         default=None,

@@ -82,7 +82,7 @@ def install_token_loss(
                 "routers; set it to false in the model's configuration"
             )
         repair_router_loss(base)
-    reason = _why_full_logits(base, objective) if chunked else "asked for"
+    reason = _why_full_logits(base, objective) if chunked else "--chunked_loss False, or compiled on the CPU"
     entry = architecture_of(base.config).masked_head if objective == "masked" and not reason else None
 
     # The function, not the bound method: a copy of the model must run on its own parameters.
@@ -208,7 +208,10 @@ def _router_loss(model, outputs) -> Tensor | None:
         coefficient = getattr(model, name, getattr(model.config, name, None))
         if coefficient is not None:
             return coefficient * balance.float()
-    raise NotImplementedError(f"{model.config.model_type} balances its routers with a weight of an unknown name")
+    raise UserError(
+        f"output_router_logits: the weight of {model.config.model_type}'s loss that balances its routers has no name "
+        "that is known; set it to false in the model's configuration"
+    )
 
 
 def _why_full_logits(model, objective) -> str | None:
