@@ -167,7 +167,7 @@ class LMTrainingArguments(GaudiTrainingArguments):
     )
     chunked_loss: bool = field(
         default=True,
-        metadata={"help": "Cross-entropy in chunks of tokens; False, or compiling on the CPU, keeps the logits of a batch."},
+        metadata={"help": "Cross-entropy in chunks; False, or compiling on the CPU, keeps a batch's full logits."},
     )
     attn_implementation: str | None = field(
         default=None,
