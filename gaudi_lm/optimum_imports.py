@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import ModuleType
 
 PACKAGES = ("optimum.habana", "optimum.habana.transformers")
@@ -46,15 +47,23 @@ def import_in_parts() -> None:
             setattr(sys.modules[parent], child, package)
 
 
-def leave_out_scikit_learn() -> None:
-    """Let transformers be imported without scikit-learn and scipy: a second and more in each rank.
+def import_transformers() -> None:
+    """Let transformers be imported without scikit-learn and scipy, and look for its models once: a second and more in
+    each rank.
 
-    transformers 4.55 takes one function of each, for assisted generation and for finding objects in images, and finds
-    them there once :func:`gaudi_lm.modeling.patches.find_scikit_learn` has been called.
+    transformers 4.55 takes one function of each library, for assisted generation and for finding objects in images,
+    and finds them there once :func:`gaudi_lm.modeling.patches.find_scikit_learn` has been called. It reads the files
+    of all models twice: for itself by the path of their folder, for the package of models by that of its own file.
     """
-    if "transformers.modeling_utils" not in sys.modules:
-        found = importlib.import_module("transformers.utils.import_utils")
-        found._sklearn_available = found._scipy_available = False  # type: ignore[attr-defined]
+    if "transformers.modeling_utils" in sys.modules:
+        return
+    found = importlib.import_module("transformers.utils.import_utils")
+    found._sklearn_available = found._scipy_available = False  # type: ignore[attr-defined]
+    if importlib.metadata.version("transformers").startswith("4.55."):
+        models, read = Path(found.__file__).parents[1] / "models", found.create_import_structure_from_path  # type: ignore
+        found.create_import_structure_from_path = lambda path: read(  # type: ignore[attr-defined]
+            models if path == f"{models}/__init__.py" else path
+        )
 
 
 def leave_out_libraries(args) -> None:

@@ -1,5 +1,5 @@
 """Flags; here transformers is imported for the first time."""
 
-from gaudi_lm.optimum_imports import leave_out_scikit_learn
+from gaudi_lm.optimum_imports import import_transformers
 
-leave_out_scikit_learn()
+import_transformers()
