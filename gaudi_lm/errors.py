@@ -13,6 +13,10 @@ class UserError(Exception):
 
     status = 2
 
+    def __init__(self, message: str):
+        # A process that loads data sends its error as a text that begins with a traceback.
+        super().__init__(message.rpartition("UserError: ")[2].strip() if "Original Traceback" in message else message)
+
 
 @contextmanager
 def user_errors():

@@ -8,6 +8,8 @@ from typing import Any
 from datasets import ArrowBasedBuilder, BuilderConfig, DatasetInfo, SplitGenerator
 from datasets.builder import Key
 
+from gaudi_lm.errors import UserError
+
 # `datasets` asks for it before it replaces `open`, `os` and others in the module of a builder by variants
 # that take addresses, and read names with ``::`` or ``*`` otherwise. It would import scipy for one of them.
 _patched_for_streaming = True
@@ -31,6 +33,10 @@ class FilesBuilder(ArrowBasedBuilder):
         return [SplitGenerator(name="train", gen_kwargs={"paths": list(self.config.files.paths)})]
 
     def _generate_tables(self, paths):
+        rows = 0
         for shard, path in enumerate(paths):
             for number, table in enumerate(self.config.files.fitting_tables(path, self.info.features)):
+                rows += len(table)
                 yield Key(shard, number), table
+        if not rows:
+            raise UserError(f"{paths[0]}: there are no rows in it{' and the files beside it' if paths[1:] else ''}")

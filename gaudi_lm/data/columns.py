@@ -30,11 +30,25 @@ def spell(value: object) -> str:
 
 
 def values_of(table: pa.Table, column: str) -> list:
-    """The values of a column as Python objects, those of a JSON column decoded."""
-    values = table.column(column).to_pylist()
-    if isinstance(table.schema.field(column).type, pa.JsonType):
-        return [None if value is None else json.loads(value) for value in values]
-    return values
+    """The values of a column as Python objects, those of JSON at any depth decoded.
+
+    `datasets` decodes JSON by a library that reads 1.36 as 1.3599999999999999 and refuses 2^64.
+    """
+    kind, values = table.schema.field(column).type, table.column(column).to_pylist()
+    return [_decoded(kind, value) for value in values] if _holds_json(kind) else values
+
+
+def _holds_json(kind: pa.DataType) -> bool:
+    parts = [kind.field(index).type for index in range(kind.num_fields)] if pa.types.is_nested(kind) else []
+    return isinstance(kind, pa.JsonType) or any(map(_holds_json, parts))
+
+
+def _decoded(kind: pa.DataType, value):
+    if isinstance(value, list):
+        return [_decoded(kind.value_type, part) for part in value]
+    if isinstance(value, dict):
+        return {name: _decoded(kind.field(name).type, part) for name, part in value.items()}
+    return json.loads(value) if isinstance(kind, pa.JsonType) and value is not None else value
 
 
 def texts_of(table: pa.Table, column: str) -> list[str]:
@@ -78,7 +92,10 @@ def text_column(dataset: Dataset | IterableDataset, name: str | None) -> str:
         head = dataset.with_format("arrow")[:SAMPLE]
         sample = {column: values_of(head, column) for column in dataset.column_names}
     else:
-        rows = list(islice(dataset, SAMPLE))
+        try:
+            rows = list(islice(dataset, SAMPLE))
+        except (ValueError, pa.ArrowException) as error:  # of datasets, about a file of the hub or of a folder
+            raise UserError(f"the stream cannot be read ({' '.join(str(error).split())[:300]})") from error
         columns = dataset.column_names or dict.fromkeys(column for row in rows for column in row)
         sample = {column: [row.get(column) for row in rows] for column in columns}
     if not sample:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from datasets import Features
 from transformers import PreTrainedTokenizerBase
 
 from gaudi_lm.data.chat_templates import ChatTemplate
+from gaudi_lm.data.columns import values_of
 from gaudi_lm.data.conversations import ConversationError
 from gaudi_lm.data.prompts import ExampleFormat, conversation, example_parts, refused_values, text_of
 from gaudi_lm.data.ragged import join_rows
@@ -47,19 +47,17 @@ def encode_examples(
     table: pa.Table,
     example_format: ExampleFormat,
     tokenizer: PreTrainedTokenizerBase,
-    features: Features,
     template: ChatTemplate | None = None,
     format_example: Callable[[dict[str, str]], tuple[str, str]] | None = None,
 ) -> EncodedRows:
     """Tokenise examples.
 
     Args:
-        features: of the columns of the table.
         template: the tokenizer's, for the styles ``chat`` and ``messages``.
         format_example: prompt and response of a row, for the styles ``instruction`` and ``sql``.
     """
     if template is not None and example_format.style in ("chat", "messages"):
-        return encode_conversations(table, example_format, tokenizer, features, template)
+        return encode_conversations(table, example_format, tokenizer, template)
     start = [~token for token in special_ends(tokenizer)[0]]
     if example_format.style == "text":
         tokens, lengths = join_rows(
@@ -98,7 +96,6 @@ def encode_conversations(
     table: pa.Table,
     example_format: ExampleFormat,
     tokenizer: PreTrainedTokenizerBase,
-    features: Features,
     template: ChatTemplate,
 ) -> EncodedRows:
     """Render and tokenise conversations; what follows the last answer of each is left out."""
@@ -107,8 +104,7 @@ def encode_conversations(
         columns = {name: text_of(table, name).to_pylist() for name in names}
         problems = refused_values(table, example_format)
     else:
-        # Json values are text in Arrow, at any depth.
-        columns = Features({name: features[name] for name in names}).decode_batch(table.select(names).to_pydict())
+        columns = {name: values_of(table, name) for name in names}
         problems = [None] * len(table)
     rendered = []
     for row in range(len(table)):

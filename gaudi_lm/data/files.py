@@ -5,18 +5,21 @@ from __future__ import annotations
 import glob
 import gzip
 import io
+import zlib
 from pathlib import Path
+
+import pyarrow as pa
 
 from gaudi_lm.errors import UserError
 
 KINDS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
-COMPRESSED = ("gz", "zst")
+COMPRESSED = (".gz", ".zst")
 DELIMITERS = (",", "\t", ";")  # that are recognised by a file's first line
 
 
 def _endings(path: str) -> list[str]:
     endings = path.lower().rsplit("/", 1)[-1].split(".")[1:]
-    return endings[:-1] if endings and endings[-1] in COMPRESSED else endings
+    return endings[:-1] if endings and f".{endings[-1]}" in COMPRESSED else endings
 
 
 def kind_of(path: str) -> str | None:
@@ -31,16 +34,35 @@ def _kind(flag: str, path: str) -> str:
     return kind
 
 
-def open_bytes(path: str):
-    """Open a file for reading bytes, through its compression (.gz, .zst) if it has one."""
-    if path.lower().endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.lower().endswith(".zst"):
-        import zstandard
+class _Decompressed(io.RawIOBase):
+    """The content of a compressed file, .gz or .zst; a UserError tells where it is cut off or damaged."""
 
-        # Programs that compress in parallel write many frames; by default the first one would be all.
-        reader = zstandard.ZstdDecompressor().stream_reader(io.FileIO(path), read_across_frames=True, closefd=True)
-        return io.BufferedReader(reader)
+    def __init__(self, path: str):
+        self._path = path
+        # zstandard's own reader takes a frame that is cut off for whole.
+        zstd = path.lower().endswith(".zst")
+        self._stream = pa.input_stream(path, compression="zstd") if zstd else gzip.open(path)  # noqa: SIM115
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            content = self._stream.read(len(buffer))
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{self._path}: damaged compression, or cut off ({error})") from error
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def open_bytes(path: str) -> io.BufferedReader:
+    """Open a file for reading bytes, through its compression (.gz, .zst) if it has one."""
+    if path.lower().endswith(COMPRESSED):
+        return io.BufferedReader(_Decompressed(path), 1 << 16)
     return open(path, "rb")
 
 
@@ -54,7 +76,8 @@ def check_files(flag: str, pattern: str) -> tuple[str, list[str]]:
     Raises:
         UserError: missing, empty, a directory, binary where text is due, an unknown ending, or kinds that differ.
     """
-    paths = sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not Path(pattern).exists() else [pattern]
+    is_glob = glob.has_magic(pattern) and not Path(pattern).exists()
+    paths = sorted(glob.glob(pattern, recursive=True)) if is_glob else [pattern]
     if not paths:
         raise UserError(f"{flag} {pattern}: no file matches")
     kinds = set()
@@ -74,10 +97,10 @@ def _check_content(flag: str, path: str, kinds: set[str]) -> None:
     try:
         with open_bytes(path) as file:
             start = file.read(1 << 16)
-    except (OSError, EOFError) as error:
+    except OSError as error:
         raise UserError(f"{flag} {path}: cannot be read ({error})") from error
-    except Exception as error:  # zstandard has an exception class of its own
-        raise UserError(f"{flag} {path}: damaged compression ({error})") from error
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from error
     if not start.strip():
         raise UserError(f"{flag} {path}: the file is empty")
     if "parquet" in kinds:
@@ -112,5 +135,5 @@ def find_delimiter(path: str, given: str | None = None) -> str:
     if _endings(path)[-1] == "tsv":
         return "\t"
     with open_bytes(path) as file:
-        first = file.readline(1 << 16).decode("utf-8", "replace")
+        first = file.read(1 << 16).lstrip().split(b"\n", 1)[0].decode("utf-8", "replace")
     return next((delimiter for delimiter in DELIMITERS if delimiter in first), ",")

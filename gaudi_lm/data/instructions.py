@@ -109,10 +109,9 @@ def tokenise_examples(
     longest = None if concatenate else max_length
 
     template = ChatTemplate(tokenizer, stop_ids) if example_format.style in ("chat", "messages") else None
-    features = dataset.features
 
     def encode_rows(table: pa.Table) -> pa.Table:
-        encoded = encode_examples(table, example_format, tokenizer, features, template, format_example)
+        encoded = encode_examples(table, example_format, tokenizer, template, format_example)
         tokens, lengths = finish_rows(
             encoded.tokens, encoded.lengths, encoded.ends, longest, train_on_inputs, example_format.style != "text",
             encoded.closed,

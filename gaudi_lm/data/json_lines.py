@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json
 
 from gaudi_lm.data.files import bad_line, open_bytes
@@ -94,27 +95,49 @@ def _whole_characters(value: object) -> object:
 
 
 def json_table(path: str, number: int, block: bytes) -> pa.Table:
-    """JSON lines as a table; a column whose values no Arrow type holds is JSON."""
+    """JSON lines as a table; a column whose values no Arrow type holds as they are is JSON.
+
+    Raises:
+        UserError: what :func:`parse_lines` raises.
+    """
     one_chunk = pyarrow.json.ReadOptions(block_size=len(block) + 1)
     try:
+        block.decode("utf-8")  # which pyarrow takes for granted
         table = pyarrow.json.read_json(io.BytesIO(block), read_options=one_chunk)
-        if not any(map(_is_guessed, table.schema.types)):
+        if not any(map(_is_guessed, table.columns)):
             return table
-    except pa.ArrowException:
+    except (UnicodeDecodeError, pa.ArrowException):
         pass  # a line that is no object, or values of several kinds in a column: Python tells them apart
     rows = parse_lines(path, number, block)
     names = dict.fromkeys(name for row in rows for name in row)
     return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
 
 
-def _is_guessed(kind: pa.DataType) -> bool:
-    """Whether pyarrow read texts that look like a point in time as such, which loses how they were written."""
-    parts = [kind.field(index).type for index in range(kind.num_fields)] if pa.types.is_nested(kind) else []
-    return pa.types.is_temporal(kind) or any(map(_is_guessed, parts))
+def _is_guessed(column: pa.ChunkedArray | pa.Array) -> bool:
+    """Whether pyarrow may not have read values as they were written: texts as points in time, 5 as 5.0."""
+    if pa.types.is_floating(column.type):
+        return bool(pc.any(pc.equal(pc.floor(column), column)).as_py())
+    if pa.types.is_struct(column.type):
+        return any(map(_is_guessed, column.flatten()))
+    if pa.types.is_list(column.type):
+        return _is_guessed(pc.list_flatten(column))
+    return pa.types.is_temporal(column.type)
 
 
 def _column(values: list) -> pa.Array:
     try:
-        return pa.array(values)
+        column = pa.array(values)
+        if not any(map(_is_widened, values, column.to_pylist())):
+            return column
     except (pa.ArrowException, OverflowError, TypeError):
-        return pa.array([None if value is None else json.dumps(value) for value in values], pa.json_())
+        pass
+    return pa.array([None if value is None else json.dumps(value) for value in values], pa.json_())
+
+
+def _is_widened(value: object, kept: object) -> bool:
+    """Whether a whole number was made a float, as pyarrow does where a column has both."""
+    if isinstance(value, dict) and isinstance(kept, dict):
+        return any(_is_widened(part, kept[name]) for name, part in value.items())
+    if isinstance(value, list) and isinstance(kept, list):
+        return any(map(_is_widened, value, kept))
+    return isinstance(value, int) and isinstance(kept, float)

@@ -42,11 +42,13 @@ def _read(files: FileSet, data_args: DataArguments, model_args: ModelArguments) 
 
 
 def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDict | IterableDatasetDict | dict:
+    if kind_of(data_args.dataset_name or "") and Path(data_args.dataset_name or "").is_file():
+        raise UserError(f"--dataset_name {data_args.dataset_name}: is a file; give it by --train_file")
     source = {"path": data_args.dataset_name, "name": data_args.dataset_config_name, "token": model_args.token}
     try:
         if Path(data_args.dataset_name or "").is_dir():
             config = load_dataset_builder(**source, cache_dir=model_args.cache_dir).config
-            files = {split: _files_of_folder(config, split) for split in ("train", "validation")}
+            files = {split: _files_of_folder(config, split, data_args) for split in ("train", "validation")}
             if any(files.values()):
                 return {split: _read(own, data_args, model_args) for split, own in files.items() if own}
         return load_dataset(**source, cache_dir=model_args.cache_dir, streaming=data_args.streaming)
@@ -62,14 +64,15 @@ def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDi
         raise UserError(f"--dataset_name {name}: cannot be loaded ({cause[:300]})") from error
 
 
-def _files_of_folder(config: BuilderConfig, split: str) -> FileSet | None:
-    """The files of a split of a local dataset, where they are of a kind with columns and are nothing special."""
+def _files_of_folder(config: BuilderConfig, split: str, data_args: DataArguments) -> FileSet | None:
+    """The files of a split of a local dataset, where they are of one kind and nothing special."""
     paths = tuple((config.data_files or {}).get(split, ()))
     kinds: set = {kind_of(path) if Path(path).is_file() else None for path in paths}
-    if len(kinds) != 1 or not kinds <= {"csv", "json", "parquet"} or getattr(config, "field", None):
+    special = getattr(config, "field", None) or getattr(config, "sample_by", "line") != "line"
+    if len(kinds) != 1 or None in kinds or special:
         return None
     separator = getattr(config, "sep", ",")
-    return FileSet(kinds.pop(), paths, delimiter=None if separator == "," else separator)
+    return FileSet(kinds.pop(), paths, data_args.keep_linebreaks, None if separator == "," else separator)
 
 
 def load_raw(
@@ -105,10 +108,9 @@ def load_raw(
             if isinstance(train, Dataset)
             else split_stream(train, percentage)
         )
-        logger.info(
-            "no validation split: %d%% of the training rows are kept for validation",
-            percentage,
-        )
+        logger.info("no validation split: %d%% of the training rows are kept for validation", percentage)
+        if not need_train:
+            logger.warning("a run with --do_train and without --do_eval has been trained on them, too")
     if need_validation and "validation" not in splits:
         raise UserError(
             "--do_eval needs validation data: --validation_file, or --train_file and --validation_split_percentage"

@@ -105,10 +105,10 @@ def _find_conversations(dataset: Dataset) -> ExampleFormat | None:
 
 def _first_value(dataset: Dataset, column: str) -> tuple[int, Any]:
     """The first row, from 1, in which a column has a value, and the value."""
-    for start in range(0, len(dataset), 1000):
-        for number, value in enumerate(dataset[start : start + 1000][column], start + 1):
-            if value not in (None, "", []):
-                return number, value
+    tables = dataset.select_columns([column]).with_format("arrow").iter(1000)
+    for number, value in enumerate((value for table in tables for value in values_of(table, column)), 1):
+        if value not in (None, "", []):
+            return number, value
     return 1, None
 
 

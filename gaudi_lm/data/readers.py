@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,8 @@ from gaudi_lm.data.files import bad_line, find_delimiter, open_bytes
 from gaudi_lm.data.fingerprints import fingerprint
 from gaudi_lm.data.json_lines import json_blocks, json_table, parse_lines
 from gaudi_lm.errors import UserError
+
+logger = logging.getLogger("gaudi_lm")
 
 BLOCK = 2**23  # bytes that are read at a time
 ROWS = 10_000  # of csv and parquet files, at a time
@@ -61,12 +64,21 @@ class FileSet:
         if self.kind == "text":
             return Features({"text": Value("string")})
         types: dict[str, set[pa.DataType]] = {}
+        files: dict[str, list[str]] = {}
         for path in self.paths:
+            names: dict[str, None] = {}
             for table in self.tables(path):
                 for field in table.schema:
                     types.setdefault(field.name, set()).add(field.type)
+                    names[field.name] = None
                 if self.kind != "json":
                     break  # all tables of the file have the same columns
+            for name in names:
+                files.setdefault(name, []).append(path)
+        for name, there in files.items():
+            if len(there) < len(self.paths):
+                lacks = next(path for path in self.paths if path not in there)
+                logger.warning("%s has no column %r, which %s has: its rows are empty there", lacks, name, there[0])
         found = {name: _common_feature(kinds) for name, kinds in types.items()}
         return Features({name: feature for name, feature in found.items() if feature is not None})
 
@@ -111,7 +123,12 @@ def _csv_tables(path: str, delimiter: str) -> Iterator[pa.Table]:
                 yield pa.table({str(name): pa.array(frame[name], pa.string(), from_pandas=True) for name in frame})
     except UnicodeDecodeError as error:
         raise UserError(bad_line(path) or f"{path}: not UTF-8 text ({error.reason})") from error
-    except (ValueError, pandas.errors.ParserWarning) as error:
+    except pandas.errors.ParserWarning as error:
+        raise UserError(
+            f"{path}: cannot be read as csv (a row has more fields than the first line; texts that hold {delimiter!r} "
+            "need quotes, or another --csv_delimiter)"
+        ) from error
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read as csv ({' '.join(str(error).split())})") from error
 
 
@@ -144,7 +161,7 @@ def _as_json(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
 def _common_feature(kinds: Iterable[pa.DataType]) -> Any:
     """The feature of a column that has these types in different tables; None if ``datasets`` has none."""
     kinds = {kind for kind in kinds if not pa.types.is_null(kind)} or {pa.string()}
-    if any(isinstance(kind, pa.JsonType) for kind in kinds):
+    if any(isinstance(kind, pa.JsonType) for kind in kinds) or _mix_numbers(kinds):
         return Json()
     try:
         schema = pa.unify_schemas([pa.schema({"x": kind}) for kind in kinds], promote_options="permissive")
@@ -154,6 +171,22 @@ def _common_feature(kinds: Iterable[pa.DataType]) -> Any:
         return Features.from_arrow_schema(schema)["x"]
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def _mix_numbers(kinds: Iterable[pa.DataType]) -> bool:
+    """Whether whole numbers and floats meet in a place: one type of both would write 5 as 5.0."""
+    numbers = {place: whole for kind in kinds for place, whole in _numbers(kind)}
+    return any(numbers[place] is not whole for kind in kinds for place, whole in _numbers(kind))
+
+
+def _numbers(kind: pa.DataType, place: tuple = ()) -> Iterator[tuple[tuple, bool]]:
+    """Where a type has numbers, and whether these are whole."""
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        yield place, pa.types.is_integer(kind)
+    elif pa.types.is_nested(kind):
+        for index in range(kind.num_fields):
+            field = kind.field(index)
+            yield from _numbers(field.type, (*place, field.name))
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
@@ -179,11 +212,13 @@ def read_files(files: FileSet, cache_dir: str | None) -> Dataset:
     Raises:
         UserError: what :meth:`FileSet.tables` raises.
     """
-    states = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files.paths]
+    found = [(os.path.abspath(path), os.stat(path)) for path in files.paths]
+    # What copies a file with its time of modification cannot copy that of its change.
+    states = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in found]
     key = fingerprint(FileSet, files, states, pa.__version__, pandas.__version__)
     builder = FilesBuilder(cache_dir=cache_dir, files=files, config_id=key)
     try:
-        builder.download_and_prepare(verification_mode="no_checks")
+        builder.download_and_prepare()
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error

@@ -53,6 +53,9 @@ class StreamedRows(torch.utils.data.IterableDataset):
         repeat: start over at the end of the stream, so that --max_steps is always reached.
         max_rows: stop after so many, or with ``repeat`` start over.
 
+    Raises:
+        UserError: there is no row.
+
     Yields:
         ``{"input_ids": int32 array of shape [length], "sample_id": the row's number}``; it goes on in the next pass.
     """
@@ -73,6 +76,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
         self.size = size
         self.repeat = repeat
         self.max_rows = max_rows
+        next(iter(self))  # rather than after hours of training
 
     @abstractmethod
     def _rows(self) -> Iterator[np.ndarray]:
@@ -87,8 +91,8 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 number += 1
             if number == first:
                 raise UserError(
-                    f"the stream holds no text, or less than one row of {self.size} tokens: give more text, or lower "
-                    "--block_size (or --max_seq_length)"
+                    f"the {'training' if self.repeat else 'validation'} stream holds no text, or less than one row of "
+                    f"{self.size} tokens: give more text, or lower --block_size (or --max_seq_length)"
                 )
             if not self.repeat:
                 return
@@ -111,8 +115,8 @@ class StreamedBlocks(StreamedRows):
     """
 
     def __init__(self, *args, add_special_tokens: bool = True, **options):
-        super().__init__(*args, **options)
         self.add_special_tokens = add_special_tokens
+        super().__init__(*args, **options)
 
     def _chunks(self) -> Iterator[np.ndarray]:
         for texts in batches_of_text(self.texts, self.column):

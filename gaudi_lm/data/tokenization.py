@@ -83,7 +83,9 @@ def _pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[str]
 def _encode_at_once(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    if getattr(tokenizer, "is_fast", False):
+    if not texts:
+        rows: list = []
+    elif getattr(tokenizer, "is_fast", False):
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()

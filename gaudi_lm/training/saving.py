@@ -124,7 +124,19 @@ class ResumableTrainer(FSDPTrainer):
         if self.args.should_save:
             clear_the_way(output, self.resumption.step, remove=self.args.overwrite_output_dir)
         with self.signals.watching() if self.args.save_on_signal else contextlib.nullcontext():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            except UserError as error:
+                raise (self._saved_before(error) or error) from error.__cause__
+
+    def _saved_before(self, error: UserError) -> UserError | None:
+        """Save the steps before a place of the data that cannot be read; several ranks would wait for each other."""
+        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        new = self.state.global_step > self.resumption.step and not folder.exists()
+        if isinstance(error, WriteError) or self.args.world_size > 1 or not (new and self.args.save_on_signal):
+            return None
+        self._save_checkpoint(self.model_wrapped, trial=None)
+        return UserError(f"{error}; the steps before it are saved, the next start resumes from {folder}")
 
     def _inner_training_loop(self, batch_size=None, *args, **kwargs):
         if not self.args.auto_find_batch_size:

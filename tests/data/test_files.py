@@ -1,7 +1,11 @@
 """Files as people bring them: odd names, columns that come late or differ, numbers, delimiters, very long lines."""
 
+import gzip
+import hashlib
 import json
 import logging
+import os
+import re
 
 import pandas
 import pyarrow as pa
@@ -9,12 +13,13 @@ import pyarrow.parquet
 import pytest
 from datasets import IterableDataset
 from running import run_several
+from torch._utils import ExceptionWrapper
 from transformers import AutoTokenizer, LlamaTokenizerFast
 
 from gaudi_lm.arguments.definitions import DataArguments, ModelArguments
 from gaudi_lm.data import json_lines, tokenization
 from gaudi_lm.data.blocks import tokenise
-from gaudi_lm.data.columns import batches_of_text, text_column, texts_of
+from gaudi_lm.data.columns import batches_of_text, text_column, texts_of, values_of
 from gaudi_lm.data.loading import load_raw
 from gaudi_lm.errors import UserError
 
@@ -294,6 +299,11 @@ def test_a_file_is_read_again_when_it_has_changed(tmp_path):
     assert sorted((tmp_path / "cache").rglob("*.arrow")) == files
     path.write_text("other\n")
     assert train_texts(tmp_path, train_file=path) == ["other\n"]
+    before = path.stat()
+    path.write_text("third\n")  # as `cp -p` and `rsync -t` do
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert train_texts(tmp_path, train_file=path) == ["third\n"]
+    path.write_text("other\n")
     data = DataArguments(train_file=str(path), keep_linebreaks=False)
     assert load_raw(data, ModelArguments(cache_dir=str(tmp_path / "cache")), True, False)["train"]["text"][:] == [
         "other"
@@ -382,3 +392,119 @@ def test_scripts_read_them(assets, masked_assets, instructions, tmp_path):
         for name, end in zip(data, run_several(script, runs), strict=True):
             assert end.status == 0, f"{script} {name}: {end.log}"
             assert end.metrics["eval_samples"] > 0
+
+
+@both_ways
+@pytest.mark.parametrize("packing", ("gz", "zst"))
+def test_a_compressed_file_that_is_cut_off(tmp_path, streaming, packing):
+    """An aborted download: beyond the start, which is looked at before anything else, as well."""
+    import zstandard
+
+    pack = {"gz": gzip.compress, "zst": zstandard.compress}[packing]
+    lines = "".join(f"{hashlib.sha256(bytes([n % 256, n // 256])).hexdigest()}\n" for n in range(9000))
+    for ending, content in {
+        "txt": lines,
+        "csv": f"text\n{lines}",
+        "jsonl": re.sub("(.+)", r'{"text": "\1"}', lines),
+    }.items():
+        whole = pack(content.encode())
+        path = tmp_path / f"a.{ending}.{packing}"
+        path.write_bytes(whole)
+        assert [text.strip() for text in train_texts(tmp_path, streaming, train_file=path)] == lines.split()
+        path.write_bytes(whole[: 3 * len(whole) // 4])
+        with pytest.raises(UserError, match=f"a.{ending}.{packing}: damaged compression, or cut off"):
+            train_texts(tmp_path, streaming, train_file=path)
+
+
+NUMBERS = ["5", "2.5", "1.36", "9007199254740993", "85223372036854775807", "-0.1", "1e-07"]
+
+
+@both_ways
+def test_numbers_stay_as_they_are_written(tmp_path, streaming, monkeypatch):
+    """Whole ones and floats in a column, in blocks of their own, too: 5 is not 5.0."""
+    monkeypatch.setattr(json_lines, "BLOCK", 16)
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": {number}}}\n' for number in NUMBERS))
+    assert train_texts(tmp_path, streaming, "text", train_file=tmp_path / "a.jsonl") == NUMBERS
+    monkeypatch.undo()
+    assert train_texts(tmp_path, streaming, "text", train_file=tmp_path / "a.jsonl") == NUMBERS
+    for name, number in {"whole": pa.array([5]), "float": pa.array([2.5])}.items():
+        pyarrow.parquet.write_table(pa.table({"text": number}), tmp_path / f"{name}.parquet")
+    assert train_texts(tmp_path, streaming, "text", train_file=tmp_path / "*.parquet") == ["2.5", "5"]
+
+
+def test_numbers_within_json_stay_as_they_are_written(tmp_path):
+    rows = [f'{{"a": [{{"n": {number}}}], "b": {{"of": {number}}}}}\n' for number in [*NUMBERS, '"word"']]
+    for name, lines in {"numbers": rows[:-1], "words": rows}.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(lines))
+        table = read(tmp_path, train_file=path)["train"].with_format("arrow")[:]
+        for column in ("a", "b"):
+            assert list(map(json.dumps, values_of(table, column))) == [
+                json.dumps(json.loads(x)[column]) for x in lines
+            ]
+
+
+@both_ways
+def test_a_file_that_is_not_utf8(tmp_path, streaming):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xe4bc"}\n')
+    with pytest.raises(UserError, match="a.jsonl, line 2: not UTF-8"):
+        train_texts(tmp_path, streaming, train_file=tmp_path / "a.jsonl")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.txt").write_bytes(b"one\n\xe4bc\n")
+    with pytest.raises(UserError, match="train.txt, line 2: not UTF-8"):
+        train_texts(tmp_path, streaming, dataset_name=tmp_path / "data", train_file="")
+
+
+@pytest.mark.parametrize("name", ("a.csv", "a.jsonl", "a.json", "a.parquet"))
+def test_a_file_without_rows(tmp_path, name):
+    pyarrow.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    for other, content in {"a.csv": "text,n\n", "a.jsonl": "{}\n{}\n", "a.json": "[]"}.items():
+        (tmp_path / other).write_text(content)
+    with pytest.raises(UserError, match=f"{name}: there are no rows in it"):
+        train_texts(tmp_path, train_file=tmp_path / name)
+
+
+@both_ways
+def test_texts_of_a_folder(tmp_path, streaming):
+    """`--dataset_name FOLDER` with .txt files: line breaks and the mark of a program are treated as those of files."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.txt").write_bytes(b"\xef\xbb\xbf" + "\n".join(WORDS).encode())
+    of_file = train_texts(tmp_path, streaming, train_file=tmp_path / "data/train.txt")
+    raw = read(tmp_path, streaming, train_file="", dataset_name=tmp_path / "data")
+    assert [row["text"] for row in raw["train"]] == of_file == [f"{WORDS[0]}\n", f"{WORDS[1]}\n", WORDS[2]]
+    with pytest.raises(UserError, match="train.txt: is a file; give it by --train_file"):
+        read(tmp_path, streaming, train_file="", dataset_name=tmp_path / "data/train.txt")
+
+
+def test_a_glob_over_folders(tmp_path):
+    for folder in ("g", "g/x", "g/x/y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(f"{folder}\n")
+    assert train_texts(tmp_path, train_file=tmp_path / "g/**/*.txt") == ["g\n", "g/x\n", "g/x/y\n"]
+
+
+def test_a_file_without_the_column_of_the_others_is_named(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("text\none\n")
+    (tmp_path / "b.csv").write_text("content\ntwo\n")
+    with caplog.at_level(logging.WARNING, "gaudi_lm"):
+        assert train_texts(tmp_path, train_file=tmp_path / "*.csv") == ["one", ""]
+    assert f"{tmp_path / 'b.csv'} has no column 'text', which {tmp_path / 'a.csv'} has" in caplog.text
+
+
+def test_validation_rows_that_were_trained_on_are_said(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("\n".join(WORDS))
+    with caplog.at_level(logging.WARNING, "gaudi_lm"):
+        data = DataArguments(train_file=str(tmp_path / "a.txt"))
+        load_raw(data, ModelArguments(cache_dir=str(tmp_path / "cache")), True, True)
+        assert not caplog.records
+        load_raw(data, ModelArguments(cache_dir=str(tmp_path / "cache")), False, True)
+    assert "a run with --do_train and without --do_eval has been trained on them" in caplog.text
+
+
+def test_an_error_of_a_process_that_loads_data_is_one_line():
+    try:
+        raise UserError("a.jsonl, line 3: not valid JSON")
+    except UserError:
+        sent = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(UserError, match="^a.jsonl, line 3: not valid JSON$"):
+        sent.reraise()

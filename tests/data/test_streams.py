@@ -196,3 +196,34 @@ def test_two_ranks_train_on_a_stream(assets, tmp_path):
 
 def validation_rows(lines: list[str], shard: int) -> list[str]:
     return [line for index, line in enumerate(lines) if (61 * shard + 5 * index) % 100 < 5]
+
+
+@pytest.mark.parametrize("split", ("training", "validation"))
+def test_a_stream_of_less_than_a_row_is_known_before_training(tokenizer, split):
+    stream = IterableDataset.from_generator(lambda: iter([{"text": "too short"}]))
+    with pytest.raises(UserError, match=f"the {split} stream holds no text, or less than one row of 512 tokens"):
+        StreamedBlocks(stream, tokenizer, "text", 512, repeat=split == "training", max_rows=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", (0, 1))
+def test_a_line_that_cannot_be_read_loses_no_step(workers, assets, tmp_path):
+    """The steps before it are in a checkpoint; once it is mended, the run goes on as if it had always been whole."""
+    lines = assets.train_jsonl.read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:1200]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[1200:1400]) + "{broken\n")
+    flags = [
+        "--model_name_or_path", assets.gpt2, "--train_file", tmp_path / "*.jsonl", "--streaming", "--max_steps", 40,
+        "--per_device_train_batch_size", 32, "--block_size", 32, "--do_train", "--use_cpu", "--logging_steps", 1,
+        "--save_strategy", "no", "--dataloader_num_workers", workers,
+    ]  # fmt: skip
+    said = run("run_clm.py", *flags, "--output_dir", tmp_path / "out", code=2).stderr.splitlines()[-1]
+    (saved,) = (tmp_path / "out").glob("checkpoint-*")
+    assert said == (
+        f"error: {tmp_path}/b.jsonl, line 201: not valid JSON (Expecting property name enclosed in double quotes); "
+        f"the steps before it are saved, the next start resumes from {saved}"
+    )
+    (tmp_path / "b.jsonl").write_text("".join(lines[1200:1400]))
+    run("run_clm.py", *flags, "--output_dir", tmp_path / "out")
+    run("run_clm.py", *flags, "--output_dir", tmp_path / "whole")
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole") and len(losses(tmp_path / "out")) == 40
