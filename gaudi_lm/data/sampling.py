@@ -159,6 +159,7 @@ class TrainingBatches:
             raise UserError(
                 f"--dataloader_drop_last leaves nothing: {self.rows} rows are less than one step of {per_step}"
             )
+        self._left, self._resumed, self._done = self.steps, -1, 0
         self.lengths: list[int] | None = None
         if group_by_length:
             column = dataset.with_format("arrow")[:]["input_ids"]
@@ -166,9 +167,23 @@ class TrainingBatches:
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        self._left = self.steps - (self._done if epoch == self._resumed else 0)
+
+    def resume_after(self, steps: int, batches: int) -> None:
+        """Count in the epoch of a resumed run only the batches that are left.
+
+        GaudiTrainer (optimum-habana 1.21) counts batches from where it goes on, but ends the last step of an epoch,
+        which may accumulate fewer of them, by the number of all.
+
+        Args:
+            steps: optimizer steps before.
+            batches: that a step accumulates.
+        """
+        self._resumed, steps = divmod(steps, -(-self.steps // batches))
+        self._done = steps * batches
 
     def __len__(self) -> int:
-        return self.steps
+        return self._left
 
     def _order(self) -> np.ndarray:
         if self.lengths is None:

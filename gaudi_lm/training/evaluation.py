@@ -27,10 +27,10 @@ from gaudi_lm.data.sampling import (
     read_rows,
 )
 from gaudi_lm.modeling.cross_entropy import full_cross_entropy
+from gaudi_lm.training.best_model import BestModelTrainer
 from gaudi_lm.training.length_warmup import of_length, several_lengths
 from gaudi_lm.training.metrics import Throughput, token_metrics
 from gaudi_lm.training.predictions import Predictions, as_float
-from gaudi_lm.training.saving import ResumableTrainer
 from gaudi_lm.training.sums import TokenSums
 
 
@@ -112,7 +112,8 @@ def evaluation_loader(
     if not rows.sized:
         options |= {"num_workers": 0, "prefetch_factor": None}
     collate = ignore_filler_samples(collator, labels_from_inputs, part)
-    return DataLoader(rows, batch_size=batch_size, collate_fn=collate, **options)
+    generator = torch.Generator()  # a loader draws a seed: not from the numbers that dropout draws from
+    return DataLoader(rows, batch_size=batch_size, collate_fn=collate, generator=generator, **options)
 
 
 @contextmanager
@@ -138,7 +139,7 @@ def weights_as(model: nn.Module, dtype: torch.dtype | None, restore: bool) -> It
             weight.data = values.to(device)
 
 
-class EvaluatingTrainer(ResumableTrainer):
+class EvaluatingTrainer(BestModelTrainer):
     """Evaluation by sums over tokens; logits are kept for ``compute_metrics`` and ``predict`` alone."""
 
     causal: bool

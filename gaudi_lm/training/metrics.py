@@ -29,7 +29,7 @@ def token_metrics(loss_sum: list[float], correct: list[int], count: list[int]) -
     loss = math.fsum(loss_sum) / total
     return {
         "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "perplexity": math.inf if loss > 700 else math.exp(loss),
         "accuracy": sum(correct) / total,
     }
 

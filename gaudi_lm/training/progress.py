@@ -20,13 +20,16 @@ BESIDE = "^epoch$|^graph_|_(samples|tokens|seen|runtime|per_second|per_step|gb)$
 
 
 class StepClock(TrainerCallback):
-    """Tells the trainer's throughput that an optimizer step is over."""
+    """Tells the trainer's throughput that an optimizer step is over, and how much of its epoch."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.throughput.end_step(*self.trainer._window)
+        if batches := self.trainer.batches_per_epoch:  # GaudiTrainer divides by what is left of a resumed epoch
+            epoch, steps = divmod(state.global_step - 1, self.trainer.steps_per_epoch)
+            state.epoch = epoch + min((steps + 1) * args.gradient_accumulation_steps, batches) / batches
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -36,13 +39,16 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self.early_stopping_patience_counter = evaluations_without_better(vars(state)) if state.global_step else 0
         state.stateful_callbacks[type(self).__name__] = self.state()  # the trainer looks for it there
-        self._over = False
+        self._training = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._training = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._over = True
+        self._training = False
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if self._over:
+        if not self._training:  # that of --eval_on_start comes again with each resumption
             return
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if (count := self.early_stopping_patience_counter) >= self.early_stopping_patience:

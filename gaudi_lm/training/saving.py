@@ -23,7 +23,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gaudi_lm.data.memory import host_copies
 from gaudi_lm.errors import UserError
-from gaudi_lm.modeling.virtual_tokens import load_encoder, save_encoder
 from gaudi_lm.training import checkpoints
 from gaudi_lm.training.agreement import from_main, gather
 from gaudi_lm.training.fsdp import FSDPTrainer
@@ -90,6 +89,7 @@ class ResumableTrainer(FSDPTrainer):
         super().__init__(*args, **kwargs)
         self.uploads = HubUploads(self.args)
         self.epochs = self.steps_per_epoch = 1
+        self.batches_per_epoch: int | None = None
         self.resumption = Resumption()
         self.loading = contextlib.ExitStack()
         self.signals = SaveOnSignal(self.args.process_index == 0)
@@ -135,6 +135,7 @@ class ResumableTrainer(FSDPTrainer):
         new = self.state.global_step > self.resumption.step and not folder.exists()
         if isinstance(error, WriteError) or self.args.world_size > 1 or not (new and self.args.save_on_signal):
             return None
+        self.args.save_only_model = False
         self._save_checkpoint(self.model_wrapped, trial=None)
         return UserError(f"{error}; the steps before it are saved, the next start resumes from {folder}")
 
@@ -162,6 +163,7 @@ class ResumableTrainer(FSDPTrainer):
     def set_initial_training_values(self, args, dataloader, total_train_batch_size):
         values = list(super().set_initial_training_values(args, dataloader, total_train_batch_size))
         self.epochs, self.steps_per_epoch = values[:2]
+        self.batches_per_epoch = values[5]
         stopped = self.resumption.without_better >= (args.early_stopping_patience or math.inf)
         if stopped or self.resumption.step >= values[-1]:
             values[0] = 0  # no epoch is left: the loop would train one more step before it looks at max_steps
@@ -175,14 +177,11 @@ class ResumableTrainer(FSDPTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         self.resumption.apply_flags(self.optimizer, self.lr_scheduler)
-        if checkpoint is not None:
-            load_encoder(self.plain_model, checkpoint)
 
     def _save(self, output_dir=None, state_dict=None):
         if state_dict is None and self.args.device.type == "hpu":
             state_dict = host_copies(self.model.state_dict(keep_vars=True))
         super()._save(output_dir, state_dict)
-        save_encoder(self.model, output_dir or self.args.output_dir)
 
     def _load_rng_state(self, checkpoint):
         with contextlib.suppress(KeyError):  # from the CPU to a card, which the log has said
@@ -201,7 +200,7 @@ class ResumableTrainer(FSDPTrainer):
 
         with self._written_whole(folder, publish) as staging:
             self.save_weights_of_checkpoint(staging)
-            if not self.args.save_only_model:
+            if not self.args.save_only_model or self.signals.decided:
                 self._save_optimizer_and_scheduler(str(staging))
                 self._save_scaler(str(staging))
                 self._save_rng_state(str(staging))

@@ -106,6 +106,8 @@ class LMTrainer(EvaluatingTrainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         order = {"drop_last": args.dataloader_drop_last, "group_by_length": args.group_by_length}
         sampler = TrainingBatches(self.train_dataset, self._train_batch_size, seed, *data_ranks(args), **order)
+        if not args.ignore_data_skip:
+            sampler.resume_after(self.resumption.step, args.gradient_accumulation_steps)
         loader = DataLoader(TrainingRows(self.train_dataset), batch_sampler=sampler, **options)
         loader.set_epoch = sampler.set_epoch
         return loader
@@ -210,16 +212,6 @@ class LMTrainer(EvaluatingTrainer):
             logs.update(self.throughput.figures("train") | self.training_loss.result())
         # Not GaudiTrainer's own, which adds the memory of the card a second time, in names of its own.
         super(GaudiTrainer, self).log(logs, start_time)
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.rank_reduction and self.args.should_save:
-            self.rank_reduction.save(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.rank_reduction and checkpoint is not None:
-            self.rank_reduction.load(checkpoint)
 
     def compare_trainer_and_checkpoint_args(self, training_args, trainer_state) -> None:
         """Nothing: :class:`gaudi_lm.training.resumed_state.Resumption` has said what counts."""

@@ -34,6 +34,24 @@ def test_resume_is_exact(script, case, assets, masked_assets, instructions, tmp_
     assert steps == [2, 4, 6, 8]
 
 
+@pytest.mark.parametrize(
+    ("script", "case"),
+    [("run_clm.py", "1-cpu"), ("run_clm.py", "2-cpu"), ("run_mlm.py", "1-card"), ("run_lora_clm.py", "zero2")],
+)
+def test_accumulation_resumes_exactly(script, case, assets, masked_assets, instructions, tmp_path):
+    """Five batches an epoch make two steps of two and one of one: the last was lost, its gradients went into the next."""
+    ranks, card = CASES[case]
+    flags = [*script_flags(script, assets, masked_assets, instructions), *card, "--gradient_accumulation_steps", 2]
+    flags += ["--save_steps", 1, "--logging_steps", 1]
+    start(script, ranks, tmp_path / "whole", *flags)
+    whole = essence(tmp_path / "whole")
+    for step in (1, 4, 5):
+        again = tmp_path / str(step)
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", again / f"checkpoint-{step}")
+        start(script, ranks, again, *flags)
+        assert essence(again) == whole, step
+
+
 def test_processes_that_stay_resume_exactly(assets, masked_assets, instructions, tmp_path):
     """They start once in a whole run and once more in a resumed one, which changed the dropout after it."""
     flags = [*script_flags("run_mlm.py", assets, masked_assets, instructions), *CPU, "--line_by_line"]
