@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from running import load_elsewhere, log_history, losses, run, run_many, run_ranks
 from safetensors.torch import load_file
@@ -109,3 +110,49 @@ def test_a_masked_model_fills_masks(masked_assets, assets, tmp_path):
     assert "\n    the [MASK] statement [MASK]\n" in (tmp_path / "out" / "README.md").read_text()
     none = run("run_mlm.py", *flags, "no mask", "--output_dir", tmp_path / "none", code=2).stderr
     assert "error: --generate 'no mask': it has no [MASK] for the model to fill" in none
+
+
+@pytest.mark.slow
+def test_only_the_best_is_saved(assets, tmp_path):
+    """`--save_strategy best`: transformers does not note which step that was, and loads nothing in the end."""
+    output = tmp_path / "out"
+    flags = ["--do_train", "--do_eval", "--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "best"]
+    flags += [*WORSE, "--max_steps", 4, "--max_eval_samples", 2, "--load_best_model_at_end"]
+    log = run("run_clm.py", *scratch(assets, output, *flags)).stderr
+    rows = {row["step"]: row["eval_loss"] for row in reversed(log_history(output)) if "eval_loss" in row}
+    best = min(rows, key=rows.get)
+    assert f"the model is that of step {best} of 4, the best by loss" in log and best < 4
+    assert equal(output, output / f"checkpoint-{best}")
+
+
+ADAPTERS = {
+    "p_tuning": ["--encoder_hidden_size", 16, "--num_virtual_tokens", 4, "--learning_rate", 3],
+    "adalora": ["--adalora_tinit", 1, "--adalora_tfinal", 1, "--adalora_delta_t", 1, "--adalora_init_r", 8]
+    + ["--adalora_target_r", 2, "--learning_rate", 1, "--metric_for_best_model", "accuracy"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ([], ["--save_only_model"]), ids=("whole", "model"))
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_best_adapter_is_that_of_its_checkpoint(kind, more, instructions, tmp_path):
+    """With the ranks of that step, and the vectors that P-tuning's encoder made of its inputs, not of its outputs."""
+    output = tmp_path / "out"
+    flags = [
+        "--model_name_or_path", instructions.llama, "--train_file", instructions.train, "--validation_file",
+        instructions.validation, "--max_train_samples", 20, "--max_eval_samples", 4, "--max_seq_length", 128, "--use_cpu",
+        "--lr_scheduler_type", "constant", "--peft_type", kind, *ADAPTERS[kind], *more,
+    ]  # fmt: skip
+    log = run(
+        "run_lora_clm.py", *flags, *EVALUATIONS, "--max_steps", 8, "--load_best_model_at_end", "--output_dir", output
+    )
+    state = json.loads((output / "trainer_state.json").read_text())
+    best = state["best_global_step"]
+    assert f"the model is that of step {best} of 8" in log.stderr and (best < 8 or kind == "p_tuning")
+    there = next(row["eval_loss"] for row in log_history(output) if row["step"] == best and "eval_loss" in row)
+    assert json.loads((output / "all_results.json").read_text())["eval_loss"] == pytest.approx(there, rel=1e-6)
+    if kind == "p_tuning":
+        one, other = (
+            load_file(place / "adapter_model.safetensors") for place in (output, output / f"checkpoint-{best}")
+        )
+        torch.testing.assert_close(one, other)
