@@ -22,6 +22,7 @@ SHOWN = (
     "gradient_accumulation_steps", "world_size", "optim", "weight_decay", "max_grad_norm", "warmup_ratio", "seed",
 )  # fmt: skip
 CODE = "    "  # what Markdown takes for code, whatever it holds
+SECRETS = ("token", "hub_token", "push_to_hub_token")
 RESULTS = ("eval_loss", "eval_perplexity", "eval_accuracy")
 
 
@@ -30,7 +31,9 @@ def command_line() -> str:
     words, hide = [], False
     for word in sys.argv:
         name, equals, _ = word.partition("=")
-        secret = name.startswith("--") and name.endswith("token")
+        # A flag may be abbreviated, and written with dashes.
+        flag = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
+        secret = len(flag) > 1 and (flag.endswith("token") or any(full.startswith(flag) for full in SECRETS))
         words.append("<hidden>" if hide else f"{name}=<hidden>" if secret and equals else word)
         hide = secret and not equals
     return shlex.join(["python", *words]).replace("'<hidden>'", "<hidden>")

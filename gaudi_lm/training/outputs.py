@@ -136,6 +136,8 @@ def save(trainer: LMTrainer, save_model: bool = True) -> None:
     if args.load_best_model_at_end and state.best_model_checkpoint:
         best = (state.best_global_step, state.global_step, args.metric_for_best_model, state.best_metric)
         logger.info("the model is that of step %d of %d, the best by %s (%.6g)", *best)
+    elif args.load_best_model_at_end:
+        logger.warning("--load_best_model_at_end: no evaluation found a best model; this is that of the last step")
     trainer.signals.end_after_training(Path(args.output_dir))
 
 

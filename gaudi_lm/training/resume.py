@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from gaudi_lm.errors import UserError
+from gaudi_lm.modeling.virtual_tokens import ENCODER
 from gaudi_lm.training import checkpoints
 from gaudi_lm.training.agreement import from_main
 from gaudi_lm.training.fsdp import check_kind
@@ -17,6 +18,16 @@ logger = logging.getLogger("gaudi_lm")
 REPORTS = {"all_results.json", "train_results.json", "eval_results.json", checkpoints.STATE, "runs"}
 """What a run may write at the top of its folder before its model is there."""
 
+
+RESULTS = (
+    "model*.safetensors*",
+    "pytorch_model*.bin*",
+    "adapter_config.json",
+    "adapter_model.*",
+    ENCODER,
+    "*_results.json",
+)
+"""What a run leaves at the top of its folder and the next one may not write over: weights and figures."""
 
 # Of launchers, shells, mpirun and TensorBoard.
 LOGS = ("*.log", "*.out", "*.err", "rank.*/stdout", "rank.*/stderr", "events.out.tfevents.*")
@@ -54,16 +65,17 @@ def find_checkpoint(training_args) -> str | None:
 
 def _find(training_args) -> str | None:
     wanted, folder = training_args.resume_from_checkpoint or "", Path(training_args.output_dir)
+    here = folder.is_dir() and not training_args.overwrite_output_dir
     if wanted.lower() not in ("", "true", "false"):
         if found := checkpoints.faults(Path(wanted)):
-            raise UserError(
-                f"--resume_from_checkpoint {wanted}: {'; '.join(found)}. Name another one, or begin anew from its "
-                "weights by --model_name_or_path"
-            )
+            inside = checkpoints.checkpoints_in(Path(wanted))
+            other = f"such as {inside[0]}" if inside else "or begin anew from its weights by --model_name_or_path"
+            raise UserError(f"--resume_from_checkpoint {wanted}: {'; '.join(found)}. Name another one, {other}")
+        if here and not checkpoints.checkpoints_in(folder):
+            _refuse_others(folder)
         return _taken(Path(wanted), training_args)
     if training_args.dry_run:
         return None  # what is in the folder stays as it is
-    here = folder.is_dir() and not training_args.overwrite_output_dir
     if here:
         for name in checkpoints.remove_incomplete(folder):
             logger.warning("%s: an interrupted run was writing it; removed", folder / name)
@@ -88,12 +100,18 @@ def _find(training_args) -> str | None:
         )
     if wanted.lower() == "true":
         raise UserError(f"--resume_from_checkpoint: {folder} holds no checkpoint")
-    if here and not all(path.name in REPORTS or is_log(path) for path in folder.iterdir()):
+    if here:
+        _refuse_others(folder)
+    return None
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raise a UserError where a folder without checkpoints holds what no interrupted run has left there."""
+    if not all(path.name in REPORTS or is_log(path) for path in folder.iterdir()):
         raise UserError(
             f"--output_dir {folder} is not empty and holds no checkpoint: "
-            "choose another, or give --overwrite_output_dir to train from the start there"
+            "choose another, or give --overwrite_output_dir to write into it"
         )
-    return None
 
 
 def _taken(checkpoint: Path, training_args) -> str:
@@ -115,8 +133,12 @@ def clear_the_way(folder: Path, step: int, remove: bool) -> None:
     They would be taken for this run's: kept in place of its own, and resumed from after an interruption.
 
     Args:
-        remove: do so, where training begins anew, instead of giving them another name.
+        remove: do so, where training begins anew, instead of giving them another name; what an earlier run has written
+            at the top as well, which would be taken for the result of this one.
     """
+    if step == 0 and remove:
+        for path in (path for name in RESULTS for path in folder.glob(name)):
+            path.unlink()
     for path in checkpoints.checkpoints_in(folder):
         if step == 0 and remove:
             shutil.rmtree(path)

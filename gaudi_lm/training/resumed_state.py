@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from gaudi_lm.arguments.context_parallel import data_ranks
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import checkpoints
-from gaudi_lm.training.progress import evaluations_without_better
+from gaudi_lm.training.progress import EarlyStopping, evaluations_without_better
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -173,6 +173,7 @@ class Resumption:
         if self.checkpoint is None:
             return
         trainer.state.num_train_epochs = trainer.epochs
+        self._forget_other_metric(trainer)
         if trainer.state.best_model_checkpoint is not None:
             best = Path(trainer.args.output_dir, Path(trainer.state.best_model_checkpoint).name)
             if best.is_dir():  # the folder may have another name by now
@@ -188,6 +189,19 @@ class Resumption:
             logger.warning("%s has no RNG state of a card: a new one is used", self.checkpoint)
         if self.run:
             self._say_order(Resumption.facts(trainer))
+
+    @staticmethod
+    def _forget_other_metric(trainer: GaudiTrainer) -> None:
+        """A best value is of the metric that it was logged under, and says nothing about another one."""
+        state, metric = trainer.state, trainer.args.metric_for_best_model
+        name = f"eval_{(metric or '').removeprefix('eval_')}"
+        values = [row.get(name) for row in state.log_history if row["step"] == state.best_global_step]
+        if metric is not None and state.best_metric is not None and values and state.best_metric not in values:
+            logger.warning(
+                "--metric_for_best_model %s: the best model so far was by another one; it is forgotten", metric
+            )
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+            state.stateful_callbacks.pop(EarlyStopping.__name__, None)
 
     def _say_order(self, now: dict) -> None:
         then, step = self.run, self.step
@@ -235,23 +249,25 @@ class Resumption:
         """Let the flags of this start win over the values in the checkpoint, and say where they differ."""
         if self.checkpoint is None or len(self._noted) != len(optimizer.param_groups):
             return
-        said = {}
+        said: dict[str, str] = {}
+        follows = isinstance(scheduler, LambdaLR)
         for index, (group, noted) in enumerate(zip(optimizer.param_groups, self._noted, strict=True)):
             before = {**group, "lr": group.get("initial_lr", group["lr"])}
             for name, value in noted.items():
                 if before[name] not in (value, list(value) if isinstance(value, tuple) else value):
-                    said[name] = (value, before[name])
+                    said[name] = f"{name} {value} (was {before[name]})"
                 if name != "lr":
                     group[name] = value
-            if isinstance(scheduler, LambdaLR):
+            if follows:
                 scheduler.base_lrs[index] = group["initial_lr"] = noted["lr"]
                 group["lr"] = noted["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)
                 scheduler._last_lr[index] = group["lr"]
-        if "lr" in said and not isinstance(scheduler, LambdaLR):
-            said["lr"] = (said["lr"][1], f"{said['lr'][0]} would be new, but this schedule keeps what it has")
+        if "lr" in said and not follows:  # which has changed it meanwhile
+            del said["lr"]
+            if now := self.changed.get("learning_rate"):
+                said["lr"] = f"the lr that its schedule has reached, not --learning_rate {now[1]}"
         if said:
-            words = ", ".join(f"{name} {value} (was {before})" for name, (value, before) in said.items())
-            logger.warning("the optimizer continues with %s", words)
+            logger.warning("the optimizer continues with %s", ", ".join(said.values()))
 
 
 def _rows_done(step: int, facts: dict) -> int:

@@ -7,6 +7,7 @@ The format of a checkpoint is in :mod:`gaudi_lm.training.checkpoints`, which one
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import math
@@ -181,7 +182,12 @@ class ResumableTrainer(FSDPTrainer):
     def _save(self, output_dir=None, state_dict=None):
         if state_dict is None and self.args.device.type == "hpu":
             state_dict = host_copies(self.model.state_dict(keep_vars=True))
-        super()._save(output_dir, state_dict)
+        kept, self.args = self.args, copy.copy(self.args)
+        self.args.hub_token = self.args.push_to_hub_token = None  # the arguments are pickled beside the weights
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = kept
 
     def _load_rng_state(self, checkpoint):
         with contextlib.suppress(KeyError):  # from the CPU to a card, which the log has said

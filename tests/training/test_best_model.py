@@ -140,7 +140,8 @@ def test_the_best_adapter_is_that_of_its_checkpoint(kind, more, instructions, tm
     output = tmp_path / "out"
     flags = [
         "--model_name_or_path", instructions.llama, "--train_file", instructions.train, "--validation_file",
-        instructions.validation, "--max_train_samples", 20, "--max_eval_samples", 4, "--max_seq_length", 128, "--use_cpu",
+        instructions.validation, "--max_train_samples", 20, "--max_eval_samples", 4, "--max_seq_length", 128,
+        "--use_cpu",
         "--lr_scheduler_type", "constant", "--peft_type", kind, *ADAPTERS[kind], *more,
     ]  # fmt: skip
     log = run(

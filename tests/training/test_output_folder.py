@@ -3,7 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-from running import losses, run
+from running import losses, results, run
+from short_runs import scratch
 
 from gaudi_lm.errors import UserError
 from gaudi_lm.training.resume import find_checkpoint
@@ -52,3 +53,56 @@ def test_the_launchers_logs_inside(assets, tmp_path):
         "--block_size", 32, "--logging_steps", 1,
     )  # fmt: skip
     assert len(losses(output)) == 2 and any((output / "logs").glob("*/rank.0/stdout"))
+
+
+@pytest.mark.slow
+def test_what_others_have_put_there_is_left_alone(assets, tmp_path):
+    """Also where a checkpoint of another folder is named."""
+    first, output = tmp_path / "first", tmp_path / "out"
+    run("run_clm.py", *scratch(assets, first, "--do_train", "--max_steps", 1, "--save_steps", 1))
+    output.mkdir()
+    for name in ("README.md", "config.json"):
+        (output / name).write_text("mine")
+    flags = scratch(assets, output, "--do_train", "--max_steps", 2, "--resume_from_checkpoint", first / "checkpoint-1")
+    said = run("run_clm.py", *flags, code=2).stderr
+    assert f"error: --output_dir {output} is not empty and holds no checkpoint" in said
+    assert [path.read_text() for path in sorted(output.iterdir())] == ["mine", "mine"]
+    said = run("run_clm.py", *scratch(assets, output, "--do_train", "--resume_from_checkpoint", first), code=2).stderr
+    assert f"Name another one, such as {first / 'checkpoint-1'}" in said
+
+
+@pytest.mark.slow
+def test_overwriting_leaves_no_older_result(assets, tmp_path):
+    """Of two formats one would be loaded, whichever is newer; figures of two runs would be one's."""
+    output, flags = (
+        tmp_path / "out",
+        ["--do_train", "--max_steps", 1, "--save_strategy", "no", "--max_eval_samples", 2],
+    )
+    run("run_clm.py", *scratch(assets, output, *flags, "--do_eval"))
+    (output / "adapter_config.json").write_text("{}")
+    (output / "notes.txt").write_text("mine")
+    anew = ["--overwrite_output_dir", "--save_safetensors", "False", "--learning_rate", 1e-2]
+    run("run_clm.py", *scratch(assets, output, *flags, *anew))
+    names = {path.name for path in output.iterdir()}
+    assert {"pytorch_model.bin", "notes.txt", "train_results.json"} <= names
+    assert not names & {"model.safetensors", "adapter_config.json", "eval_results.json"}
+    assert "eval_loss" not in results(output)
+
+
+@pytest.mark.slow
+def test_a_token_is_in_no_file(assets, tmp_path):
+    output = tmp_path / "out"
+    flags = ["--do_train", "--max_steps", 1, "--save_steps", 1, "--hub_tok", "hf_SECRET", "--token", "hf_SECRET"]
+    run("run_clm.py", *scratch(assets, output, *flags))
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert {"training_args.bin", "README.md"} <= {path.name for path in files}
+    assert not [path for path in files if b"SECRET" in path.read_bytes()]
+    assert "--hub_tok &lt;hidden&gt;" in (card := (output / "README.md").read_text()) or "--hub_tok <hidden>" in card
+
+
+@pytest.mark.slow
+def test_weights_of_the_other_format_are_resumed_from(assets, tmp_path):
+    output, flags = tmp_path / "out", ["--do_train", "--save_steps", 1, "--logging_steps", 1]
+    run("run_clm.py", *scratch(assets, output, *flags, "--max_steps", 1))
+    run("run_clm.py", *scratch(assets, output, *flags, "--max_steps", 2, "--save_safetensors", "False"))
+    assert len(losses(output)) == 2 and (output / "checkpoint-2/pytorch_model.bin").is_file()

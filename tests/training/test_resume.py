@@ -39,7 +39,7 @@ def test_resume_is_exact(script, case, assets, masked_assets, instructions, tmp_
     [("run_clm.py", "1-cpu"), ("run_clm.py", "2-cpu"), ("run_mlm.py", "1-card"), ("run_lora_clm.py", "zero2")],
 )
 def test_accumulation_resumes_exactly(script, case, assets, masked_assets, instructions, tmp_path):
-    """Five batches an epoch make two steps of two and one of one: the last was lost, its gradients went into the next."""
+    """Five batches an epoch are two steps of two and one of one, which was lost: its gradients went into the next."""
     ranks, card = CASES[case]
     flags = [*script_flags(script, assets, masked_assets, instructions), *card, "--gradient_accumulation_steps", 2]
     flags += ["--save_steps", 1, "--logging_steps", 1]
