@@ -157,3 +157,48 @@ def test_the_best_adapter_is_that_of_its_checkpoint(kind, more, instructions, tm
             load_file(place / "adapter_model.safetensors") for place in (output, output / f"checkpoint-{best}")
         )
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.slow
+def test_a_best_value_of_another_metric_is_forgotten(assets, tmp_path):
+    output, flags = tmp_path / "out", [*EVALUATIONS, *WORSE, "--max_eval_samples", 2, "--load_best_model_at_end"]
+    run("run_clm.py", *scratch(assets, output, *flags, "--max_steps", 3))
+    flags += ["--max_steps", 6, "--metric_for_best_model", "accuracy"]
+    log = run("run_clm.py", *scratch(assets, output, *flags)).stderr
+    assert "--metric_for_best_model accuracy: the best model so far was by another one; it is forgotten" in log
+    rows = {row["step"]: row["eval_accuracy"] for row in reversed(log_history(output)) if "eval_accuracy" in row}
+    best = max(range(4, 7), key=rows.get)
+    assert f"the model is that of step {best} of 6, the best by accuracy ({rows[best]:.6g})" in log
+
+
+@pytest.mark.slow
+def test_the_evaluation_at_the_start_is_no_sign_of_an_end(assets, tmp_path):
+    """It comes again with each resumption, of a model that the patience has counted."""
+    output = tmp_path / "out"
+    flags = [*EVALUATIONS, "--eval_on_start", "--load_best_model_at_end", "--early_stopping_patience", 1]
+    flags += ["--max_eval_samples", 4, "--learning_rate", 1e-3, "--lr_scheduler_type", "constant"]
+    run("run_clm.py", *scratch(assets, output, *flags, "--max_steps", 2))
+    log = run("run_clm.py", *scratch(assets, output, *flags, "--max_steps", 4)).stderr
+    assert "training ends" not in log and len(losses(output)) == 4
+
+
+@pytest.mark.slow
+def test_a_plateau_follows_the_metric(assets, tmp_path):
+    """Of an accuracy more is better; the rate was halved whenever it rose, and a reduced one taken for a new flag."""
+    output, flags = (
+        tmp_path / "out",
+        [*EVALUATIONS, "--max_eval_samples", 4, "--lr_scheduler_type", "reduce_lr_on_plateau"],
+    )
+    flags += ["--lr_scheduler_kwargs", '{"patience": 0, "factor": 0.5}', "--learning_rate", 1e-2]
+    flags += ["--metric_for_best_model", "accuracy", "--load_best_model_at_end"]
+    run("run_clm.py", *scratch(assets, output, *flags, "--max_steps", 8))
+    log = run("run_clm.py", *scratch(assets, output, *flags, "--max_steps", 9)).stderr
+    assert "the optimizer continues with" not in log
+    accuracies = [row["eval_accuracy"] for row in log_history(output) if "eval_accuracy" in row]
+    rates = [row["learning_rate"] for row in log_history(output) if "learning_rate" in row]
+    best, rate = 0.0, 1e-2
+    for accuracy, found in zip(accuracies, rates[1:], strict=False):
+        rate = rate if accuracy > best * (1 + 1e-4) else rate / 2
+        best = max(best, accuracy)
+        assert found == pytest.approx(rate), (accuracies, rates)
+    assert len(rates) == 9 and len(set(rates)) > 1

@@ -82,6 +82,18 @@ def test_a_signal_saves_and_ends(script, ranks, card, number, to, assets, masked
         assert "--deepspeed" in card or results(tmp_path / "whole")["host_syncs_per_step"] == 0
 
 
+def test_what_a_signal_saves_is_whole(assets, masked_assets, instructions, tmp_path):
+    """With --save_only_model the other checkpoints cannot be resumed from, which is all that this one is for."""
+    flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *LONG, *CPU, "--save_only_model"]
+    (done,) = interrupted("run_clm.py", 1, tmp_path / "out", flags, signal.SIGTERM)
+    assert done.returncode == 128 + signal.SIGTERM
+    saved = re.search(r"the checkpoint is (\S+)", done.stderr)[1]
+    (said,) = start("run_clm.py", 1, tmp_path / "out", *flags)
+    assert f"Resuming from {saved}" in said
+    start("run_clm.py", 1, tmp_path / "whole", *flags)
+    assert essence(tmp_path / "out") == essence(tmp_path / "whole")
+
+
 def test_a_second_interrupt_ends_at_once(assets, masked_assets, instructions, tmp_path):
     flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *LONG, *CPU, "--max_steps", 100_000]
     output = tmp_path / "out"
