@@ -99,6 +99,17 @@ NEEDS: dict[str, str] = {
     "use_zero3_leaf_promotion": "deepspeed",
 }
 
+# Flags that do nothing with some values of another one.
+UNUSED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "eval_delay": ("eval_strategy", ("no",)),
+    "eval_steps": ("eval_strategy", ("no", "epoch")),
+    "logging_steps": ("logging_strategy", ("no", "epoch")),
+    "save_steps": ("save_strategy", ("no", "epoch", "best")),
+    "save_total_limit": ("save_strategy", ("no",)),
+    "warmup_ratio": ("lr_scheduler_type", ("constant", "reduce_lr_on_plateau")),
+    "warmup_steps": ("lr_scheduler_type", ("constant", "reduce_lr_on_plateau")),
+}
+
 # What only a Gaudi has, with the value that stands for its absence: --use_cpu overrides these.
 CARD_ONLY: dict[str, object] = {
     "use_habana": False,
@@ -156,6 +167,10 @@ def check_flags(values: dict[str, object], defaults: dict[str, object]) -> None:
             warn(f"--{name} changes nothing: {reason}")
     if values.get("model_type") and values.get("model_name_or_path"):
         warn(f"--model_type {values['model_type']} changes nothing: --model_name_or_path brings a type of its own")
+    for name, (other, among) in UNUSED.items():
+        chosen = str(getattr(values.get(other), "value", values.get(other)))
+        if is_given(name) and chosen in among:
+            warn(f"--{name} changes nothing: --{other} is {chosen}")
     for name, other in NEEDS.items():
         if is_given(name) and not _is_on(other, values) and not (values.get("use_cpu") and name in CARD_ONLY):
             raise UserError(f"--{name} needs --{other}, which is not set")

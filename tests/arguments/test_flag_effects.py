@@ -15,7 +15,7 @@ import torch
 from running import ROOT, log_history, losses, results, run, run_ranks
 
 from gaudi_lm.arguments.parsing import OLD_NAMES
-from gaudi_lm.arguments.refusals import ALWAYS, REFUSED
+from gaudi_lm.arguments.refusals import ALWAYS, REFUSED, UNUSED
 
 # Flags whose effect other tests show, by the file in which they are looked for.
 ELSEWHERE = {
@@ -472,6 +472,12 @@ def test_flags_that_change_nothing_say_so(capsys):
         check_flags({name: True}, {name: False})
         expected = "" if name == "local_rank" else f"warning: --{name} changes nothing: {reason}\n"
         assert capsys.readouterr().err == expected
+    for name, (other, among) in UNUSED.items():
+        for value in among:
+            check_flags({name: 7, other: value}, {name: 0, other: "x"})
+            assert capsys.readouterr().err == f"warning: --{name} changes nothing: --{other} is {value}\n"
+        check_flags({name: 7, other: "steps"}, {name: 0, other: "x"})
+        assert capsys.readouterr().err == ""
 
 
 def test_every_number_has_a_range():
