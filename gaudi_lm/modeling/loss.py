@@ -223,6 +223,9 @@ def _why_full_logits(model, objective) -> str | None:
         return "DeepSpeed ZeRO-3 shards the head"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         return "FSDP shards the head"
+    # The function's module: that of optimum-habana, where it is patched, and a subclass may leave it as it is.
+    if type(model).forward.__module__.partition(".")[0] not in ("transformers", "optimum", "gaudi_lm"):
+        return f"{type(model).__name__} has a forward of its own, which may change its logits"
     row = architecture_of(model.config)
     known = row.causal_head if objective == "causal" else row.masked_head
     if not known or (name.startswith("deberta") and not model.config.legacy):

@@ -27,9 +27,10 @@ from tiny_models import (
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import DefaultDeviceType
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gaudi_lm.architectures import ARCHITECTURES
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, default_budget, limit_predictions, select_targets
@@ -461,7 +462,28 @@ def _adapted_head(monkeypatch):
     return get_peft_model(tiny_model("llama"), adapters), "output embedding"
 
 
-@pytest.mark.parametrize("make", [_fsdp, _zero3, _unknown, _adapted_head])
+def _own_forward(monkeypatch):
+    plain = tiny_model("llama")
+
+    class CappedLlama(LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, attention_mask=None, position_ids=None, **kwargs):
+            hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)[0]
+            logits = torch.tanh(self.lm_head(hidden) / 3) * 3
+            loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size)
+            return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    model = CappedLlama(plain.config).train()
+    model.load_state_dict(plain.state_dict())
+    return model, "CappedLlama has a forward of its own"
+
+
+def _own_forward_in_peft(monkeypatch):
+    model, reason = _own_forward(monkeypatch)
+    adapters = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(model, adapters), reason
+
+
+@pytest.mark.parametrize("make", [_fsdp, _zero3, _unknown, _adapted_head, _own_forward, _own_forward_in_peft])
 def test_full_logits_where_the_head_cannot_be_entered(make, monkeypatch):
     model, reason = make(monkeypatch)
     batch = make_batch("causal")
@@ -474,6 +496,14 @@ def test_full_logits_where_the_head_cannot_be_entered(make, monkeypatch):
     output.loss.backward()
     assert gradients(model)
     unset_hf_deepspeed_config()
+
+
+def test_a_class_of_ones_own_that_leaves_forward_alone_has_no_full_logits():
+    class CountingLlama(LlamaForCausalLM):
+        def count(self):
+            return sum(parameter.numel() for parameter in self.parameters())
+
+    assert "without full logits" in install_token_loss(CountingLlama(tiny_model("llama").config), "causal")
 
 
 def test_full_logits_when_asked_for():
