@@ -12,7 +12,7 @@ On a machine without a Gaudi, append --use_cpu, or set GAUDI_SIMULATOR=1 to rehe
 import sys
 from dataclasses import dataclass, field
 
-from gaudi_lm.device import choose_card, run_script
+from gaudi_lm.device import UserError, choose_card, run_script
 
 choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
 
@@ -54,10 +54,15 @@ from gaudi_lm.training.trainer import build_trainer
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Blocks to a batch: ``input_ids`` and ``labels``, int64 of shape ``[rows, block]``."""
-    input_ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
-    labels = input_ids.clone()
-    return {"input_ids": input_ids, "labels": labels}
+    """Blocks to a batch: ``input_ids`` and their ``labels``, by default the same, int64 of shape ``[rows, block]``."""
+    names = [name for name in ("input_ids", "labels") if name in rows[0]]
+    if len(lengths := {len(row[name]) for row in rows for name in names}) > 1:
+        raise UserError(
+            f"{' and '.join(names)} have {' and '.join(map(str, sorted(lengths)))} tokens in one batch: make them "
+            "equally long, or give build_trainer a collator that pads, such as DataCollatorForSeq2Seq(tokenizer)"
+        )
+    batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])).long() for name in names}
+    return {"labels": batch["input_ids"].clone(), **batch}
 
 
 def make_blocks(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from running import copy_elsewhere, losses, results, run
+from running import copy_elsewhere, load_script, losses, results, run
 from short_runs import scratch
 from transformers import default_data_collator
 
@@ -47,6 +47,39 @@ def test_standard_collators_of_blocks(assets, tmp_path, streaming):
         assert losses(tmp_path / name) == losses(tmp_path / "own")
         for figure in ("eval_loss", "eval_tokens", "eval_samples", "train_loss"):
             assert results(tmp_path / name)[figure] == results(tmp_path / "own")[figure]
+
+
+BLOCKS = "    model = load_model("
+
+
+@pytest.mark.slow
+def test_rows_of_ones_own(assets, tmp_path):
+    """Their labels are used, in training and evaluation: of each row the last four tokens."""
+    rows = "[{'input_ids': list(range(3, size)), 'labels': [-100] * (size - 7) + list(range(size - 4, size))}"
+    own = (
+        f"    data = Dataset.from_list({rows} for size in SIZES])\n    blocks = dict.fromkeys(blocks, data)\n{BLOCKS}"
+    )
+    script = changed("run_clm.py", tmp_path / "a", (BLOCKS, own.replace("SIZES", "[11] * 12")))
+    log = run(script, *scratch(assets, tmp_path / "own", *TRAINING, "--show_examples", 1)).stderr
+    (sample,) = [line for line in log.splitlines() if "sample 0" in line]
+    assert not sample.split(": ", 1)[1].startswith(("'>>>", '">>>'))
+    assert results(tmp_path / "own")["eval_tokens"] == 12 * 4
+    padded = changed(
+        "run_clm.py", tmp_path / "b", (BLOCKS, own.replace("SIZES", "[9, 11] * 6")),
+        (IMPORT, f"{IMPORT} DataCollatorForSeq2Seq,"),
+        ("    # Trainer\n", "    tokenizer.pad_token = tokenizer.eos_token\n"),
+        (USE, "        DataCollatorForSeq2Seq(tokenizer),\n"),
+    )  # fmt: skip
+    run(padded, *scratch(assets, tmp_path / "padded", *TRAINING))
+    assert results(tmp_path / "padded")["eval_tokens"] == 12 * 4
+
+
+def test_rows_of_several_lengths_are_one_line():
+    collate = load_script("run_clm").collate_blocks
+    with pytest.raises(UserError, match="input_ids have 3 and 5 tokens.*DataCollatorForSeq2Seq"):
+        collate([{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2, 3, 4, 5]}])
+    with pytest.raises(UserError, match="input_ids and labels have 2 and 3 tokens"):
+        collate([{"input_ids": [1, 2, 3], "labels": [1, 2]}])
 
 
 @pytest.mark.slow
