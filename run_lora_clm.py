@@ -17,7 +17,7 @@ from functools import partial
 
 from gaudi_lm.device import UserError, choose_card, run_script
 
-choose_card(sys.argv[1:])  # sets the environment that torch reads when it is imported
+choose_card(sys.argv[1:], __name__)  # sets the environment that torch reads when it is imported
 
 from gaudi_lm.arguments.adapters import AdapterArguments
 from gaudi_lm.arguments.definitions import DataArguments, LMTrainingArguments, ModelArguments

@@ -104,13 +104,18 @@ def _typed(value: object) -> object:
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
+def begins_with_file(argv: list[str]) -> bool:
+    """Whether the first word of a command line is a configuration file, and not a flag."""
+    return bool(argv) and argv[0].endswith(ENDINGS) and not argv[0].startswith("-")
+
+
 def expand_config_file(argv: list[str]) -> list[str]:
     """Replace a leading configuration file by the flags it stands for, so that flags after it override it.
 
     ``["run.yaml", "--seed", "1"]`` becomes ``["--learning_rate=0.001", ..., "--seed", "1"]``. Lists become several
     values, mappings JSON text, and null leaves the flag at its default.
     """
-    if not argv or not argv[0].endswith(ENDINGS):
+    if not begins_with_file(argv):
         return list(argv)
     flags = []
     for name, value in read_config_file(argv[0]).items():

@@ -23,6 +23,7 @@ from gaudi_lm.errors import UserError, user_errors
 from gaudi_lm.optimum_imports import import_in_parts
 
 _THRESHOLDS = gc.get_threshold()
+UNREADABLE = (UserError, OSError, ValueError, ImportError)  # of a command line and its configuration file
 
 
 def run_script(main: Callable[[], object]) -> None:
@@ -123,7 +124,7 @@ def wanted_card(arguments: list[str]) -> tuple[bool, bool]:
     """Whether a script's flags, on its command line or in its configuration file, ask for the CPU, and for a Gaudi."""
     try:
         flags = _card_flags(expand_config_file(arguments))
-    except (UserError, OSError, ValueError, ImportError):  # of another script perhaps, or for the script to report
+    except UNREADABLE:  # of another script perhaps, or for the script to report
         return False, False
     return bool(flags.use_cpu), bool(flags.use_habana)
 
@@ -200,17 +201,26 @@ def _set_lazy_mode(flags: argparse.Namespace) -> None:
         )
 
 
-def choose_card(argv: list[str]) -> None:
+def choose_card(argv: list[str], name: str = "__main__") -> None:
     """Prepare the environment for the card that the flags ask for; call it before torch is imported.
 
     ``--use_cpu`` wins over ``--use_habana``. Ends the process with exit code 2 and one line where the flags ask for a
     card that is not there. Flags that choose no card at all are left to the argument parser, which also serves
     ``--help``.
+
+    Args:
+        name: the ``__name__`` of the script. One that is imported has the command line of another program, of which
+            it takes the flags that it can read.
     """
     sys.excepthook = _say_interrupted
     with user_errors():
         set_mpi_places()
-        flags = _card_flags(expand_config_file(argv))
+        try:
+            flags = _card_flags(expand_config_file(argv))
+        except UNREADABLE:
+            if name == "__main__":
+                raise
+            flags = _card_flags([])
         cards = simulated_cards()
         real = real_frameworks()
         if flags.use_cpu:
@@ -239,7 +249,7 @@ def choose_card(argv: list[str]) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         # Read when tqdm is imported: what is over in a moment needs no bar, and a file no bar ten times a second.
         os.environ.setdefault("TQDM_DELAY", "3")
-        os.environ.setdefault("TQDM_MININTERVAL", "0.1" if sys.stderr.isatty() else "15")
+        os.environ.setdefault("TQDM_MININTERVAL", "0.1" if sys.stderr and sys.stderr.isatty() else "15")
     import_in_parts()
     gc.set_threshold(100_000, *_THRESHOLDS[1:])  # to look through all that is imported takes a tenth of the imports
 

@@ -16,7 +16,7 @@ from transformers.hf_argparser import string_to_bool
 from gaudi_lm.arguments.model_files import check_model_folders
 from gaudi_lm.arguments.ranges import check_ranges
 from gaudi_lm.arguments.refusals import check_flags, check_folders
-from gaudi_lm.config_files import ENDINGS, expand_config_file, read_config_file
+from gaudi_lm.config_files import begins_with_file, expand_config_file, read_config_file
 from gaudi_lm.device import parse_bool
 from gaudi_lm.errors import UserError, nearest, user_errors, warn
 
@@ -205,7 +205,7 @@ def _read(argv: list[str], *dataclass_types: type) -> dict[str, object]:
     values, rest = parser.parse_known_args(flags)
     if rest:
         flag = rest[0].split("=")[0]
-        of_file = argv and argv[0].endswith(ENDINGS) and flag.removeprefix("--") in read_config_file(argv[0])
+        of_file = begins_with_file(argv) and flag.removeprefix("--") in read_config_file(argv[0])
         what = "unknown flag" if flag.startswith("-") else "no flag takes the value"
         raise UserError(f"{f'{argv[0]}: ' if of_file else ''}{what} {flag}{nearest(flag, known)}")
     found = vars(values)

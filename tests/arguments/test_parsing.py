@@ -105,6 +105,12 @@ def test_the_command_line_overrides_the_file(tmp_path):
     assert expand_config_file([str(tmp_path / "run.yaml"), "--seed", "1"])[-2:] == ["--seed", "1"]
 
 
+def test_a_flag_is_no_configuration_file():
+    assert expand_config_file(["--f=kernel.json"]) == ["--f=kernel.json"]
+    with pytest.raises(UserError, match="unknown flag --zzz"):
+        flags("--zzz=kernel.json")
+
+
 @pytest.mark.parametrize("text", ["7", "7.0", "7e0", "0.7e1"])
 def test_whole_numbers(text):
     assert flags("--max_steps", text).max_steps == 7

@@ -141,6 +141,30 @@ def test_a_run_imports_no_library_for_other_tasks(assets, tmp_path, card):
     assert not imported & unneeded
 
 
+OTHER_PROGRAM = """
+import os, sys
+from gaudi_lm.device import choose_card
+choose_card(sys.argv[1:], "run_clm")
+print(os.environ.get("DS_ACCELERATOR"), os.environ["TQDM_MININTERVAL"])
+"""
+
+
+@pytest.mark.parametrize("flags", [["--f=/x/kernel.json"], ["missing.json"], ["--use_cpu", "maybe"], ["--use_cpu"]])
+def test_the_command_line_of_a_program_that_imports_a_script(flags):
+    """It may be of any kind; flags that choose the card are taken. Nor need there be a stream for errors."""
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", OTHER_PROGRAM, *flags],
+        cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stdout.split() == ["cpu" if flags == ["--use_cpu"] else "None", "15"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_knows_whether_it_is_imported(script):
+    assert "choose_card(sys.argv[1:], __name__)" in (ROOT / script).read_text()
+
+
 IN_PARTS = """
 import sys
 from gaudi_lm.device import choose_card
