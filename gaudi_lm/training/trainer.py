@@ -25,6 +25,7 @@ from gaudi_lm.modeling.adalora import RankReduction
 from gaudi_lm.modeling.attention import check_model
 from gaudi_lm.modeling.loss import install_token_loss
 from gaudi_lm.modeling.patches import average_gradients, complete_generation_config, repair_gradient_checkpointing
+from gaudi_lm.training.custom_parts import check_parts
 from gaudi_lm.training.device_metrics import DeviceMetrics
 from gaudi_lm.training.dry_run import dry_run
 from gaudi_lm.training.evaluation import EvaluatingTrainer
@@ -255,6 +256,7 @@ def build_trainer(
         trainer_class: a subclass of :class:`LMTrainer`.
         loss_options: passed to :func:`gaudi_lm.modeling.loss.install_token_loss`.
     """
+    check_parts(trainer_class, LMTrainer, loss_func, training_args, train_dataset, eval_dataset)
     if training_args.gradient_checkpointing and training_args.device.type == "hpu":
         repair_gradient_checkpointing(model)
     if loss_func is None:
@@ -262,8 +264,6 @@ def build_trainer(
         chunked = training_args.chunked_loss and not (training_args.torch_compile and training_args.use_cpu)
         loss_options["label_smoothing"] = training_args.label_smoothing_factor
         logger.info(install_token_loss(model, objective, chunked=chunked, **loss_options))
-    elif training_args.label_smoothing_factor:
-        raise UserError("--label_smoothing_factor has no effect on a loss_func: leave it out, or smooth there")
     else:
         logger.info("Loss of %s language modelling by loss_func, from the full logits", objective)
     if training_args.device.type != "hpu":

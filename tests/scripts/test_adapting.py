@@ -4,13 +4,17 @@ import json
 import subprocess
 
 import pytest
+from datasets import Dataset
 from documentation import REPOSITORY
+from optimum.habana.transformers.trainer import GaudiTrainer
 from running import copy_elsewhere, losses, results, run, run_ranks
 from short_runs import common, scratch
+from transformers import Trainer
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.errors import UserError
-from gaudi_lm.training.trainer import build_trainer
+from gaudi_lm.training.custom_parts import NEVER_CALLED
+from gaudi_lm.training.trainer import LMTrainer, build_trainer
 
 from documentation import code_blocks  # isort: skip
 
@@ -92,6 +96,35 @@ def test_label_smoothing_is_of_the_ordinary_loss(tmp_path):
     args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True, label_smoothing_factor=0.1)
     with pytest.raises(UserError, match="--label_smoothing_factor"):
         build_trainer(None, "causal", args, None, None, loss_func=print)
+
+
+def parts(tmp_path, *methods: str, **given) -> None:
+    """`build_trainer` with a class that has these methods of its own, and nothing else that it could use."""
+    own = type("MyTrainer", (LMTrainer,), dict.fromkeys(methods, print))
+    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True)
+    build_trainer(None, "causal", args, None, None, trainer_class=own, **given)
+
+
+@pytest.mark.parametrize("method", NEVER_CALLED)
+def test_a_method_that_is_never_called_is_refused(tmp_path, method):
+    assert callable(getattr(Trainer, method, getattr(GaudiTrainer, method, None))), "transformers has it no more"
+    with pytest.raises(UserError, match=f"MyTrainer.{method} is never called: give build_trainer "):
+        parts(tmp_path, method)
+
+
+def test_a_loss_of_training_alone_is_said(tmp_path, caplog):
+    rows = Dataset.from_list([{"input_ids": [3, 4]}])
+    for evaluation, said in ((None, False), (rows, True), ({"a": rows}, True)):
+        caplog.clear()
+        with pytest.raises(AttributeError):  # there is no model
+            parts(tmp_path, "compute_loss", eval_dataset=evaluation)
+        assert ("evaluation does not call MyTrainer.compute_loss" in caplog.text) == said
+
+
+@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset"])
+def test_rows_that_are_no_dataset_are_refused(tmp_path, where):
+    with pytest.raises(UserError, match=r"not a list: datasets.Dataset.from_list\(rows\)"):
+        parts(tmp_path, **{where: [{"input_ids": [3, 4]}]})
 
 
 @pytest.mark.slow

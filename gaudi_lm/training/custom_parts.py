@@ -1,0 +1,59 @@
+"""What a copied script hands to `build_trainer`, checked before anything runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from datasets import Dataset
+from torch.utils.data import IterableDataset
+from transformers import Trainer
+
+from gaudi_lm.errors import UserError
+
+logger = logging.getLogger("gaudi_lm")
+
+# Methods of transformers' Trainer that the suite's trainer does without, and what to give `build_trainer` instead.
+NEVER_CALLED = {
+    "prediction_step": "loss_func or compute_metrics",
+    "prediction_loop": "loss_func or compute_metrics",
+    "evaluation_loop": "loss_func or compute_metrics, or override evaluate",
+    "get_batch_samples": "a collator",
+    "get_eval_dataloader": "eval_dataset and evaluation_collator",
+    "get_test_dataloader": "evaluation_collator",
+    "_get_eval_sampler": "an eval_dataset in that order",
+    "_get_train_sampler": "a train_dataset made so, or override get_train_dataloader",
+}
+
+
+def check_parts(
+    trainer_class: type[Trainer], base: type[Trainer], loss_func: Callable | None, args, *datasets
+) -> None:
+    """Refuse what `build_trainer` could not use; say where a ``compute_loss`` of one's own is not called.
+
+    Args:
+        base: the suite's own trainer.
+        args: the training arguments.
+        datasets: for training and for evaluation, each None or a dict of several too.
+
+    Raises:
+        UserError: a method that is never called, rows that cannot be read by their numbers, or a flag without effect.
+    """
+    if loss_func is not None and args.label_smoothing_factor:
+        raise UserError("--label_smoothing_factor has no effect on a loss_func: leave it out, or smooth there")
+    name = trainer_class.__name__
+    if not issubclass(trainer_class, base):
+        raise UserError(f"trainer_class: {name} is no subclass of {base.__name__}: derive it from that")
+    own = {method for cls in trainer_class.__mro__ if cls not in base.__mro__ for method in vars(cls)}
+    for method, instead in NEVER_CALLED.items():
+        if method in own:
+            raise UserError(f"{name}.{method} is never called: give build_trainer {instead}")
+    train, evaluation = datasets
+    if "compute_loss" in own and evaluation is not None:
+        logger.warning("evaluation does not call %s.compute_loss: give build_trainer a loss_func for both", name)
+    for rows in (train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])):
+        if rows is not None and not isinstance(rows, (Dataset, IterableDataset)):
+            raise UserError(
+                f"build_trainer takes a datasets.Dataset, not a {type(rows).__name__}: "
+                "datasets.Dataset.from_list(rows) makes one"
+            )
