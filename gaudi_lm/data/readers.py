@@ -6,6 +6,7 @@ kept as JSON, and only who uses it needs to mind.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -210,19 +211,26 @@ def read_files(files: FileSet, cache_dir: str | None) -> Dataset:
     """The rows of the files as one dataset, cached until a file, its reading or a library of it changes.
 
     Raises:
-        UserError: what :meth:`FileSet.tables` raises.
+        UserError: what :meth:`FileSet.tables` raises, or a cache that cannot be written.
     """
     found = [(os.path.abspath(path), os.stat(path)) for path in files.paths]
     # What copies a file with its time of modification cannot copy that of its change.
     states = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in found]
     key = fingerprint(FileSet, files, states, pa.__version__, pandas.__version__)
-    builder = FilesBuilder(cache_dir=cache_dir, files=files, config_id=key)
     try:
+        builder = FilesBuilder(cache_dir=cache_dir, files=files, config_id=key)
         builder.download_and_prepare()
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
         raise
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise
+        raise UserError(
+            f"the data cannot be cached ({error.strerror}: {error.filename}): set HF_HOME or --cache_dir to a folder "
+            "that can be written"
+        ) from error
     return builder.as_dataset("train")
 
 

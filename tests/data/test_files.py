@@ -21,6 +21,7 @@ from gaudi_lm.data import json_lines, tokenization
 from gaudi_lm.data.blocks import tokenise
 from gaudi_lm.data.columns import batches_of_text, text_column, texts_of, values_of
 from gaudi_lm.data.loading import load_raw
+from gaudi_lm.data.readers import FileSet, read_files
 from gaudi_lm.errors import UserError
 
 WORDS = ["Assert statements are a convenient way", "to insert debugging assertions", "into a program"]
@@ -508,3 +509,9 @@ def test_an_error_of_a_process_that_loads_data_is_one_line():
         sent = ExceptionWrapper(where="in DataLoader worker process 0")
     with pytest.raises(UserError, match="^a.jsonl, line 3: not valid JSON$"):
         sent.reraise()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n")
+    with pytest.raises(UserError, match=r"Not a directory: /dev/null/cache.*set HF_HOME or --cache_dir"):
+        read_files(FileSet("text", (str(tmp_path / "a.txt"),)), "/dev/null/cache")
