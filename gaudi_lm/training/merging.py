@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -61,6 +63,7 @@ def save_merged(trainer: LMTrainer) -> None:
     """Save the model with the adapter merged in, and its tokenizer, to ``OUTPUT_DIR/merged``.
 
     The trainer's model keeps its adapter, and exactly its weights: subtracting what was added would round them.
+    Embeddings that are tied in the model and come apart by the adapter are both saved, and tied no longer.
     """
     with trainer.files_at_top() as staging, trainer.whole_model() as adapted:
         if trainer.is_world_process_zero():
@@ -71,21 +74,78 @@ def save_merged(trainer: LMTrainer) -> None:
 
 def _write_merged(adapted: PeftModel, folder: Path) -> None:
     model = adapted.get_base_model()
+    tied = _tied_names(model)
+    shared = _part_adapted_layers(model)
     before = {
         name: weight.detach().to("cpu", copy=True)
         for name, weight in model.named_parameters()
-        if ".base_layer." in name
+        if ".base_layer." in name and name not in shared
     }
-    adapted.merge_adapter()
-    model.save_pretrained(folder, state_dict=_without_adapter(model))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")  # peft's, of what is done here
+        adapted.merge_adapter()
+    weights = _without_adapter(model, adapted.active_adapter)
+    came_apart = [names for names in tied if names <= weights.keys() and not _tie(weights, names)]
+    configs = (model.config, model.config.get_text_config(decoder=True)) if came_apart else ()
+    for config in configs:
+        config.tie_word_embeddings = False
+    model.save_pretrained(folder, state_dict=weights)
+    for config in configs:
+        config.tie_word_embeddings = True
     adapted.unmerge_adapter()
     with torch.no_grad():
         for name, weight in before.items():
             model.get_parameter(name).copy_(weight)
+    for name, weight in shared.items():
+        _set_parameter(model, name, weight)
 
 
-def _without_adapter(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights by the names that they have without an adapter, in host memory; tied ones stay tied."""
+def _tied_names(model: PreTrainedModel) -> list[set[str]]:
+    """For each weight that the model itself has in several places, such as tied embeddings: its names there."""
+    names: dict[int, set[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if ".modules_to_save." not in name:
+            names.setdefault(id(weight), set()).add(_name_in_model(name.replace(".original_module.", ".")))
+    return [places for places in names.values() if len(places) > 1]
+
+
+def _part_adapted_layers(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Give each adapted layer that shares its weight a copy: merging must change this layer, and no other.
+
+    Returns:
+        The weights that were shared, by the names of what is a copy now.
+    """
+    places = list(model.named_parameters(remove_duplicate=False))
+    uses = Counter(id(weight) for _, weight in places)
+    shared = {name: weight for name, weight in places if ".base_layer." in name and uses[id(weight)] > 1}
+    for name, weight in shared.items():
+        _set_parameter(model, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
+    return shared
+
+
+def _set_parameter(model: PreTrainedModel, name: str, weight: torch.nn.Parameter) -> None:
+    layer, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(layer), attribute, weight)
+
+
+def _tie(weights: dict[str, torch.Tensor], names: set[str]) -> bool:
+    """Make weights that are equal one, to be saved once; False if they are not equal."""
+    first, *others = (weights[name] for name in sorted(names))
+    if not all(torch.equal(first, other) for other in others):
+        return False
+    weights.update(dict.fromkeys(names, first))
+    return True
+
+
+def _name_in_model(name: str) -> str:
+    return plain_name(name).replace(".token_adapter.", ".").replace(".base_layer.", ".")
+
+
+def _without_adapter(model: PreTrainedModel, adapter: str) -> dict[str, torch.Tensor]:
+    """The weights by the names that they have without an adapter, in host memory; tied ones stay tied.
+
+    Of a layer that was trained whole (peft's `modules_to_save`) the adapter's own weights count, not the original.
+    """
     adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     state = dict(model.named_parameters(remove_duplicate=False))  # state_dict() is not for a gathered FSDP model
     for prefix, module in model.named_modules():
@@ -93,8 +153,8 @@ def _without_adapter(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         transient = module._non_persistent_buffers_set
         state |= {name: buffer for name, buffer in buffers.items() if name.rpartition(".")[2] not in transient}
     weights = {
-        plain_name(name).replace(".base_layer.", ".", 1): weight
+        _name_in_model(name.replace(f".modules_to_save.{adapter}.", ".")): weight
         for name, weight in state.items()
-        if ".base_layer." in name or not name.startswith(adapted)
+        if ".original_module." not in name and (".base_layer." in name or not name.startswith(adapted))
     }
     return host_copies(weights)
