@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -172,11 +173,12 @@ def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftMode
     """Put a saved adapter on the model: a folder or a hub name.
 
     Raises:
-        UserError: there is no adapter, or it was made for another model.
+        UserError: there is no adapter, it was made for another model or vocabulary, or it cannot be trained further.
     """
     config = saved_config(name)
     try:
         saved = load_peft_weights(name, device="cpu")
+        embeddings = _saved_embeddings(model, saved, name)
         if config.peft_type == PeftType.ADALORA:
             if trainable:
                 refuse_deepspeed()
@@ -190,13 +192,43 @@ def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftMode
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--adapter_name_or_path {name}: made for another model ({reason})") from error
-    unlike = set(saved) ^ set(get_peft_model_state_dict(adapted))
+    own = set(get_peft_model_state_dict(adapted))
+    if trainable and (unsaved := {key for key, changed in embeddings.items() if changed} - own):
+        raise UserError(
+            f"--adapter_name_or_path {name}: it has embeddings of its own ({min(unsaved)}), which are not saved again "
+            "after training; merge it first (--merge_adapter without --do_train), and train a new adapter on that"
+        )
+    unlike = (own ^ set(saved)) - set(embeddings)
     if unlike:
         raise UserError(
             f"--adapter_name_or_path {name}: made for another model; {len(unlike)} tensors are in one and not in the "
             f"other, such as {sorted(unlike)[0]}"
         )
     return _announced(adapted)
+
+
+def _saved_embeddings(model: PreTrainedModel, saved: dict[str, torch.Tensor], name: str) -> dict[str, bool]:
+    """The names of embeddings and heads that an adapter was saved with, and whether they differ from the model's.
+
+    Raises:
+        UserError: they are of another number of tokens.
+    """
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {f".{layer}.weight": module.weight for layer, module in model.named_modules() if module in embeddings}
+    found = {}
+    for key, tensor in saved.items():
+        weight = next((own for end, own in weights.items() if key.replace(".base_layer.", ".").endswith(end)), None)
+        if weight is None:
+            continue
+        rows = getattr(weight, "ds_shape", weight.shape)[0]  # of the whole, under ZeRO-3
+        if len(tensor) != rows:
+            there = Path(name, "tokenizer_config.json").is_file()
+            raise UserError(
+                f"--adapter_name_or_path {name}: its embeddings are of {len(tensor)} tokens, the model's of {rows}; "
+                f"give --tokenizer_name {name if there else 'TOKENIZER, the one that it was trained with'}"
+            )
+        found[key] = not weight.is_meta and not torch.equal(weight.detach().cpu(), tensor.to(weight.dtype))
+    return found
 
 
 def _announced(model: PeftModel) -> PeftModel:

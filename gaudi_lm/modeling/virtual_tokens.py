@@ -88,8 +88,13 @@ def load_trainable(model: PreTrainedModel, config: PeftConfig, saved: dict[str, 
     """Saved virtual tokens, to train them further, which peft's own `from_pretrained` refuses.
 
     Raises:
-        UserError: P-tuning's network was not saved.
+        UserError: the network behind them was not saved.
     """
+    if getattr(config, "prefix_projection", False):
+        raise UserError(
+            f"--adapter_name_or_path {name}: a network made its prefix (prefix_projection), and peft saves only what "
+            "it made; it can be evaluated, but not trained further"
+        )
     config.inference_mode = False
     adapted = get_peft_model(model, config)
     set_peft_model_state_dict(adapted, saved)
