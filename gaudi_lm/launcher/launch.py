@@ -61,10 +61,12 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
-    """The options, and the script's ``arguments`` as they are: argparse would drop a ``--`` among them."""
+    """The options, with _ or - within, and the script's ``arguments`` as they are: argparse would drop ``--``."""
     takes = {name for action in parser._actions if action.nargs is None for name in action.option_strings}
-    end = 0
+    words, end = list(words), 0
     while end < len(words) and words[end].startswith("-"):
+        name, equals, value = words[end].partition("=")
+        words[end] = f"{name[:2]}{name[2:].replace('-', '_')}{equals}{value}"
         end += 1 + (words[end] in takes)
     options = parser.parse_args(words[: end + 1])
     options.arguments = words[end + 1 :]
@@ -93,6 +95,8 @@ def make_plan(options: argparse.Namespace, environ: dict[str, str], cards: int) 
     if len(here) > 1:
         names = " and ".join(one.name for one in here)
         raise UserError(f"--hostfile {path}: {names} are all this host; give it one line")
+    if not all(local) and not options.dry_run and shutil.which("ssh") is None:
+        raise UserError(f"--hostfile {path}: other hosts are reached by ssh, which is not installed on this one")
     if options.map_by != "none" and backend != "mpi" and (backend == "torch" or shutil.which("numactl") is None):
         why = "torch.distributed binds for CUDA only" if backend == "torch" else "DeepSpeed needs numactl for that"
         raise UserError(f"--map_by {options.map_by}: {why}; give --use_mpi, or leave it out")

@@ -31,6 +31,8 @@ def refused(done: subprocess.CompletedProcess, words: str) -> None:
     [
         (["--use_mpi", "--use_deepspeed", DUMP], "--use_mpi and --use_deepspeed"),
         (["--world_size", "0", DUMP], "--world_size: '0'"),
+        (["--world-size", "0", DUMP], "--world_size: '0'"),
+        (["--world-size=0", DUMP], "--world_size: '0'"),
         (["--world_size", "-2", DUMP], "--world_size"),
         (["--world_size=-2", DUMP], "--world_size: '-2'"),
         (["--world_size", "two", DUMP], "--world_size: 'two'"),
@@ -62,6 +64,12 @@ def refused(done: subprocess.CompletedProcess, words: str) -> None:
 )
 def test_refused(words, says):
     refused(run(*words), says)
+
+
+def test_other_hosts_without_ssh(tmp_path):
+    (tmp_path / "hosts").write_text("localhost slots=1\n10.255.255.1 slots=1\n")
+    words = ["--hostfile", str(tmp_path / "hosts"), "--use_deepspeed", DUMP]
+    refused(run(*words, PATH=str(tmp_path)), "other hosts are reached by ssh, which is not installed")
 
 
 @pytest.mark.parametrize(("text", "says"), BAD_HOSTFILES)
