@@ -118,7 +118,7 @@ from gaudi_lm.data.loading import load_raw
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
 from gaudi_lm.data.prompts import check_tokenizer, find_format
 from gaudi_lm.data.ragged import padded_lengths
-from gaudi_lm.modeling.adapters import adapter_config, add_adapter, load_adapter, virtual_tokens
+from gaudi_lm.modeling.adapters import adapter_config, add_adapter, load_adapter
 from gaudi_lm.modeling.loading import length_limit, load_config, load_model, load_tokenizer
 from gaudi_lm.training.merging import check_base_model, save_merged
 from gaudi_lm.training.outputs import find_checkpoint, report, save, set_up, write_card
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, adapter_args, training_args = parse(argv, *ARGUMENTS)
     data_args.check(training_args.max_steps)
     check_base_model(model_args, adapter_args.peft_type, training_args)
-    adapter = adapter_config(adapter_args)
+    adapter = adapter_config(adapter_args, model_args.adapter_name_or_path)
 
     # Set-up
     logger = set_up(training_args)
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(model_args)
     for example_format in formats.values():
         check_tokenizer(example_format, tokenizer, data_args.train_on_inputs)
-    parts, virtual = training_args.context_parallel_size, virtual_tokens(model_args.adapter_name_or_path, adapter)
+    parts, virtual = training_args.context_parallel_size, getattr(adapter, "num_virtual_tokens", None) or 0
     max_length = length_limit(
         "--max_seq_length", data_args.max_seq_length, tokenizer, config, parts=parts, virtual_tokens=virtual
     )

@@ -2,10 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from gaudi_lm.errors import UserError
 
 ADAPTERS = ("lora", "adalora", "ia3", "vera", "ln_tuning", "llama-adapter")
 VIRTUAL_TOKENS = ("prompt_tuning", "prefix_tuning", "p_tuning")
+# Of each flag below: its name in peft's configurations, empty where they do not keep it, and whom it serves.
+SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lora_rank": ("r", ("lora",)),
+    "lora_alpha": ("lora_alpha", ("lora", "adalora")),
+    "lora_dropout": ("lora_dropout", ("lora", "adalora", "vera")),
+    "lora_target_modules": ("target_modules", ("lora", "adalora")),
+    "adalora_init_r": ("init_r", ("adalora",)),
+    "adalora_target_r": ("target_r", ("adalora",)),
+    "adalora_tinit": ("tinit", ("adalora",)),
+    "adalora_tfinal": ("tfinal", ("adalora",)),
+    "adalora_delta_t": ("deltaT", ("adalora",)),
+    "adalora_orth_reg_weight": ("orth_reg_weight", ("adalora",)),
+    "ia3_target_modules": ("target_modules", ("ia3",)),
+    "feedforward_modules": ("feedforward_modules", ("ia3",)),
+    "adapter_layers": ("adapter_layers", ("llama-adapter",)),
+    "adapter_len": ("adapter_len", ("llama-adapter",)),
+    "num_virtual_tokens": ("num_virtual_tokens", VIRTUAL_TOKENS),
+    "encoder_hidden_size": ("encoder_hidden_size", ("p_tuning",)),
+    "prompt_tuning_init_text": ("", ("prompt_tuning",)),
+    "vera_target_modules": ("target_modules", ("vera",)),
+    "ln_target_modules": ("target_modules", ("ln_tuning",)),
+}
+
+
+def check_adapter_flags(values: dict[str, object], is_given: Callable[[str], bool]) -> None:
+    """Refuse settings of other kinds of adapter than the new one; a saved adapter is not known here.
+
+    Args:
+        values: by the name of the flag.
+        is_given: whether a flag has another value than its default.
+
+    Raises:
+        UserError: the first of them.
+    """
+    if values.get("adapter_name_or_path"):
+        return
+    kind = values.get("peft_type")
+    for name, (_, kinds) in SETTINGS.items():
+        if is_given(name) and kind not in kinds:
+            raise UserError(f"--{name}: only with --peft_type {' or '.join(kinds)}, and not with {kind}")
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from gaudi_lm.arguments.adapters import check_adapter_flags
 from gaudi_lm.errors import UserError, warn
 
 _NO_PREDICTIONS = "evaluation keeps sums over tokens, no predictions"
@@ -174,6 +175,7 @@ def check_flags(values: dict[str, object], defaults: dict[str, object]) -> None:
     for name, other in NEEDS.items():
         if is_given(name) and not _is_on(other, values) and not (values.get("use_cpu") and name in CARD_ONLY):
             raise UserError(f"--{name} needs --{other}, which is not set")
+    check_adapter_flags(values, is_given)
     if values.get("group_by_length") and values.get("streaming"):
         raise UserError("--group_by_length cannot be combined with --streaming: it sorts all rows by length")
 

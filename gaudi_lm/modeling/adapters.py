@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from gaudi_lm.arguments.adapters import VIRTUAL_TOKENS, AdapterArguments
+from gaudi_lm.arguments.adapters import SETTINGS, VIRTUAL_TOKENS, AdapterArguments
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import load_adalora, refuse_deepspeed, saved_config
 from gaudi_lm.modeling.patches import complete_adapter
@@ -75,20 +76,39 @@ def chosen_layers(flag: str, words: list[str] | None) -> list[str] | str | None:
     return words[0]
 
 
-def adapter_config(args: AdapterArguments) -> PeftConfig:
-    """The adapter that the flags describe.
+def adapter_config(args: AdapterArguments, name: str | None = None) -> PeftConfig:
+    """The adapter that the flags describe, or the saved one of that name, with which they must agree.
 
     Raises:
-        UserError: a rank, a length, a dropout or a schedule that cannot be.
+        UserError: a rank, a length, a dropout or a schedule that cannot be, or that the saved adapter does not have.
     """
+    described = _described(args)
+    if name is None:
+        return described
+    saved = saved_config(name)
+    alike = saved.peft_type == described.peft_type
+    for setting in fields(args):
+        if getattr(args, setting.name) == setting.default:
+            continue
+        attribute, kinds = SETTINGS.get(setting.name, (setting.name, (args.peft_type,)))
+        if attribute == "lora_dropout" and args.peft_type == "vera":
+            attribute = "vera_dropout"
+        served = alike and args.peft_type in kinds and attribute
+        if not served or getattr(saved, attribute) != getattr(described, attribute):
+            raise UserError(
+                f"--{setting.name}: --adapter_name_or_path {name} has settings of its own, and not this one; leave it "
+                "out, or train a new adapter without --adapter_name_or_path"
+            )
+    return saved
+
+
+def _described(args: AdapterArguments) -> PeftConfig:
     if args.peft_type == "adalora":
         refuse_deepspeed()
     if args.peft_type == "adalora" and args.adalora_init_r <= args.adalora_target_r:
         raise UserError(
             f"--adalora_init_r {args.adalora_init_r}: ranks only shrink, to --adalora_target_r {args.adalora_target_r}"
         )
-    if args.prompt_tuning_init_text is not None and args.peft_type != "prompt_tuning":
-        raise UserError("--prompt_tuning_init_text: only with --peft_type prompt_tuning")
     if args.peft_type in VIRTUAL_TOKENS:
         return virtual_token_config(args.peft_type, args.num_virtual_tokens, args.encoder_hidden_size)
     if args.peft_type == "llama-adapter":
@@ -134,12 +154,6 @@ def layer_names(model: torch.nn.Module, norms: bool = False) -> list[str]:
             and module is not head
         }
     )
-
-
-def virtual_tokens(name: str | None, config: PeftConfig) -> int:
-    """How many tokens come before each text: those of the saved adapter of that name, or of a new one."""
-    used = config if name is None else saved_config(name)
-    return used.num_virtual_tokens if used.is_prompt_learning else 0
 
 
 def add_adapter(
@@ -196,7 +210,7 @@ def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftMode
     if trainable and (unsaved := {key for key, changed in embeddings.items() if changed} - own):
         raise UserError(
             f"--adapter_name_or_path {name}: it has embeddings of its own ({min(unsaved)}), which are not saved again "
-            "after training; merge it first (--merge_adapter without --do_train), and train a new adapter on that"
+            "after training; merge it first (--do_eval --merge_adapter), and train a new adapter on that"
         )
     unlike = (own ^ set(saved)) - set(embeddings)
     if unlike:

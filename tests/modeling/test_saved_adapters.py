@@ -1,6 +1,7 @@
-"""Saved adapters, also by peft alone: with embeddings, of another vocabulary, with a prefix that a network made."""
+"""Saved adapters, also by peft alone: embeddings, vocabularies, prefixes of a network, and the flags beside them."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tiny_models import VOCABULARY, tiny_model
 
+from gaudi_lm.arguments.adapters import SETTINGS, AdapterArguments
+from gaudi_lm.arguments.parsing import parse
 from gaudi_lm.errors import UserError
-from gaudi_lm.modeling.adapters import load_adapter
+from gaudi_lm.modeling.adapters import adapter_config, load_adapter
 
 LORA = LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 TOKENS = torch.arange(20)[None]
@@ -47,7 +50,7 @@ def test_other_embeddings_are_evaluated_and_not_trained_further(tmp_path):
         torch.testing.assert_close(model(TOKENS).logits, expected)
         other = tiny_model("llama")
         other.get_input_embeddings().weight += 1
-    with pytest.raises(UserError, match=r"it has embeddings of its own .*; merge it first \(--merge_adapter"):
+    with pytest.raises(UserError, match=r"embeddings of its own .*; merge it first \(--do_eval --merge_adapter"):
         load_adapter(other, str(tmp_path), trainable=True)
 
 
@@ -69,3 +72,44 @@ def test_a_prefix_that_a_network_made_is_not_trained_further(tmp_path):
     assert isinstance(load_adapter(tiny_model("llama"), str(tmp_path), trainable=False), PeftModel)
     with pytest.raises(UserError, match=r"^--adapter_name_or_path .*a network made its prefix \(prefix_projection\)"):
         load_adapter(tiny_model("llama"), str(tmp_path), trainable=True)
+
+
+REFUSED = {
+    "lora_rank": {"lora_rank": 4},
+    "lora_dropout": {"lora_dropout": 0.5},
+    "lora_target_modules": {"lora_target_modules": ["k_proj"]},
+    "peft_type": {"peft_type": "ia3"},
+    "prompt_tuning_init_text": {"prompt_tuning_init_text": "A"},
+    "num_virtual_tokens": {"num_virtual_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_a_flag_that_a_saved_adapter_would_override_is_refused(tmp_path, flag):
+    """Somebody who continued with dropout trained without it."""
+    save(tmp_path)
+    with pytest.raises(UserError, match=f"^--{flag}: --adapter_name_or_path {tmp_path} has settings of its own"):
+        adapter_config(AdapterArguments(**REFUSED[flag]), str(tmp_path))
+
+
+def test_flags_that_a_saved_adapter_was_trained_with_are_taken(tmp_path):
+    for args in (
+        AdapterArguments(lora_rank=4, lora_dropout=0.5, lora_target_modules=["k_proj", "q_proj"]),
+        AdapterArguments(peft_type="vera", lora_dropout=0.5, vera_target_modules=["q_proj"]),
+        AdapterArguments(peft_type="p_tuning", num_virtual_tokens=5, encoder_hidden_size=16),
+    ):
+        config = adapter_config(args)
+        config.save_pretrained(tmp_path)
+        assert adapter_config(args, str(tmp_path)).peft_type == config.peft_type
+        assert adapter_config(AdapterArguments(), str(tmp_path)).peft_type == config.peft_type
+
+
+@pytest.mark.parametrize("flag", ["--lora_rank", "--num_virtual_tokens"])
+def test_a_setting_of_another_kind_of_adapter_is_refused(flag):
+    with pytest.raises(UserError, match=f"^{flag}: only with --peft_type .* and not with ia3$"):
+        parse(["--peft_type", "ia3", flag, "4"], AdapterArguments)
+    assert parse(["--peft_type", "ia3", flag, str(getattr(AdapterArguments, flag[2:]))], AdapterArguments)
+
+
+def test_every_flag_of_an_adapter_has_its_kinds():
+    assert {*SETTINGS, "peft_type"} == {setting.name for setting in fields(AdapterArguments)}

@@ -23,11 +23,12 @@ from gaudi_lm.training.merging import check_base_model
 
 torch.set_num_threads(1)
 KINDS = ("prompt_tuning", "prefix_tuning", "p_tuning")
-FEW = ["--num_virtual_tokens", 5, "--encoder_hidden_size", 32]
+FEW = {kind: ["--num_virtual_tokens", 5] for kind in KINDS}
+FEW["p_tuning"] += ["--encoder_hidden_size", 32]
 
 
 def flags(kind: str, *more) -> list:
-    return ["--do_train", "--do_eval", "--peft_type", kind, *FEW, *more]
+    return ["--do_train", "--do_eval", "--peft_type", kind, *FEW[kind], *more]
 
 
 def run_and_read(output, instructions, *more, env=None) -> tuple[dict, list[float], str]:
@@ -124,7 +125,16 @@ PLACES = {"cpu": (1, CPU), "two cards": (2, CARD), "zero": (2, [*CARD, *zero(2)]
 def test_an_interrupted_run_goes_on_exactly(assets, masked_assets, instructions, tmp_path, kind, place):
     ranks, card = PLACES[place]
     base = script_flags("run_lora_clm.py", assets, masked_assets, instructions)
-    base += ["--peft_type", kind, *FEW, *card]
+    base += [
+        "--peft_type",
+        kind,
+        *FEW[kind],
+        *card,
+        "--lora_dropout",
+        0.05,
+        "--lora_rank",
+        8,
+    ]  # as without LoRA's flags
     start("run_lora_clm.py", ranks, tmp_path / "whole", *base)
     start(
         "run_lora_clm.py", ranks, tmp_path / "again", *base,

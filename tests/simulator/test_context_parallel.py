@@ -86,8 +86,12 @@ def test_refusals(named, instructions, tmp_path):
     if named != "--deepspeed":
         flags = [*settings("ZeRO-1", tmp_path), *flags]
     output = tmp_path / "out"
+    command = short(instructions, output, 2, *flags)
+    if named == "llama-adapter":
+        first = command.index("--lora_dropout")
+        del command[first : command.index("--train_on_inputs")]
     with pytest.raises(AssertionError, match=r"\[2, 2\]|rank 0: 2") as failed:
-        run_ranks(2, *short(instructions, output, 2, *flags), env=CARDS)
+        run_ranks(2, *command, env=CARDS)
     (line,) = {line for line in str(failed.value).splitlines() if line.startswith("error: ")}
     assert named in line and "--context_parallel_size" in line
     assert not output.exists()
