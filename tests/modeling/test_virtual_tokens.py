@@ -125,16 +125,8 @@ PLACES = {"cpu": (1, CPU), "two cards": (2, CARD), "zero": (2, [*CARD, *zero(2)]
 def test_an_interrupted_run_goes_on_exactly(assets, masked_assets, instructions, tmp_path, kind, place):
     ranks, card = PLACES[place]
     base = script_flags("run_lora_clm.py", assets, masked_assets, instructions)
-    base += [
-        "--peft_type",
-        kind,
-        *FEW[kind],
-        *card,
-        "--lora_dropout",
-        0.05,
-        "--lora_rank",
-        8,
-    ]  # as without LoRA's flags
+    base += ["--peft_type", kind, *FEW[kind], *card]
+    base += ["--lora_dropout", 0.05, "--lora_rank", 8]  # the defaults, over those that are for LoRA alone
     start("run_lora_clm.py", ranks, tmp_path / "whole", *base)
     start(
         "run_lora_clm.py", ranks, tmp_path / "again", *base,
