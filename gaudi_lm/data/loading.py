@@ -16,6 +16,7 @@ from datasets import (
     IterableDatasetDict,
     load_dataset,
     load_dataset_builder,
+    load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -44,6 +45,9 @@ def _read(files: FileSet, data_args: DataArguments, model_args: ModelArguments) 
 def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDict | IterableDatasetDict | dict:
     if kind_of(data_args.dataset_name or "") and Path(data_args.dataset_name or "").is_file():
         raise UserError(f"--dataset_name {data_args.dataset_name}: is a file; give it by --train_file")
+    if all(Path(data_args.dataset_name or "", name).is_file() for name in ("dataset_info.json", "state.json")):
+        saved = load_from_disk(data_args.dataset_name)  # of `save_to_disk`: rows of one split
+        return {"train": saved.to_iterable_dataset() if data_args.streaming else saved}
     source = {"path": data_args.dataset_name, "name": data_args.dataset_config_name, "token": model_args.token}
     try:
         if Path(data_args.dataset_name or "").is_dir():

@@ -11,7 +11,7 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from running import run_several
 from torch._utils import ExceptionWrapper
 from transformers import AutoTokenizer, LlamaTokenizerFast
@@ -475,6 +475,15 @@ def test_texts_of_a_folder(tmp_path, streaming):
     assert [row["text"] for row in raw["train"]] == of_file == [f"{WORDS[0]}\n", f"{WORDS[1]}\n", WORDS[2]]
     with pytest.raises(UserError, match="train.txt: is a file; give it by --train_file"):
         read(tmp_path, streaming, train_file="", dataset_name=tmp_path / "data/train.txt")
+
+
+@both_ways
+def test_rows_that_datasets_has_saved(tmp_path, streaming):
+    Dataset.from_dict({"text": WORDS}).save_to_disk(tmp_path / "saved")
+    raw = read(tmp_path, streaming, train_file="", dataset_name=tmp_path / "saved")
+    assert [row["text"] for row in raw["train"]] == WORDS
+    raw = read(tmp_path, streaming, True, train_file="", dataset_name=tmp_path / "saved")
+    assert [row["text"] for row in raw["validation"]] == WORDS[:1]
 
 
 def test_a_glob_over_folders(tmp_path):
