@@ -170,7 +170,9 @@ def check_flags(values: dict[str, object], defaults: dict[str, object]) -> None:
         warn(f"--model_type {values['model_type']} changes nothing: --model_name_or_path brings a type of its own")
     for name, (other, among) in UNUSED.items():
         chosen = str(getattr(values.get(other), "value", values.get(other)))
-        if is_given(name) and chosen in among:
+        # Without steps of its own, evaluation takes those of logging.
+        shared = name == "logging_steps" and values.get("eval_strategy") != "no" and not values.get("eval_steps")
+        if is_given(name) and chosen in among and not shared:
             warn(f"--{name} changes nothing: --{other} is {chosen}")
     for name, other in NEEDS.items():
         if is_given(name) and not _is_on(other, values) and not (values.get("use_cpu") and name in CARD_ONLY):

@@ -104,13 +104,14 @@ def json_table(path: str, number: int, block: bytes) -> pa.Table:
     try:
         block.decode("utf-8")  # which pyarrow takes for granted
         table = pyarrow.json.read_json(io.BytesIO(block), read_options=one_chunk)
-        if not any(map(_is_guessed, table.columns)):
+        kept = {name: table.column(name) for name in table.column_names if not _is_guessed(table.column(name))}
+        if len(kept) == table.num_columns:
             return table
     except (UnicodeDecodeError, pa.ArrowException):
-        pass  # a line that is no object, or values of several kinds in a column: Python tells them apart
+        kept = {}  # a line that is no object, or values of several kinds in a column: Python tells them apart
     rows = parse_lines(path, number, block)
     names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+    return pa.table({name: kept[name] if name in kept else _column([row.get(name) for row in rows]) for name in names})
 
 
 def _is_guessed(column: pa.ChunkedArray | pa.Array) -> bool:
@@ -127,11 +128,16 @@ def _is_guessed(column: pa.ChunkedArray | pa.Array) -> bool:
 def _column(values: list) -> pa.Array:
     try:
         column = pa.array(values)
-        if not any(map(_is_widened, values, column.to_pylist())):
+        if not (_has_floats(column.type) and any(map(_is_widened, values, column.to_pylist()))):
             return column
     except (pa.ArrowException, OverflowError, TypeError):
         pass
     return pa.array([None if value is None else json.dumps(value) for value in values], pa.json_())
+
+
+def _has_floats(kind: pa.DataType) -> bool:
+    parts = [kind.field(index).type for index in range(kind.num_fields)] if pa.types.is_nested(kind) else []
+    return pa.types.is_floating(kind) or any(map(_has_floats, parts))
 
 
 def _is_widened(value: object, kept: object) -> bool:

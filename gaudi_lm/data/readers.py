@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import pandas
@@ -78,7 +79,7 @@ class FileSet:
                 files.setdefault(name, []).append(path)
         for name, there in files.items():
             if len(there) < len(self.paths):
-                lacks = next(path for path in self.paths if path not in there)
+                lacks = next(path for path, having in zip_longest(self.paths, there) if path != having)
                 logger.warning("%s has no column %r, which %s has: its rows are empty there", lacks, name, there[0])
         found = {name: _common_feature(kinds) for name, kinds in types.items()}
         return Features({name: feature for name, feature in found.items() if feature is not None})

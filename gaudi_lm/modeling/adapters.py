@@ -93,13 +93,18 @@ def adapter_config(args: AdapterArguments, name: str | None = None) -> PeftConfi
         attribute, kinds = SETTINGS.get(setting.name, (setting.name, (args.peft_type,)))
         if attribute == "lora_dropout" and args.peft_type == "vera":
             attribute = "vera_dropout"
-        served = alike and args.peft_type in kinds and attribute
-        if not served or getattr(saved, attribute) != getattr(described, attribute):
+        served = alike and args.peft_type in kinds
+        if not (served and (not attribute or _agree(getattr(saved, attribute), getattr(described, attribute)))):
             raise UserError(
                 f"--{setting.name}: --adapter_name_or_path {name} has settings of its own, and not this one; leave it "
                 "out, or train a new adapter without --adapter_name_or_path"
             )
     return saved
+
+
+def _agree(saved: object, described: object) -> bool:
+    """Whether a setting may be that of a saved adapter; peft saves other names for ``all-linear`` and many layers."""
+    return described in (saved, "all-linear") or (isinstance(described, set) and len(described) >= 20)
 
 
 def _described(args: AdapterArguments) -> PeftConfig:
@@ -241,7 +246,7 @@ def _saved_embeddings(model: PreTrainedModel, saved: dict[str, torch.Tensor], na
                 f"--adapter_name_or_path {name}: its embeddings are of {len(tensor)} tokens, the model's of {rows}; "
                 f"give --tokenizer_name {name if there else 'TOKENIZER, the one that it was trained with'}"
             )
-        found[key] = not weight.is_meta and not torch.equal(weight.detach().cpu(), tensor.to(weight.dtype))
+        found[key] = not weight.is_meta and not torch.equal(weight.detach().cpu().to(tensor.dtype), tensor)
     return found
 
 

@@ -39,6 +39,8 @@ class BestModelTrainer(ResumableTrainer):
         best = self.state.best_model_checkpoint
         with self._format_of(best):
             super()._load_best_model()
+        if not Path(best).is_dir():
+            return  # of another host, which has the only result
         # peft loads the vectors that an encoder made, in the place of its inputs.
         load_encoder(self.plain_model, best)
         if self.rank_reduction:

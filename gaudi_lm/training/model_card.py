@@ -33,7 +33,8 @@ def command_line() -> str:
         name, equals, _ = word.partition("=")
         # A flag may be abbreviated, and written with dashes.
         flag = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
-        secret = len(flag) > 1 and (flag.endswith("token") or any(full.startswith(flag) for full in SECRETS))
+        short = len(flag) > 1 and flag != "push_to_hub" and any(full.startswith(flag) for full in SECRETS)
+        secret = flag.endswith("token") or short
         words.append("<hidden>" if hide else f"{name}=<hidden>" if secret and equals else word)
         hide = secret and not equals
     return shlex.join(["python", *words]).replace("'<hidden>'", "<hidden>")

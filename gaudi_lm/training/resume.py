@@ -19,15 +19,10 @@ REPORTS = {"all_results.json", "train_results.json", "eval_results.json", checkp
 """What a run may write at the top of its folder before its model is there."""
 
 
-RESULTS = (
-    "model*.safetensors*",
-    "pytorch_model*.bin*",
-    "adapter_config.json",
-    "adapter_model.*",
-    ENCODER,
-    "*_results.json",
-)
-"""What a run leaves at the top of its folder and the next one may not write over: weights and figures."""
+WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_config.json", "adapter_model.*", ENCODER)
+"""What a run leaves at the top of its folder and the next one may not write over, beside its figures."""
+
+UNUSED = "unused-"  # before the names of checkpoints that a run has set aside
 
 # Of launchers, shells, mpirun and TensorBoard.
 LOGS = ("*.log", "*.out", "*.err", "rank.*/stdout", "rank.*/stderr", "events.out.tfevents.*")
@@ -65,22 +60,25 @@ def find_checkpoint(training_args) -> str | None:
 
 def _find(training_args) -> str | None:
     wanted, folder = training_args.resume_from_checkpoint or "", Path(training_args.output_dir)
-    here = folder.is_dir() and not training_args.overwrite_output_dir
-    if wanted.lower() not in ("", "true", "false"):
-        if found := checkpoints.faults(Path(wanted)):
-            inside = checkpoints.checkpoints_in(Path(wanted))
-            other = f"such as {inside[0]}" if inside else "or begin anew from its weights by --model_name_or_path"
-            raise UserError(f"--resume_from_checkpoint {wanted}: {'; '.join(found)}. Name another one, {other}")
-        if here and not checkpoints.checkpoints_in(folder):
-            _refuse_others(folder)
-        return _taken(Path(wanted), training_args)
-    if training_args.dry_run:
-        return None  # what is in the folder stays as it is
+    named = wanted.lower() not in ("", "true", "false")
+    here = folder.is_dir() and not training_args.overwrite_output_dir and not training_args.dry_run
+    if training_args.overwrite_output_dir and not training_args.dry_run:
+        _refuse_inputs(training_args, folder.resolve())
     if here:
         for name in checkpoints.remove_incomplete(folder):
             logger.warning("%s: an interrupted run was writing it; removed", folder / name)
         if checkpoints.finish_moving(folder):
             logger.warning("%s: an interrupted run had written its results, which are in their place now", folder)
+    if named:
+        if found := checkpoints.faults(Path(wanted)):
+            inside = checkpoints.checkpoints_in(Path(wanted))
+            other = f"such as {inside[0]}" if inside else "or begin anew from its weights by --model_name_or_path"
+            raise UserError(f"--resume_from_checkpoint {wanted}: {'; '.join(found)}. Name another one, {other}")
+        if here and not checkpoints.checkpoints_in(folder) and folder.resolve() not in Path(wanted).resolve().parents:
+            _refuse_others(folder)
+        return _taken(Path(wanted), training_args)
+    if training_args.dry_run:
+        return None  # what is in the folder stays as it is
     candidates = checkpoints.checkpoints_in(folder) if here else []
     if wanted.lower() == "false" and candidates:
         raise UserError(
@@ -105,9 +103,21 @@ def _find(training_args) -> str | None:
     return None
 
 
+def _refuse_inputs(training_args, folder: Path) -> None:
+    """Raise a UserError where overwriting the output folder would remove what the run begins from."""
+    for flag in ("model_name_or_path", "adapter_name_or_path"):
+        name = getattr(training_args, "flags", {}).get(flag)
+        place = Path(name or "").resolve()
+        if name and place.exists() and folder in (place, *place.parents):
+            raise UserError(
+                f"--overwrite_output_dir: --{flag} {name} is in --output_dir {training_args.output_dir}, and would be "
+                "removed with what is there: choose another --output_dir"
+            )
+
+
 def _refuse_others(folder: Path) -> None:
     """Raise a UserError where a folder without checkpoints holds what no interrupted run has left there."""
-    if not all(path.name in REPORTS or is_log(path) for path in folder.iterdir()):
+    if not all(path.name in REPORTS or path.match(f"{UNUSED}*") or is_log(path) for path in folder.iterdir()):
         raise UserError(
             f"--output_dir {folder} is not empty and holds no checkpoint: "
             "choose another, or give --overwrite_output_dir to write into it"
@@ -137,14 +147,15 @@ def clear_the_way(folder: Path, step: int, remove: bool) -> None:
             at the top as well, which would be taken for the result of this one.
     """
     if step == 0 and remove:
-        for path in (path for name in RESULTS for path in folder.glob(name)):
-            path.unlink()
+        for path in (path for name in (*WEIGHTS, *REPORTS) for path in folder.glob(name)):
+            if path.is_file():
+                path.unlink()
     for path in checkpoints.checkpoints_in(folder):
         if step == 0 and remove:
             shutil.rmtree(path)
             logger.warning("%s is of an earlier run; removed, for --overwrite_output_dir", path)
         elif (checkpoints.checkpoint_step(path) or 0) > step:
-            aside = path.with_name(f"unused-{path.name}")
+            aside = path.with_name(f"{UNUSED}{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)
             logger.warning("%s is not what training resumes from; it is now %s", path, aside.name)

@@ -99,13 +99,14 @@ class Resumption:
     def __init__(self, checkpoint: str | None = None):
         self.checkpoint, self.step, self.run = checkpoint, 0, {}
         self.without_better = 0  # evaluations in a row, for early stopping
+        self._other_metric = False
         self.changed: dict[str, tuple] = {}
         self.optimizer = ""
         self._noted: list[dict] = []
         if checkpoint is not None:
-            state = json.loads((Path(checkpoint) / checkpoints.STATE).read_text())
-            self.step = state["global_step"]
-            self.without_better = evaluations_without_better(state)
+            self._state = json.loads((Path(checkpoint) / checkpoints.STATE).read_text())
+            self.step = self._state["global_step"]
+            self.without_better = evaluations_without_better(self._state)
             self.run = (checkpoints.read_manifest(Path(checkpoint)) or {}).get("run", {})
 
     @staticmethod
@@ -132,6 +133,7 @@ class Resumption:
             UserError: it cannot be resumed from with what has changed.
         """
         resumption = cls(checkpoint)
+        resumption._compare_metric(trainer.args.metric_for_best_model)
         if checkpoint is not None and resumption.run:
             resumption._compare(trainer)
         return resumption
@@ -173,7 +175,9 @@ class Resumption:
         if self.checkpoint is None:
             return
         trainer.state.num_train_epochs = trainer.epochs
-        self._forget_other_metric(trainer)
+        if self._other_metric:
+            trainer.state.best_metric = trainer.state.best_model_checkpoint = trainer.state.best_global_step = None
+            trainer.state.stateful_callbacks.pop(EarlyStopping.__name__, None)
         if trainer.state.best_model_checkpoint is not None:
             best = Path(trainer.args.output_dir, Path(trainer.state.best_model_checkpoint).name)
             if best.is_dir():  # the folder may have another name by now
@@ -190,18 +194,18 @@ class Resumption:
         if self.run:
             self._say_order(Resumption.facts(trainer))
 
-    @staticmethod
-    def _forget_other_metric(trainer: GaudiTrainer) -> None:
+    def _compare_metric(self, metric: str | None) -> None:
         """A best value is of the metric that it was logged under, and says nothing about another one."""
-        state, metric = trainer.state, trainer.args.metric_for_best_model
-        name = f"eval_{(metric or '').removeprefix('eval_')}"
-        values = [row.get(name) for row in state.log_history if row["step"] == state.best_global_step]
-        if metric is not None and state.best_metric is not None and values and state.best_metric not in values:
+        if self.checkpoint is None or metric is None:
+            return
+        state, name = self._state, f"eval_{metric.removeprefix('eval_')}"
+        values = [row.get(name) for row in state["log_history"] if row["step"] == state.get("best_global_step")]
+        self._other_metric = bool(values) and state["best_metric"] is not None and state["best_metric"] not in values
+        if self._other_metric:
             logger.warning(
                 "--metric_for_best_model %s: the best model so far was by another one; it is forgotten", metric
             )
-            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-            state.stateful_callbacks.pop(EarlyStopping.__name__, None)
+            self.without_better = 0
 
     def _say_order(self, now: dict) -> None:
         then, step = self.run, self.step

@@ -79,7 +79,7 @@ REFUSED = {
     "lora_dropout": {"lora_dropout": 0.5},
     "lora_target_modules": {"lora_target_modules": ["k_proj"]},
     "peft_type": {"peft_type": "ia3"},
-    "prompt_tuning_init_text": {"prompt_tuning_init_text": "A"},
+    "prompt_tuning_init_text": {"prompt_tuning_init_text": "A"},  # of another kind
     "num_virtual_tokens": {"num_virtual_tokens": 3},
 }
 
@@ -102,6 +102,9 @@ def test_flags_that_a_saved_adapter_was_trained_with_are_taken(tmp_path):
         config.save_pretrained(tmp_path)
         assert adapter_config(args, str(tmp_path)).peft_type == config.peft_type
         assert adapter_config(AdapterArguments(), str(tmp_path)).peft_type == config.peft_type
+    args = AdapterArguments(lora_target_modules=["all-linear"])
+    save(tmp_path, adapter_config(args))  # peft saves the names of the layers
+    assert adapter_config(args, str(tmp_path)).target_modules != "all-linear"
 
 
 @pytest.mark.parametrize("flag", ["--lora_rank", "--num_virtual_tokens"])

@@ -61,7 +61,7 @@ def output(trained, tmp_path) -> Path:
 
 def arguments(folder: Path, **changes) -> SimpleNamespace:
     values = {"do_train": True, "process_index": 0, "resume_from_checkpoint": None, "overwrite_output_dir": False}
-    return SimpleNamespace(dry_run=False, fsdp=[], output_dir=str(folder), **{**values, **changes})
+    return SimpleNamespace(fsdp=[], output_dir=str(folder), world_size=1, **{"dry_run": False, **values, **changes})
 
 
 def test_the_last_complete_checkpoint_is_taken(output, caplog):
@@ -210,6 +210,30 @@ def test_what_the_flag_asks_for(output):
             find_checkpoint(arguments(output, resume_from_checkpoint=wanted))
     with pytest.raises(UserError, match="holds no checkpoint"):
         find_checkpoint(arguments(output.parent / "nowhere", resume_from_checkpoint="True"))
+
+
+def test_a_restart_after_an_interruption_finds_its_folder(output, trained, tmp_path):
+    """Of a run from a checkpoint elsewhere: what it had set aside or half-written is its own, as is what is named."""
+    named, folder = str(trained / "checkpoint-3"), tmp_path / "new"
+    for name in ("unused-checkpoint-8/x", "incomplete-checkpoint-6/x", "slurm-1.out"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    assert find_checkpoint(arguments(folder, resume_from_checkpoint=named)) == named
+    (output / "checkpoint-6").rename(folder / "best")
+    inside = str(folder / "best")
+    assert find_checkpoint(arguments(folder, resume_from_checkpoint=inside)) == inside
+    with pytest.raises(UserError, match="is not empty and holds no checkpoint"):
+        find_checkpoint(arguments(folder, resume_from_checkpoint=named))
+    assert find_checkpoint(arguments(folder, resume_from_checkpoint=named, dry_run=True)) == named
+
+
+@pytest.mark.parametrize("flag", ("model_name_or_path", "adapter_name_or_path"))
+def test_what_a_run_begins_from_is_not_overwritten(output, flag):
+    for place in (output, output / "checkpoint-3"):
+        inputs = arguments(output, overwrite_output_dir=True, flags={flag: str(place)})
+        with pytest.raises(UserError, match=f"--overwrite_output_dir: --{flag} {place} is in --output_dir"):
+            find_checkpoint(inputs)
+    assert find_checkpoint(arguments(output, overwrite_output_dir=True, flags={flag: str(output.parent)})) is None
 
 
 def test_a_manifest_lists_every_file_and_keeps_no_secret(trained):

@@ -93,11 +93,12 @@ def test_overwriting_leaves_no_older_result(assets, tmp_path):
 def test_a_token_is_in_no_file(assets, tmp_path):
     output = tmp_path / "out"
     flags = ["--do_train", "--max_steps", 1, "--save_steps", 1, "--hub_tok", "hf_SECRET", "--token", "hf_SECRET"]
+    flags += ["--push_to_hub", "False"]
     run("run_clm.py", *scratch(assets, output, *flags))
     files = [path for path in output.rglob("*") if path.is_file()]
     assert {"training_args.bin", "README.md"} <= {path.name for path in files}
     assert not [path for path in files if b"SECRET" in path.read_bytes()]
-    assert "--hub_tok &lt;hidden&gt;" in (card := (output / "README.md").read_text()) or "--hub_tok <hidden>" in card
+    assert "--hub_tok <hidden> --token <hidden> --push_to_hub False\n" in (output / "README.md").read_text()
 
 
 @pytest.mark.slow
