@@ -474,10 +474,12 @@ def test_flags_that_change_nothing_say_so(capsys):
         assert capsys.readouterr().err == expected
     for name, (other, among) in UNUSED.items():
         for value in among:
-            check_flags({name: 7, other: value}, {name: 0, other: "x"})
+            check_flags({"eval_strategy": "no", name: 7, other: value}, {name: 0, other: "x"})
             assert capsys.readouterr().err == f"warning: --{name} changes nothing: --{other} is {value}\n"
         check_flags({name: 7, other: "steps"}, {name: 0, other: "x"})
         assert capsys.readouterr().err == ""
+    check_flags({"logging_steps": 7, "logging_strategy": "no", "eval_strategy": "steps"}, {"logging_steps": 500})
+    assert capsys.readouterr().err == "", "evaluation takes its steps"
 
 
 def test_every_number_has_a_range():
