@@ -140,11 +140,11 @@ def test_changing_shapes_are_found(assets, tmp_path):
     script = tmp_path / "my_clm.py"
     shutil.copy(ROOT / "run_clm.py", script)
     text = script.read_text()
-    wanted = "    labels = input_ids.clone()\n"
+    wanted = '    return {"labels": batch["input_ids"].clone(), **batch}\n'
     assert wanted in text
-    text = text.replace(wanted, "    input_ids = input_ids[:, : next(lengths)]\n" + wanted)
+    text = text.replace(wanted, '    batch["input_ids"] = batch["input_ids"][:, : next(cuts)]\n' + wanted)
     main = 'if __name__ == "__main__":'
-    script.write_text(text.replace(main, f"lengths = iter([64] * 6 + [63] + [64] * 99)\n\n{main}"))
+    script.write_text(text.replace(main, f"cuts = iter([64] * 6 + [63] + [64] * 99)\n\n{main}"))
     output = tmp_path / "out"
     result = run(script, *flags(assets, output, *ON_CARD), env=card_environment(), fresh=True)
     assert result.stderr.count("SIMULATED GAUDI") == 1
