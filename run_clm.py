@@ -12,8 +12,7 @@ On a machine without a Gaudi, append --use_cpu, or set GAUDI_SIMULATOR=1 to rehe
 import sys
 from dataclasses import dataclass, field
 
-from gaudi_lm.device import choose_card, run_script
-from gaudi_lm.errors import UserError
+from gaudi_lm.device import UserError, choose_card, run_script
 
 choose_card(sys.argv[1:], __name__)  # sets the environment that torch reads when it is imported
 
