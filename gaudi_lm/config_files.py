@@ -104,6 +104,14 @@ def _typed(value: object) -> object:
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
+def split_flag(word: str) -> tuple[str, str, str]:
+    """``--some-flag=value`` as ``("--some_flag", "=", "value")``; a word that is no flag as it is, with nothing more."""
+    if not word.startswith("--"):
+        return word, "", ""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}", equals, value
+
+
 def begins_with_file(argv: list[str]) -> bool:
     """Whether the first word of a command line is a configuration file, and not a flag."""
     return bool(argv) and argv[0].endswith(ENDINGS) and not argv[0].startswith("-")

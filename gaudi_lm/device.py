@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from gaudi_lm.config_files import expand_config_file
+from gaudi_lm.config_files import expand_config_file, split_flag
 from gaudi_lm.errors import UserError, user_errors
 from gaudi_lm.optimum_imports import import_in_parts
 
@@ -176,8 +176,8 @@ def _card_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--torch_compile_backend")
     full = []
     for word in argv:
-        name, equals, value = word.partition("=")
-        name = name.replace("-", "_").replace("__", "--", 1).replace("--no_cuda", "--use_cpu")
+        name, equals, value = split_flag(word)
+        name = name.replace("--no_cuda", "--use_cpu")
         meant = [f"--{flag}" for flag in names if len(name) > 2 and f"--{flag}".startswith(name)]
         # A beginning that other flags share is refused later, by the parser that knows them all.
         full.append(f"{meant[0]}{equals}{value}" if len(meant) == 1 else word)

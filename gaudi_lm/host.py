@@ -52,8 +52,18 @@ def threads_per_rank(ranks: int, limit: str = "/sys/fs/cgroup/cpu.max") -> int:
     return max(1, cpus // max(1, ranks))
 
 
-def find_backend(backend: str) -> tuple[str, int]:
-    """mpirun and the major version of Open MPI; a :class:`UserError` where a backend is not installed."""
+def find_backend(backend: str, map_by: str = "none", over_ssh: str = "") -> tuple[str, int]:
+    """mpirun and the major version of Open MPI; a :class:`UserError` where a backend, or what it needs, is missing.
+
+    Args:
+        map_by: what ranks are bound to.
+        over_ssh: the flag that names other hosts; empty where there are none.
+    """
+    if over_ssh and shutil.which("ssh") is None:
+        raise UserError(f"{over_ssh}: other hosts are reached by ssh, which is not installed on this one")
+    if map_by != "none" and backend != "mpi" and (backend == "torch" or shutil.which("numactl") is None):
+        why = "torch.distributed binds for CUDA only" if backend == "torch" else "DeepSpeed needs numactl for that"
+        raise UserError(f"--map_by {map_by}: {why}; give --use_mpi, or leave it out")
     if backend != "mpi":
         if importlib.util.find_spec(package := backend) is None:
             way = f"on a Gaudi host take Habana's build of {package}, elsewhere 'pip install {package}'"

@@ -16,7 +16,7 @@ from transformers.hf_argparser import string_to_bool
 from gaudi_lm.arguments.model_files import check_model_folders
 from gaudi_lm.arguments.ranges import check_ranges
 from gaudi_lm.arguments.refusals import check_flags, check_folders
-from gaudi_lm.config_files import begins_with_file, expand_config_file, read_config_file
+from gaudi_lm.config_files import begins_with_file, expand_config_file, read_config_file, split_flag
 from gaudi_lm.device import parse_bool
 from gaudi_lm.errors import UserError, nearest, user_errors, warn
 
@@ -126,11 +126,11 @@ def _full_names(words: list[str], known: list[str]) -> list[str]:
     """Flags by their full names: dashes within a name, old names and unambiguous beginnings are taken."""
     full = []
     for word in words:
-        name, equals, value = word.partition("=")
-        if not name.startswith("--") or name == "--":
+        plain, equals, value = split_flag(word)
+        if not plain.startswith("--") or plain == "--":
             full.append(word)
             continue
-        plain = f"--{name[2:].replace('-', '_')}"
+        name = word.partition("=")[0]
         if plain in OLD_NAMES:
             warn(f"{name} is the old name of {OLD_NAMES[plain]}")
             plain = OLD_NAMES[plain]

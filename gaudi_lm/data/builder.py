@@ -39,4 +39,4 @@ class FilesBuilder(ArrowBasedBuilder):
                 rows += len(table)
                 yield Key(shard, number), table
         if not rows:
-            raise UserError(f"{paths[0]}: there are no rows in it{' and the files beside it' if paths[1:] else ''}")
+            raise UserError(f"{paths[0]}: no rows{f', nor in the {len(paths) - 1} other files' if paths[1:] else ''}")

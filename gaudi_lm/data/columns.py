@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import pyarrow as pa
@@ -35,12 +35,17 @@ def values_of(table: pa.Table, column: str) -> list:
     `datasets` decodes JSON by a library that reads 1.36 as 1.3599999999999999 and refuses 2^64.
     """
     kind, values = table.schema.field(column).type, table.column(column).to_pylist()
-    return [_decoded(kind, value) for value in values] if _holds_json(kind) else values
+    return [_decoded(kind, value) for value in values] if holds(kind, _is_json) else values
 
 
-def _holds_json(kind: pa.DataType) -> bool:
+def holds(kind: pa.DataType, wanted: Callable[[pa.DataType], bool]) -> bool:
+    """Whether a type, or one within it, is ``wanted``."""
     parts = [kind.field(index).type for index in range(kind.num_fields)] if pa.types.is_nested(kind) else []
-    return isinstance(kind, pa.JsonType) or any(map(_holds_json, parts))
+    return wanted(kind) or any(holds(part, wanted) for part in parts)
+
+
+def _is_json(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.JsonType)
 
 
 def _decoded(kind: pa.DataType, value):
@@ -48,7 +53,7 @@ def _decoded(kind: pa.DataType, value):
         return [_decoded(kind.value_type, part) for part in value]
     if isinstance(value, dict):
         return {name: _decoded(kind.field(name).type, part) for name, part in value.items()}
-    return json.loads(value) if isinstance(kind, pa.JsonType) and value is not None else value
+    return json.loads(value) if _is_json(kind) and value is not None else value
 
 
 def texts_of(table: pa.Table, column: str) -> list[str]:

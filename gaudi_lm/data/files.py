@@ -50,7 +50,7 @@ class _Decompressed(io.RawIOBase):
         try:
             content = self._stream.read(len(buffer))
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{self._path}: damaged compression, or cut off ({error})") from error
+            raise UserError(f"{self._path}: compressed data are truncated or damaged ({error})") from error
         buffer[: len(content)] = content
         return len(content)
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
+from gaudi_lm.data.columns import holds
 from gaudi_lm.data.files import bad_line, open_bytes
 from gaudi_lm.errors import UserError
 
@@ -128,16 +129,11 @@ def _is_guessed(column: pa.ChunkedArray | pa.Array) -> bool:
 def _column(values: list) -> pa.Array:
     try:
         column = pa.array(values)
-        if not (_has_floats(column.type) and any(map(_is_widened, values, column.to_pylist()))):
+        if not (holds(column.type, pa.types.is_floating) and any(map(_is_widened, values, column.to_pylist()))):
             return column
     except (pa.ArrowException, OverflowError, TypeError):
         pass
     return pa.array([None if value is None else json.dumps(value) for value in values], pa.json_())
-
-
-def _has_floats(kind: pa.DataType) -> bool:
-    parts = [kind.field(index).type for index in range(kind.num_fields)] if pa.types.is_nested(kind) else []
-    return pa.types.is_floating(kind) or any(map(_has_floats, parts))
 
 
 def _is_widened(value: object, kept: object) -> bool:

@@ -114,7 +114,7 @@ def load_raw(
         )
         logger.info("no validation split: %d%% of the training rows are kept for validation", percentage)
         if not need_train:
-            logger.warning("a run with --do_train and without --do_eval has been trained on them, too")
+            logger.warning("a run with --do_train alone has trained on these rows")
     if need_validation and "validation" not in splits:
         raise UserError(
             "--do_eval needs validation data: --validation_file, or --train_file and --validation_split_percentage"

@@ -80,7 +80,9 @@ class FileSet:
         for name, there in files.items():
             if len(there) < len(self.paths):
                 lacks = next(path for path, having in zip_longest(self.paths, there) if path != having)
-                logger.warning("%s has no column %r, which %s has: its rows are empty there", lacks, name, there[0])
+                logger.warning(
+                    "%s has no column %r, which %s has: its rows have no value there", lacks, name, there[0]
+                )
         found = {name: _common_feature(kinds) for name, kinds in types.items()}
         return Features({name: feature for name, feature in found.items() if feature is not None})
 

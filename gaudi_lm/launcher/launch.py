@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from gaudi_lm import host
+from gaudi_lm.config_files import split_flag
 from gaudi_lm.device import wanted_card
 from gaudi_lm.errors import UserError, user_errors
 from gaudi_lm.launcher import plan, processes, supervise
@@ -65,8 +66,7 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
     takes = {name for action in parser._actions if action.nargs is None for name in action.option_strings}
     words, end = list(words), 0
     while end < len(words) and words[end].startswith("-"):
-        name, equals, value = words[end].partition("=")
-        words[end] = f"{name[:2]}{name[2:].replace('-', '_')}{equals}{value}"
+        words[end] = "".join(split_flag(words[end]))
         end += 1 + (words[end] in takes)
     options = parser.parse_args(words[: end + 1])
     options.arguments = words[end + 1 :]
@@ -95,14 +95,10 @@ def make_plan(options: argparse.Namespace, environ: dict[str, str], cards: int) 
     if len(here) > 1:
         names = " and ".join(one.name for one in here)
         raise UserError(f"--hostfile {path}: {names} are all this host; give it one line")
-    if not all(local) and not options.dry_run and shutil.which("ssh") is None:
-        raise UserError(f"--hostfile {path}: other hosts are reached by ssh, which is not installed on this one")
-    if options.map_by != "none" and backend != "mpi" and (backend == "torch" or shutil.which("numactl") is None):
-        why = "torch.distributed binds for CUDA only" if backend == "torch" else "DeepSpeed needs numactl for that"
-        raise UserError(f"--map_by {options.map_by}: {why}; give --use_mpi, or leave it out")
     on_cpu, on_card = wanted_card(options.arguments)
     host.check_cards(cards, sum(one.slots for one in here), on_cpu, on_card)
-    mpirun, version = host.find_backend(backend)
+    by_ssh = not all(local) and not options.dry_run
+    mpirun, version = host.find_backend(backend, options.map_by, f"--hostfile {path}" if by_ssh else "")
     address = "127.0.0.1" if all(local) else hosts[0].name
     if local[0] and not all(local):
         address = host.own_address(hosts[local.index(False)].name, towards=True) or address

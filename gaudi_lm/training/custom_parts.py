@@ -27,14 +27,14 @@ NEVER_CALLED = {
 
 
 def check_parts(
-    trainer_class: type[Trainer], base: type[Trainer], loss_func: Callable | None, args, *datasets
+    trainer_class: type[Trainer], base: type[Trainer], loss_func: Callable | None, args, train_dataset, eval_dataset
 ) -> None:
     """Refuse what `build_trainer` could not use; say where a ``compute_loss`` of one's own is not called.
 
     Args:
         base: the suite's own trainer.
         args: the training arguments.
-        datasets: for training and for evaluation, each None or a dict of several too.
+        train_dataset, eval_dataset: None, a dataset, or for evaluation a dict of them.
 
     Raises:
         UserError: a method that is never called, rows that cannot be read by their numbers, or a flag without effect.
@@ -48,10 +48,9 @@ def check_parts(
     for method, instead in NEVER_CALLED.items():
         if method in own:
             raise UserError(f"{name}.{method} is never called: give build_trainer {instead}")
-    train, evaluation = datasets
-    if "compute_loss" in own and evaluation is not None:
+    if "compute_loss" in own and eval_dataset is not None:
         logger.warning("evaluation does not call %s.compute_loss: give build_trainer a loss_func for both", name)
-    for rows in (train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])):
+    for rows in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
         if rows is not None and not isinstance(rows, (Dataset, IterableDataset)):
             raise UserError(
                 f"build_trainer takes a datasets.Dataset, not a {type(rows).__name__}: "

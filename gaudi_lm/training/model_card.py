@@ -16,13 +16,14 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gaudi_lm.arguments.definitions import DataArguments
+from gaudi_lm.config_files import split_flag
 
 SHOWN = (
     "learning_rate", "lr_scheduler_type", "per_device_train_batch_size",
     "gradient_accumulation_steps", "world_size", "optim", "weight_decay", "max_grad_norm", "warmup_ratio", "seed",
 )  # fmt: skip
 CODE = "    "  # what Markdown takes for code, whatever it holds
-SECRETS = ("token", "hub_token", "push_to_hub_token")
+SECRETS = ("--token", "--hub_token", "--push_to_hub_token")  # a flag may be abbreviated
 RESULTS = ("eval_loss", "eval_perplexity", "eval_accuracy")
 
 
@@ -30,12 +31,10 @@ def command_line() -> str:
     """The command of this process, to be pasted into a shell; the values of tokens are left out."""
     words, hide = [], False
     for word in sys.argv:
-        name, equals, _ = word.partition("=")
-        # A flag may be abbreviated, and written with dashes.
-        flag = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
-        short = len(flag) > 1 and flag != "push_to_hub" and any(full.startswith(flag) for full in SECRETS)
-        secret = flag.endswith("token") or short
-        words.append("<hidden>" if hide else f"{name}=<hidden>" if secret and equals else word)
+        flag, equals, _ = split_flag(word)
+        short = len(flag) > 3 and flag != "--push_to_hub" and any(full.startswith(flag) for full in SECRETS)
+        secret = short or (flag.startswith("--") and flag.endswith("token"))
+        words.append("<hidden>" if hide else f"{word.partition('=')[0]}=<hidden>" if secret and equals else word)
         hide = secret and not equals
     return shlex.join(["python", *words]).replace("'<hidden>'", "<hidden>")
 

@@ -203,7 +203,8 @@ class Resumption:
         self._other_metric = bool(values) and state["best_metric"] is not None and state["best_metric"] not in values
         if self._other_metric:
             logger.warning(
-                "--metric_for_best_model %s: the best model so far was by another one; it is forgotten", metric
+                "--metric_for_best_model %s: the best model so far was chosen by another metric: it no longer counts",
+                metric,
             )
             self.without_better = 0
 
@@ -269,7 +270,7 @@ class Resumption:
         if "lr" in said and not follows:  # which has changed it meanwhile
             del said["lr"]
             if now := self.changed.get("learning_rate"):
-                said["lr"] = f"the lr that its schedule has reached, not --learning_rate {now[1]}"
+                said["lr"] = f"the learning rate that its schedule has reached, not --learning_rate {now[1]}"
         if said:
             logger.warning("the optimizer continues with %s", ", ".join(said.values()))
 

@@ -138,7 +138,7 @@ class ResumableTrainer(FSDPTrainer):
             return None
         self.args.save_only_model = False
         self._save_checkpoint(self.model_wrapped, trial=None)
-        return UserError(f"{error}; the steps before it are saved, a next start can resume from {folder}")
+        return UserError(f"{error}; the steps before it are saved in {folder}")
 
     def _inner_training_loop(self, batch_size=None, *args, **kwargs):
         if not self.args.auto_find_batch_size:

@@ -221,7 +221,7 @@ def test_a_line_that_cannot_be_read_loses_no_step(workers, assets, tmp_path):
     (saved,) = (tmp_path / "out").glob("checkpoint-*")
     assert said == (
         f"error: {tmp_path}/b.jsonl, line 201: not valid JSON (Expecting property name enclosed in double quotes); "
-        f"the steps before it are saved, a next start can resume from {saved}"
+        f"the steps before it are saved in {saved}"
     )
     (tmp_path / "b.jsonl").write_text("".join(lines[1200:1400]))
     run("run_clm.py", *flags, "--output_dir", tmp_path / "out")

@@ -129,7 +129,7 @@ WORDS = {
     "numbers": ["n, m", "words", "--text_column_name"],
     "latin-1": ["latin.txt", "line 2", "UTF-8"],
     "parquet": ["fake.parquet", "not a parquet file"],
-    "cut gzip": ["cut.txt.gz", "cut off"],
+    "cut gzip": ["cut.txt.gz", "truncated or damaged"],
     "missing column": ["--text_column_name", "text", "a, b"],
     "kinds": ["--train_file", "different kinds", "text", "csv"],
     "delimiter": ["--csv_delimiter", "tiny.txt"],

@@ -167,7 +167,7 @@ def test_a_best_value_of_another_metric_is_forgotten(assets, tmp_path):
     ended = len(losses(output))
     log = run("run_clm.py", *flags, "--metric_for_best_model", "accuracy").stderr
     assert (
-        log.count("--metric_for_best_model accuracy: the best model so far was by another one; it is forgotten") == 1
+        log.count("WARNING --metric_for_best_model accuracy: the best model so far was chosen by another metric") == 1
     )
     rows = {row["step"]: row["eval_accuracy"] for row in reversed(log_history(output)) if "eval_accuracy" in row}
     last = len(losses(output))
