@@ -105,7 +105,7 @@ def _typed(value: object) -> object:
 
 
 def split_flag(word: str) -> tuple[str, str, str]:
-    """``--some-flag=value`` as ``("--some_flag", "=", "value")``; a word that is no flag as it is, and nothing more."""
+    """``--some-flag=value`` as ``("--some_flag", "=", "value")``; a word that is no flag as it is, in the first."""
     if not word.startswith("--"):
         return word, "", ""
     name, equals, value = word.partition("=")
