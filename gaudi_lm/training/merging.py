@@ -40,7 +40,14 @@ def check_base_model(model_args, peft_type: str, training_args: LMTrainingArgume
         flag = "--merge_adapter" if model_args.merge_adapter else "--load_meta_device"
         raise UserError(f"{flag}: DeepSpeed ZeRO-3 places the weights itself, and does not allow it")
     name = model_args.adapter_name_or_path
-    kind = peft_type if name is None else saved_config(name).peft_type.lower()
+    saved = None if name is None else saved_config(name)
+    kind = peft_type if saved is None else saved.peft_type.lower()
+    for setting in ("modules_to_save", "trainable_token_indices"):
+        if training_args.fsdp and getattr(saved, setting, None):
+            raise UserError(
+                f"--fsdp: --adapter_name_or_path {name} has {setting}, which FSDP does not gather; use --deepspeed, or "
+                "neither"
+            )
     if kind == "prefix_tuning" and training_args.gradient_checkpointing:
         raise UserError("--gradient_checkpointing: prefix_tuning keeps keys and values, which it would drop")
     if kind == "prefix_tuning" and training_args.flash_attention_causal_mask and not training_args.use_cpu:
