@@ -45,8 +45,8 @@ def check_base_model(model_args, peft_type: str, training_args: LMTrainingArgume
     for setting in ("modules_to_save", "trainable_token_indices"):
         if training_args.fsdp and getattr(saved, setting, None):
             raise UserError(
-                f"--fsdp: --adapter_name_or_path {name} has {setting}, which FSDP does not gather; use --deepspeed, or "
-                "neither"
+                f"--fsdp: --adapter_name_or_path {name} has {setting}, which FSDP does not gather; "
+                "leave --fsdp out, or give --deepspeed"
             )
     if kind == "prefix_tuning" and training_args.gradient_checkpointing:
         raise UserError("--gradient_checkpointing: prefix_tuning keeps keys and values, which it would drop")
