@@ -135,7 +135,7 @@ class ChatTemplate:
         Args:
             messages: as :func:`gaudi_lm.data.conversations.read_messages` gives them.
             tools: what the assistant may call, as JSON schemas.
-            first: number of the first message whose answer counts.
+            first: number of the first message whose answer counts; one of weight 0 never does.
 
         Returns:
             ``(text, spans, closed)``: places of characters, in order and apart; and whether the last one ends with a
@@ -151,14 +151,16 @@ class ChatTemplate:
             except Exception as error:  # whatever the template's code raises
                 problem = problem or f"the chat template cannot render it ({one_line(error)})"
                 continue
+            counts = [n >= first and message.get("weight") != 0 for n, message in enumerate(variant)]
             try:
-                located = [] if marked and not first else self._locate(text, variant, tools)
+                located = [] if marked and all(counts) else self._locate(text, variant, tools)
             except ConversationError as error:
                 problem = problem or str(error)
                 continue
-            spans = [(start, end) for number, start, end in located if number >= first]
+            spans = [(start, end) for number, start, end in located if counts[number]]
             if marked:
-                spans = self._whole(text, marked, spans[0][0] if spans else len(text) if first else 0)
+                others = [(start, end) for number, start, end in located if not counts[number]]
+                spans = self._whole(text, [(a, b) for a, b in marked if all(b <= c or d <= a for c, d in others)])
             return text, spans, bool(spans) and self._closed(text[: spans[-1][1]], self.special)
         raise ConversationError(problem)
 
@@ -166,12 +168,11 @@ class ChatTemplate:
         ends = {end.strip() for end in (self.end, self.last_end) if end} | self.stops | more
         return text.rstrip().endswith(tuple(ends))
 
-    def _whole(self, text: str, marked: list[tuple[int, int]], border: int) -> list[tuple[int, int]]:
-        """Marked parts behind ``border``, joined where one follows the other, each with what ends its turn."""
+    def _whole(self, text: str, marked: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Marked parts, joined where one follows the other, each with what ends its turn."""
         spans: list[tuple[int, int]] = []
         for start, end in marked:
-            if end > border:
-                spans[-1:] = [(spans[-1][0], end)] if spans and spans[-1][1] == start else [*spans[-1:], (start, end)]
+            spans[-1:] = [(spans[-1][0], end)] if spans and spans[-1][1] == start else [*spans[-1:], (start, end)]
         limits = [start for start, _ in spans[1:]] + [len(text)]
         return [
             (start, end if self._closed(text[start:end]) else self._end(text, end, limit))

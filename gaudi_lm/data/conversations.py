@@ -88,8 +88,17 @@ def read_content(content: Any, number: int) -> dict[str, Any]:
     return texts
 
 
+def is_result(content: Any) -> bool:
+    """Whether what a tool answers is an object, or a list, of its own, not the text of a message in parts."""
+    parts = content if isinstance(content, list) else [content]
+    return isinstance(content, (dict, list)) and not all(
+        isinstance(part, str) or (isinstance(part, dict) and {"type", "text", "content"} & part.keys())
+        for part in parts
+    )
+
+
 def read_message(message: Any, number: int, role: str | None) -> dict[str, Any]:
-    """A message with ``role`` and ``content``; other keys stay, as ``tool_calls`` or ``name``."""
+    """A message with ``role`` and ``content``; other keys stay, as ``tool_calls``, ``name`` or ``weight``, 0 or 1."""
     if isinstance(message, str) and role:
         return {"role": role, "content": message}
     if not isinstance(message, dict):
@@ -99,7 +108,12 @@ def read_message(message: Any, number: int, role: str | None) -> dict[str, Any]:
     if not isinstance(role, str):
         raise ConversationError(f"message {number} has no role")
     content = next((message.pop(key) for key in ("content", "value", "text") if key in message), None)
-    found = {"role": ROLES.get(role.lower(), role.lower()), **read_content(content, number), **message}
+    role = ROLES.get(role.lower(), role.lower())
+    if role == "tool" and is_result(content):
+        content = json.dumps(content, ensure_ascii=False)
+    found = {"role": role, **read_content(content, number), **message}
+    if found.get("weight", 1) not in (0, 1):
+        raise ConversationError(f"message {number} has weight {found['weight']!r}, not 0 or 1")
     if calls := from_json(found.pop("tool_calls", None)):
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise ConversationError(f"the tool_calls of message {number} are no list of objects")

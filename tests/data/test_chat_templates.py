@@ -268,6 +268,19 @@ def test_answers_of_a_prompt_do_not_count(tokenizer):
         )  # fmt: skip
 
 
+def test_answers_of_weight_0_do_not_count(tokenizer):
+    """OpenAI's format leaves messages out of training by `weight`; also those that the template itself marks."""
+    for weights in ((0, 1), (1, 0)):
+        first, last = ("«hello<|im_end|>»" if weight else "hello<|im_end|>" for weight in weights)
+        messages = [*TWO[:1], {**TWO[1], "weight": weights[0]}, *TWO[2:3], {**TWO[3], "weight": weights[1]}]
+        for template in (CHATML, MARKS):
+            text = marked(tokenizer, template, messages)
+            answered = chatml(("user", "hi<|im_end|>"), ("assistant", first), ("user", "hi<|im_end|>"))
+            assert text == answered + chatml(("assistant", last))
+    rows = rows_of(tokenizer, [{"messages": [TWO[0], {**TWO[1], "weight": 0}, *TWO[2:]]}])
+    assert rows[0]["labels"].tolist().count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+
+
 def test_tools_reach_the_template(tokenizer):
     tool = {"type": "function", "function": {"name": "get", "parameters": {"type": "object", "properties": {}}}}
     text = marked(tokenizer, TOOLS, TOOL_MESSAGES, tools=[tool])
@@ -387,7 +400,7 @@ def test_rows_that_cannot_be_read_are_named(tokenizer, caplog):
         assert len(rows_of(tokenizer, examples)) == 2
     assert (
         "train: 3 of 5 examples left out: row 2: the chat template cannot render it (System role not supported); "
-        "row 3: there is no conversation; row 5: it has no message of the assistant"
+        "row 3: there is no conversation; row 5: it has no message of the assistant, or none that counts"
     ) in caplog.text
     assert "train: 2 examples" in caplog.text
     with caplog.at_level("INFO", logger="gaudi_lm"):
@@ -426,12 +439,19 @@ def test_parts_of_other_kinds():
         ([USER, {"content": "b"}], "message 2 has no role"),
         ([USER, {"role": "assistant", "content": None}], "message 2 has no content"),
         ([USER, 5], "message 2 is a int"),
+        ([USER, {**ASSISTANT, "weight": 0.5}], "message 2 has weight 0.5, not 0 or 1"),
         ("no JSON", "no list of messages"),
         ([], "there is no conversation"),
         (None, "there is no conversation"),
     ]:
         with pytest.raises(ConversationError, match=words):
             read_messages(value)
+
+
+@pytest.mark.parametrize("content", [{"temperature": 17, "unit": "°C"}, [{"temperature": 17}, {"wind": 3}], [3, 4]])
+def test_results_of_tools_may_be_objects(content):
+    (message,) = read_messages([{"role": "tool", "content": content}])
+    assert json.loads(message["content"]) == content
 
 
 def test_prompts_and_completions_that_are_messages(tokenizer):
