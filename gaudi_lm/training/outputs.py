@@ -155,6 +155,6 @@ def write_card(trainer: LMTrainer, **card) -> None:
             drawn = save_loss_curve(trainer.state.log_history, staging / "loss_curve.png")
             write_model_card(trainer, staging / "README.md", title=folder.resolve().name, curve=drawn, **card)
     logger.info("Outputs saved to %s", os.path.abspath(folder))
-    trainer.close_trackers()
+    trainer.trackers.close()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()

@@ -12,7 +12,6 @@ from optimum.habana.transformers.trainer import GaudiTrainer
 from peft import PeftType
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import EvalPrediction, SaveStrategy, TrainOutput
 
 from gaudi_lm.arguments.consistency import check_best_metric
@@ -34,6 +33,7 @@ from gaudi_lm.training.metrics import Throughput
 from gaudi_lm.training.progress import EarlyStopping, Progress, StepClock
 from gaudi_lm.training.samples import check_prompts, show_samples
 from gaudi_lm.training.sums import TrainingLoss
+from gaudi_lm.training.trackers import Trackers
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -76,17 +76,7 @@ class LMTrainer(EvaluatingTrainer):
         for callback in filter(None, own):
             self.add_callback(callback)
         average_gradients(self.accelerator)
-        # transformers ends a tracker's run with the training, before the evaluation that follows it.
-        kinds = tuple(get_reporting_integration_callbacks(self.args.report_to))
-        trackers = [callback for callback in self.callback_handler.callbacks if isinstance(callback, kinds)]
-        self._tracker_ends = [callback.on_train_end for callback in trackers]
-        for callback in trackers:
-            callback.on_train_end = lambda *args, **kwargs: None
-
-    def close_trackers(self) -> None:
-        """End the runs of what ``--report_to`` names, once all has been reported."""
-        for end in self._tracker_ends:
-            end(self.args, self.state, self.control, model=self.model, processing_class=self.processing_class)
+        self.trackers = Trackers(self)
 
     def _synchronise(self) -> None:
         if self.args.device.type == "hpu":

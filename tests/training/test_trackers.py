@@ -1,6 +1,7 @@
 """--report_to with the real packages, offline: what was reported is read back from where they keep it."""
 
 import json
+import re
 import struct
 
 import pytest
@@ -76,6 +77,21 @@ def test_what_a_run_reports_is_there(assets, tmp_path, monkeypatch):
     assert one.data.params["block_size"] == "64"
 
 
+def test_a_tracker_without_a_server(assets, tmp_path):
+    flags = scratch(assets, tmp_path / "out", "--do_train", "--max_steps", 2, "--report_to", "mlflow")
+    nowhere = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    result = run("run_clm.py", *flags, env=nowhere, code=2)
+    assert re.search(r"^error: --report_to mlflow: .*127.0.0.1.*; mend it, or report to none$", result.stderr, re.M)
+
+
+@pytest.mark.slow
+def test_a_tracker_without_an_account(assets, tmp_path):
+    flags = scratch(assets, tmp_path / "out", "--do_train", "--max_steps", 2, "--report_to", "wandb")
+    stranger = {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    result = run("run_clm.py", *flags, env=stranger, code=2)
+    assert re.search(r"^error: --report_to wandb: .*wandb login.*; mend it, or report to none$", result.stderr, re.M)
+
+
 TRACKIO = """
 import json, os
 config = {}
@@ -86,6 +102,8 @@ def init(project, name=None, space_id=None, resume="never", **kwargs):
     note("init", project, name)
 def log(metrics, step=None):
     note("log", metrics)
+    if "train/loss" in metrics:
+        raise OSError("the server\\ndoes not answer")
 def finish():
     note("finish", sorted(config))
 class Config(dict):
@@ -97,12 +115,15 @@ config = Config()
 
 @pytest.mark.slow
 def test_trackio_gets_all_of_a_run_before_its_end(assets, tmp_path):
-    """By a stand-in for the calls that transformers makes: the package brings all of gradio, and an older pandas."""
+    """By a stand-in for the calls that transformers makes: the package brings all of gradio, and an older pandas.
+    Where its server fails, the run goes on."""
     (tmp_path / "trackio.py").write_text(TRACKIO)
     flags = ["--do_train", "--do_eval", "--max_steps", 2, "--max_eval_samples", 4, "--report_to", "trackio"]
+    flags += ["--logging_steps", 1]
     places = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "NOTES": str(tmp_path / "notes"), "TRACKIO_PROJECT": "mine"}
     # A package that appears later is unknown to a process that has done its imports.
-    run("run_clm.py", *scratch(assets, tmp_path / "out", *flags), env=places, fresh=True)
+    result = run("run_clm.py", *scratch(assets, tmp_path / "out", *flags), env=places, fresh=True)
+    assert result.stderr.count("--report_to trackio: the server does not answer; the run goes on") == 1
     notes = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
     assert notes[0][:2] == ["init", "mine"] and [what for what, *_ in notes[1:]] == ["log"] * (len(notes) - 2) + [
         "finish"
