@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from pathlib import Path
 
 from gaudi_lm.arguments.adapters import check_adapter_flags
@@ -196,8 +196,10 @@ def check_folders(values: dict) -> None:
         if not there.is_dir():
             what = "a broken link" if there.is_symlink() and not there.exists() else "a file"
             raise UserError(f"--{name} {values[name]}: {there} is {what}, not a directory")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"--{name} {values[name]}: {there} is not writable")
+        try:
+            tempfile.TemporaryFile(dir=there).close()  # root has every permission, and a file system may refuse it
+        except OSError as error:
+            raise UserError(f"--{name} {values[name]}: {there} is not writable ({error.strerror})") from error
 
 
 def _is_on(name: str, values: dict[str, object]) -> bool:
