@@ -25,31 +25,37 @@ class HubUploads:
         self.args, self.folder = args, Path(args.output_dir).resolve()
         self.name = args.hub_model_id or self.folder.name
         self._api = HfApi(token=args.hub_token)
-        self._running: list[Future] = []
+        self._running: list[tuple[Future, Path]] = []
 
     def checkpoint(self, folder: Path, step: int) -> None:
         """Begin to upload a checkpoint, as ``--hub_strategy`` says; none while an earlier one is still under way."""
-        busy = not all(job.done() for job in self._running)
+        busy = not all(job.done() for job, _ in self._running)
         if self.args.hub_strategy == HubStrategy.END or (busy and not self.args.hub_always_push):
             return
-        self.finish()
+        self._report(self._errors())
         folders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
         self._begin(folder, message := f"Training in progress, step {step}", TO_RESUME)
         if path_in_repo := folders.get(self.args.hub_strategy):
             self._begin(folder, f"{message}, checkpoint", None, path_in_repo)
 
+    def is_uploading(self, folder: str) -> bool:
+        """Whether the files of a checkpoint are still being read."""
+        return any(not job.done() and path == Path(folder).resolve() for job, path in self._running)
+
     def result(self, message: str) -> None:
         """Upload what is at the top of ``--output_dir``, and wait for it."""
-        self.finish(quiet=True)
+        errors = self._errors()
         job = self._begin(self.folder, message, NOT_THE_RESULT)
-        if self.finish():
+        if self._report(self._errors() or errors):
             logger.info("Uploaded to %s/%s", self._api.endpoint, job.result())
 
-    def finish(self, quiet: bool = False) -> bool:
-        """Wait for what is being uploaded; whether it is on the hub now, which the log says unless ``quiet``."""
-        errors = [error for job in self._running if (error := job.exception())]
-        self._running = []
-        if errors and not quiet:
+    def _errors(self) -> list[BaseException]:
+        """Wait for what is being uploaded; what went wrong."""
+        jobs, self._running = self._running, []
+        return [error for job, _ in jobs if (error := job.exception())]
+
+    def _report(self, errors: list[BaseException]) -> bool:
+        if errors:
             logger.warning(
                 "--push_to_hub: %s was not uploaded (%s). All of it is on the disk: start the run again, or "
                 "`hf upload %s %s`", self.name, first_line(errors[0]), self.name, self.folder,
@@ -57,8 +63,9 @@ class HubUploads:
         return not errors
 
     def _begin(self, folder: Path, message: str, ignored: list[str] | None, path_in_repo: str | None = None) -> Future:
-        self._running.append(self._api.run_as_future(self._upload, folder, message, ignored, path_in_repo))
-        return self._running[-1]
+        job = self._api.run_as_future(self._upload, folder, message, ignored, path_in_repo)
+        self._running.append((job, folder.resolve()))
+        return job
 
     def _upload(self, folder: Path, message: str, ignored: list[str] | None, path_in_repo: str | None) -> str:
         args, to = self.args, {"commit_message": message, "revision": self.args.hub_revision}

@@ -159,6 +159,7 @@ class ResumableTrainer(FSDPTrainer):
         """Upload what is at the top of ``--output_dir``; where that fails, the log says so. All ranks must call it."""
         if self.args.should_save:
             self.uploads.result(commit_message or "End of training")
+            self._rotate_checkpoints(use_mtime=False, output_dir=self.args.output_dir)
         gather(None)  # the other ranks wait as long as it takes
 
     def set_initial_training_values(self, args, dataloader, total_train_batch_size):
@@ -218,10 +219,14 @@ class ResumableTrainer(FSDPTrainer):
                 exportable = [one for one in exportable if isinstance(one, ExportableState)]
                 self.state.stateful_callbacks = TrainerState(stateful_callbacks=exportable).stateful_callbacks
                 self.state.save_to_json(str(staging / checkpoints.STATE))
-        if self.args.push_to_hub and self.args.should_save:
-            self.uploads.checkpoint(folder, self.state.global_step)
         if self.args.should_save:
             self._rotate_checkpoints(use_mtime=False, output_dir=str(run_dir))
+        if self.args.push_to_hub and self.args.should_save:
+            self.uploads.checkpoint(folder, self.state.global_step)
+
+    def _sorted_checkpoints(self, *args, **kwargs) -> list[str]:
+        """As for rotation, which deletes the first ones: without any that is being uploaded."""
+        return [one for one in super()._sorted_checkpoints(*args, **kwargs) if not self.uploads.is_uploading(one)]
 
     @contextlib.contextmanager
     def files_at_top(self) -> Iterator[Path]:

@@ -58,3 +58,19 @@ def test_checkpoints_while_training(assets, tmp_path, uploads):
     wanted = [f"Training in progress, step {step}" for step in (1, 2)]
     assert steps == [words for step in wanted for words in (step, f"{step}, checkpoint")]
     assert uploads.commits[-1] == "End of training"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["every_save", "all_checkpoints"])
+def test_a_checkpoint_stays_while_it_is_uploaded(assets, tmp_path, uploads, strategy):
+    """An upload takes longer than several steps, and --save_total_limit keeps one checkpoint."""
+    uploads.delay = 2
+    log = start(
+        assets, tmp_path / "x", uploads, "--hub_strategy", strategy, "--save_steps", 1, "--save_total_limit", 1,
+        "--max_steps", 6,
+    )  # fmt: skip
+    assert "was not uploaded" not in log
+    assert "Training in progress, step 1" in uploads.commits and uploads.commits[-1] == "End of training"
+    files = uploads.files["me/x", "main"]
+    assert ("checkpoint-1/optimizer.pt" in files) == (strategy == "all_checkpoints")
+    assert [path.name for path in (tmp_path / "x").glob("checkpoint-*")] == ["checkpoint-6"]

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import time
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -19,6 +20,7 @@ class UploadHub(Served):
 
     Attributes:
         fault: ``"down"`` drops each connection, ``"denied"`` answers 401, ``"cut"`` drops connections in a commit.
+        delay: seconds that the question how files are to be sent takes to answer.
     """
 
     def __init__(self):
@@ -26,6 +28,7 @@ class UploadHub(Served):
         self.created: dict[str, dict] = {}
         self.commits: list[str] = []
         self.fault: str | None = None
+        self.delay = 0.0
         hub = self
 
         class Bound(_Handler):
@@ -73,6 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
             name, what, revision = found.groups()
             files = self.hub.files[name, revision]
             if what == "preupload":
+                time.sleep(self.hub.delay)
                 asked = [file["path"] for file in json.loads(body)["files"]]
                 self.answer(200, {"files": [self.known(path, files.get(path)) for path in asked]})
             elif what == "commit":
