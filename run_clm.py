@@ -145,8 +145,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = {}
     if training_args.do_train:
         metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
-        if not data_args.streaming:
-            metrics["train_samples"] = len(blocks["train"])
         report(trainer, "train", metrics)
 
     # Save

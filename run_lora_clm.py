@@ -218,7 +218,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = {}
     if training_args.do_train:
         metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
-        metrics["train_samples"] = len(rows["train"])
         report(trainer, "train", metrics)
 
     # Save

@@ -222,8 +222,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = {}
     if training_args.do_train:
         metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
-        if not data_args.streaming:
-            metrics["train_samples"] = len(rows["train"])
         if collator.undone:
             logger.info("%d masks beyond --max_predictions_per_seq were undone", collator.undone)
         report(trainer, "train", metrics)

@@ -190,14 +190,17 @@ def _check_best_model(args) -> None:
         args.metric_for_best_model, args.greater_is_better = "loss", False
 
 
-def check_best_metric(name: str | None, eval_dataset: object) -> None:
+def check_best_metric(name: str | None, eval_dataset: object, metrics: tuple[str, ...] = METRICS) -> None:
     """Refuse a ``--metric_for_best_model`` that no evaluation gives; with several sets, each figure has a set's name.
+
+    Args:
+        metrics: what an evaluation gives.
 
     Raises:
         UserError: there is no such figure.
     """
     sets = [f"{one}_" for one in eval_dataset] if isinstance(eval_dataset, dict) else [""]
-    names = [f"{prefix}{metric}" for prefix in sets for metric in METRICS]
+    names = [f"{prefix}{metric}" for prefix in sets for metric in metrics]
     if name is not None and name.removeprefix("eval_") not in names:
         raise UserError(f"--metric_for_best_model {name}: an evaluation gives {', '.join(names)}")
 

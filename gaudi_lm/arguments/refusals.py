@@ -79,6 +79,7 @@ NEEDS: dict[str, str] = {
     "eval_on_start": "do_eval",
     "feedforward_modules": "ia3_target_modules",
     "early_stopping_patience": "load_best_model_at_end",
+    "push_to_hub": "do_train",
     "fp8": "do_train",
     "fsdp_config": "fsdp",
     "fsdp_min_num_params": "fsdp",

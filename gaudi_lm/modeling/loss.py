@@ -28,6 +28,10 @@ from gaudi_lm.modeling.cross_entropy import chunked_cross_entropy, full_cross_en
 from gaudi_lm.modeling.patches import ignore_missing_mask, repair_router_loss
 
 
+class _NoLogits(UserError, AttributeError):
+    """As an attribute that is not there is looked for, it must be an AttributeError too."""
+
+
 @dataclass
 class TokenLossOutput(ModelOutput):
     """What a model with an installed token loss returns when it is given labels. Every tensor is 0-dimensional.
@@ -45,6 +49,14 @@ class TokenLossOutput(ModelOutput):
     correct: Tensor | None = None
     count: Tensor | None = None
     aux_loss: Tensor | None = None
+
+    def __getattr__(self, name: str):
+        if name == "logits":
+            raise _NoLogits(
+                "outputs.logits: a model that is given labels makes its loss without; take the labels out of the "
+                "inputs first, or give build_trainer a loss_func"
+            )
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
 
 def install_token_loss(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import logging
 from collections.abc import Callable
 
@@ -56,3 +58,31 @@ def check_parts(
                 f"build_trainer takes a datasets.Dataset, not a {type(rows).__name__}: "
                 "datasets.Dataset.from_list(rows) makes one"
             )
+    if isinstance(train_dataset, IterableDataset) and not hasattr(train_dataset, "__len__") and args.max_steps <= 0:
+        raise UserError("--max_steps: a train_dataset that is a stream has no known length; give the steps")
+
+
+def check_budget(budget: object, *collators: object) -> None:
+    """Refuse a number of rows for the head of a masked model without a collator that undoes masks beyond it.
+
+    Args:
+        budget: ``max_predictions_per_seq`` of :func:`gaudi_lm.modeling.loss.install_token_loss`.
+
+    Raises:
+        UserError: a collator has no such ``masked_token_budget``.
+    """
+    for collator in collators:
+        if budget is not None and getattr(collator, "masked_token_budget", None) != budget:
+            raise UserError(
+                f"max_predictions_per_seq: {getattr(collator, '__name__', type(collator).__name__)} does not undo "
+                "masks beyond it: leave it out, or let the collator have it as its attribute masked_token_budget"
+            )
+
+
+def is_mean(compute_loss: Callable) -> bool:
+    """Whether a trainer's ``compute_loss`` leaves its ``num_items_in_batch`` alone: its loss is a batch's own."""
+    function = inspect.unwrap(compute_loss)
+    if not inspect.isfunction(function) or "num_items_in_batch" not in inspect.signature(function).parameters:
+        return False  # it passes on what it gets
+    read = (step.argval for step in dis.get_instructions(function) if step.opname.startswith("LOAD"))
+    return not any("num_items_in_batch" in (names if isinstance(names, tuple) else (names,)) for names in read)

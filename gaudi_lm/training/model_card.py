@@ -24,7 +24,7 @@ SHOWN = (
 )  # fmt: skip
 CODE = "    "  # what Markdown takes for code, whatever it holds
 SECRETS = ("--token", "--hub_token", "--push_to_hub_token")  # a flag may be abbreviated
-RESULTS = ("eval_loss", "eval_perplexity", "eval_accuracy")
+NO_RESULTS = ("_runtime", "_samples", "_tokens", "_per_second", "_share")  # what else an evaluation reports
 
 
 def command_line() -> str:
@@ -65,8 +65,8 @@ def write_model_card(
     args, state = trainer.args, trainer.state
     on_hub = base_model is not None and not Path(base_model).exists()
     dataset = data.dataset_name if data.dataset_name and not Path(data.dataset_name).exists() else None
-    logged: dict = next((row for row in reversed(state.log_history) if "eval_loss" in row), {})
-    results = {name: logged[name] for name in RESULTS if math.isfinite(logged.get(name, math.nan))}
+    logged = {name: value for row in state.log_history for name, value in row.items() if name.startswith("eval_")}
+    results = {name: value for name, value in logged.items() if _is_result(name, value)}
     evaluated = {"dataset_type": dataset or "text", "dataset_name": data.described(), "dataset_split": "validation"}
     meta = ModelCardData(
         model_name=title,
@@ -109,6 +109,10 @@ def write_model_card(
         + ".\n",
     ]
     ModelCard("\n".join(lines), ignore_metadata_errors=True).save(path)
+
+
+def _is_result(name: str, value: object) -> bool:
+    return not name.endswith(NO_RESULTS) and isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _license(base_model: str | None) -> str | None:

@@ -90,6 +90,8 @@ def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
     The block comes with the evaluation, where one follows the training. On a card, its own figures are among them:
     graphs compiled, waits of the host, memory. All ranks must call it.
     """
+    if split == "train" and hasattr(trainer.train_dataset, "__len__"):
+        metrics["train_samples"] = len(trainer.train_dataset)
     metrics.update(trainer.device_metrics.figures())
     metrics.update(highest_of_ranks(metrics))
     trainer.results.update(metrics)

@@ -70,6 +70,7 @@ class TrainingLoss(TrainerCallback, ExportableState):
         self._window: Tensor | None = None  # float32 [names], of this rank
         self._steps = 0  # in the window
         self.batches = 0  # added by this process
+        self._added: Tensor | None = None  # the last one's loss, all together
         self._ranks: list[list[float]] = []  # the window at the last checkpoint
         self.total, self.total_steps = 0.0, 0  # of `loss`, over all ranks and all steps before the window
 
@@ -100,6 +101,16 @@ class TrainingLoss(TrainerCallback, ExportableState):
             before = torch.zeros_like(values) if self._window is None else self._window
             values = torch.where(values.isfinite(), values, before / (1 + self._steps))
         self._window = values if self._window is None else self._window + values
+        self._added = loss
+
+    def correct(self, loss: Tensor) -> None:
+        """Count what a trainer's own ``compute_loss`` made of the batch that was added last, as part of `loss`."""
+        if self._added is None or self._window is None:
+            return
+        difference = (loss - self._added).float()
+        if self.skip_nan:
+            difference = torch.where(difference.isfinite(), difference, 0.0)
+        self._window[0] += difference
 
     def _over_ranks(self) -> list[list[float]]:
         return [] if self._window is None else gather(self._window.tolist())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, SaveStrategy, TrainOutput
 
-from gaudi_lm.arguments.consistency import check_best_metric
+from gaudi_lm.arguments.consistency import METRICS, check_best_metric
 from gaudi_lm.arguments.context_parallel import data_ranks, sequence_part
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.arguments.gaudi_configs import gaudi_config
@@ -24,7 +25,7 @@ from gaudi_lm.modeling.adalora import RankReduction
 from gaudi_lm.modeling.attention import check_model
 from gaudi_lm.modeling.loss import install_token_loss
 from gaudi_lm.modeling.patches import average_gradients, complete_generation_config, repair_gradient_checkpointing
-from gaudi_lm.training.custom_parts import check_parts
+from gaudi_lm.training.custom_parts import check_budget, check_parts, is_mean
 from gaudi_lm.training.device_metrics import DeviceMetrics
 from gaudi_lm.training.dry_run import dry_run
 from gaudi_lm.training.evaluation import EvaluatingTrainer
@@ -61,7 +62,7 @@ class LMTrainer(EvaluatingTrainer):
         self.model_accepts_loss_kwargs = True
         warmup = self.args.throughput_warmup_steps
         self.throughput = Throughput(warmup, self._synchronise, self.args.context_parallel_size)
-        self._window = (0, 0, 0)
+        self._window, self._batches = (0, 0, 0), 1  # of an optimizer step: tokens, positions, ...; batches
         self._lengths = self._uncompiled = tuple[int, ...]()  # that batches are padded to
         self.results: dict[str, float] = {}  # of the whole run, see :func:`gaudi_lm.training.outputs.report`
         self.device_metrics = DeviceMetrics(warmup)
@@ -77,6 +78,12 @@ class LMTrainer(EvaluatingTrainer):
             self.add_callback(callback)
         average_gradients(self.accelerator)
         self.trackers = Trackers(self)
+        compute_loss = type(self).compute_loss
+        self._has_own_loss = compute_loss is not LMTrainer.compute_loss
+        if self._has_own_loss and is_mean(compute_loss):
+            # As in transformers' Trainer; that of optimum-habana would add up the means of a step's batches.
+            mean = partial(compute_loss, self)
+            self.compute_loss = lambda *args, **kwargs: mean(*args, **kwargs) / self._batches  # type: ignore
 
     def _synchronise(self) -> None:
         if self.args.device.type == "hpu":
@@ -111,6 +118,7 @@ class LMTrainer(EvaluatingTrainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
+        self._batches = len(batches)
         # The batches are still in host memory: counting them waits for nothing.
         if any(batch.get("labels") is None for batch in batches):
             raise UserError("the collator makes no labels: a masked language model cannot be trained without")
@@ -154,6 +162,8 @@ class LMTrainer(EvaluatingTrainer):
             loss = super().training_step(*args, **kwargs)
             if self.training_loss.batches == batches:  # a loss that is not the suite's
                 self.training_loss.add(loss)
+            elif self._has_own_loss:  # which may add something to it
+                self.training_loss.correct(loss)
         return loss
 
     def dry_run(self) -> dict[str, float]:
@@ -247,6 +257,7 @@ def build_trainer(
         loss_options: passed to :func:`gaudi_lm.modeling.loss.install_token_loss`.
     """
     check_parts(trainer_class, LMTrainer, loss_func, training_args, train_dataset, eval_dataset)
+    check_budget(loss_options.get("max_predictions_per_seq"), collator, evaluation_collator or collator)
     if training_args.gradient_checkpointing and training_args.device.type == "hpu":
         repair_gradient_checkpointing(model)
     if loss_func is None:
@@ -260,7 +271,8 @@ def build_trainer(
         complete_generation_config()
     check_model(model, training_args, own_figures=bool(loss_func or compute_metrics))
     if compute_metrics is None:
-        check_best_metric(training_args.metric_for_best_model, eval_dataset)
+        given = METRICS if loss_func is None else ("loss",)
+        check_best_metric(training_args.metric_for_best_model, eval_dataset, given)
     check_prompts(training_args, objective == "causal", model.config, tokenizer)
     trainer = trainer_class(
         model=model,

@@ -2,18 +2,19 @@
 
 import json
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 from documentation import REPOSITORY
 from optimum.habana.transformers.trainer import GaudiTrainer
-from running import copy_elsewhere, losses, results, run, run_ranks
+from running import copy_elsewhere, log_history, losses, results, run, run_ranks
 from short_runs import common, scratch
-from transformers import Trainer
+from transformers import DataCollatorForLanguageModeling, Trainer
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.errors import UserError
-from gaudi_lm.training.custom_parts import NEVER_CALLED
+from gaudi_lm.training.custom_parts import NEVER_CALLED, check_budget
 from gaudi_lm.training.trainer import LMTrainer, build_trainer
 
 from documentation import code_blocks  # isort: skip
@@ -197,6 +198,97 @@ def test_another_trainer_and_several_evaluation_sets(assets, tmp_path):
     assert "eval_loss" not in figures
     # GPT-2 has no matrix that transformers does not decay.
     assert losses(tmp_path / "own") == losses(tmp_path / "plain")
+
+
+TRAINERS = """from gaudi_lm.training.trainer import LMTrainer, build_trainer
+
+
+class Mean(LMTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return torch.nn.functional.cross_entropy(model(**inputs).logits.flatten(0, 1), labels.flatten())
+
+
+class Sum(LMTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits.flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum") / num_items_in_batch
+
+
+class Twice(LMTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return 2 * super().compute_loss(*args, **kwargs)
+
+
+class Logits(LMTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs).logits.sum()
+"""
+
+
+@pytest.mark.slow
+def test_a_compute_loss_of_ones_own(assets, masked_assets, tmp_path):
+    """The loss that is trained and logged: of the batches of a step their mean, unless it is divided there."""
+    script = copy_elsewhere("run_mlm.py", tmp_path / "mine")
+    text = script.read_text().replace("from gaudi_lm.training.trainer import build_trainer\n", TRAINERS)
+    for old, new in (
+        ("import sys\n", "import os\nimport sys\n"),
+        ("\nfrom datasets", "\nimport torch\nfrom datasets"),
+        (
+            "        evaluation_collator=",
+            "        trainer_class=globals()[os.environ['KIND']],\n        evaluation_collator=",
+        ),
+    ):
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    script.write_text(text)
+
+    def found(kind: str, rows: int, batches: int) -> dict:
+        output = tmp_path / f"{kind}{rows}"
+        flags = [*masked_assets.scratch("bert"), "--train_file", assets.train, "--max_seq_length", 32, "--use_cpu"]
+        flags += ["--do_train", "--max_steps", 1, "--logging_steps", 1, "--output_dir", output]
+        flags += ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", batches]
+        run(script, *flags, env={"KIND": kind})
+        return log_history(output)[0]
+
+    plain = found("LMTrainer", 8, 1)
+    for kind, factor in (("Mean", 1), ("Sum", 1), ("Twice", 2)):
+        for rows, batches in ((8, 1), (4, 2)):
+            one = found(kind, rows, batches)
+            assert one["loss"] == pytest.approx(factor * plain["loss"], rel=0.01), (kind, rows)
+            assert one["grad_norm"] == pytest.approx(factor * plain["grad_norm"], rel=0.1), (kind, rows)
+
+
+@pytest.mark.slow
+def test_a_stream_of_ones_own(assets, tmp_path):
+    script = copy_elsewhere("run_clm.py", tmp_path / "mine")
+    before = "    # Trainer\n"
+    stream = '    blocks["train"] = blocks["train"].to_iterable_dataset()\n'
+    script.write_text(script.read_text().replace(before, stream + before))
+    flags = scratch(assets, tmp_path / "out", "--do_train")
+    assert "error: --max_steps: a train_dataset that is a stream" in run(script, *flags, code=2).stderr
+    run(script, *flags, "--max_steps", 3)
+    assert len(losses(tmp_path / "out")) == 3 and (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_budget_belongs_to_its_collator(tmp_path):
+    collator = SimpleNamespace(masked_token_budget=max)
+    other = DataCollatorForLanguageModeling(None, mlm=False)
+    check_budget(max, collator, collator)
+    check_budget(None, other)
+    with pytest.raises(UserError, match="^max_predictions_per_seq: DataCollatorForLanguageModeling does not undo"):
+        check_budget(max, collator, other)
+
+
+def test_a_loss_func_has_no_perplexity(tmp_path):
+    for name, known in (("eval_loss", True), ("perplexity", False)):
+        best = {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": name}
+        args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True, **best)
+        with pytest.raises(
+            AttributeError if known else UserError, match=None if known else "an evaluation gives loss$"
+        ):
+            build_trainer(None, "causal", args, None, None, loss_func=print)
 
 
 @pytest.mark.slow
