@@ -179,6 +179,8 @@ def check_flags(values: dict[str, object], defaults: dict[str, object]) -> None:
         if is_given(name) and not _is_on(other, values) and not (values.get("use_cpu") and name in CARD_ONLY):
             raise UserError(f"--{name} needs --{other}, which is not set")
     check_adapter_flags(values, is_given)
+    if values.get("bf16_full_eval") and values.get("fsdp"):
+        warn("--bf16_full_eval changes nothing: --fsdp says in what the shards are kept")
     if values.get("group_by_length") and values.get("streaming"):
         raise UserError("--group_by_length cannot be combined with --streaming: it sorts all rows by length")
 

@@ -277,6 +277,10 @@ class EvaluatingTrainer(BestModelTrainer):
                 self.deepspeed = self.model_wrapped = self.accelerator.prepare(self.model)
             else:
                 self._move_model_to_device(self.model, self.args.device)
+        elif self.is_fsdp_enabled and not self.is_in_train and not hasattr(self.model, "_fsdp_wrapped_module"):
+            self.model = self.model_wrapped = self.accelerator.prepare(self.model)
+        elif self.args.bf16_full_eval and not self.args.do_train:  # transformers leaves it to its own evaluation
+            self._move_model_to_device(self.model, self.args.device)
         model = self.model
         if not self.is_in_train and self.args.use_hpu_graphs_for_inference:
             if self._graphed_model is None:

@@ -116,3 +116,16 @@ def test_a_divided_model_fills_no_masks(assets, masked_assets, instructions, tmp
     with pytest.raises(AssertionError, match="error: --generate: not with --fsdp, which divides the weights"):
         start("run_mlm.py", 2, tmp_path / "out", *flags, "--generate", "the [MASK]")
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_alone(assets, tmp_path):
+    """In shards, and on one card in bf16: transformers leaves the model in host memory for its own evaluation."""
+    flags = ["--model_name_or_path", assets.gpt2, "--validation_file", assets.validation, "--block_size", 32]
+    flags += ["--max_eval_samples", 6, "--do_eval", "--per_device_eval_batch_size", 1, *CARD]
+    divide = ["--fsdp", "full_shard auto_wrap", "--fsdp_config", ROOT / "configs/fsdp/gpt2.json"]
+    found = {}
+    for name, ranks, more in (("one", 1, []), ("half", 1, ["--bf16_full_eval"]), ("shards", 2, divide)):
+        start("run_clm.py", ranks, tmp_path / name, *flags, *more, env=card_environment(ranks, PT_HPU_LAZY_MODE="1"))
+        found[name] = results(tmp_path / name)["eval_loss"]
+    assert found["shards"] == pytest.approx(found["one"], rel=1e-6)
+    assert found["one"] != found["half"] == pytest.approx(found["one"], rel=0.01)
