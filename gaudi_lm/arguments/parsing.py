@@ -78,6 +78,13 @@ class _Help(argparse.HelpFormatter):
             return super()._format_action_invocation(action)
         return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"
 
+    def _get_help_string(self, action):
+        default = getattr(action.default, "value", action.default)
+        if default in (None, argparse.SUPPRESS, "", [], {}) or "default" in action.help.lower():
+            return action.help
+        shown = " ".join(default) if isinstance(default, list) else str(default)
+        return f"{action.help.rstrip()} (default: {shown.replace('%', '%%')})"
+
 
 def build_parser(*dataclass_types: type) -> argparse.ArgumentParser:
     """A parser for these dataclasses whose errors are one line; ``--help`` has a group for each of them.

@@ -132,5 +132,13 @@ def test_help_on_any_host(script, tmp_path):
     flags = help_flags(result.stdout)
     if script != "gaudi_spawn.py":
         assert {f"--{flag}" for flag in documented_flags(script.removesuffix(".py"))} <= flags
+        text = " ".join(result.stdout.split())
+        for flag, default in (
+            ("learning_rate", "5e-05"),
+            ("seed", "42"),
+            ("report_to", "none"),
+            ("do_train", "False"),
+        ):
+            assert f"(default: {default})" in re.search(rf" --{flag} (.*?) --\w+ ", text)[1], flag
     else:
         assert {"--world_size", "--use_mpi", "--use_deepspeed", "--hostfile", "--master_port"} <= flags
