@@ -92,17 +92,29 @@ def tokenizer_damage(name: str) -> str | None:
     return None
 
 
+def hub_refusal(text: str) -> str | None:
+    """What an error says of a hub that does not answer, or refuses a token; None where it is about something else."""
+    if any(words in text for words in ("Invalid credentials", "Invalid username or password", "Invalid user token")):
+        return "401, the hub refuses the token: log in with `hf auth login`, or give another (--token, --hub_token)"
+    if "Max retries exceeded" in text:
+        return "no answer from the hub; HF_HUB_OFFLINE=1 in the environment loads what is in the cache"
+    return None
+
+
 def first_line(error: BaseException) -> str:
     """An error of a library in one line; its traceback goes to the log at level debug."""
     logger.debug("the error of the library", exc_info=error)
     text = str(error)
     if "gated repo" in text:
         return "gated: accept its terms on its page, then log in with `hf auth login` or give --token"
+    if refusal := hub_refusal(text):
+        return refusal
     if "trust_remote_code" in text:
         return "it brings code of its own: look at it there, then give --trust_remote_code to let it run"
     if "size mismatch" in text:
         text = "the weights are not of the sizes in the configuration: " + text[text.index("size mismatch") :]
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    line, more = [*filter(None, map(str.strip, text.splitlines())), "", ""][:2]
+    line = f"{line} {more}" if line.endswith(":") else line
     plain = isinstance(error, (OSError, ValueError, UserError)) and not isinstance(error, KeyError)
     return (line if plain and line else f"{type(error).__name__}: {line}".rstrip(": "))[:300]
 

@@ -21,6 +21,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from gaudi_lm.arguments.definitions import DataArguments, ModelArguments
+from gaudi_lm.arguments.model_files import hub_refusal
 from gaudi_lm.data.files import check_files, kind_of
 from gaudi_lm.data.memory import forget_mapped_pages
 from gaudi_lm.data.readers import FileSet, read_files, stream_files
@@ -65,7 +66,7 @@ def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDi
                 "write its rows into json or parquet files, and give those by --train_file"
             ) from error
         cause = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"--dataset_name {name}: cannot be loaded ({cause[:300]})") from error
+        raise UserError(f"--dataset_name {name}: cannot be loaded ({hub_refusal(cause) or cause[:300]})") from error
 
 
 def _files_of_folder(config: BuilderConfig, split: str, data_args: DataArguments) -> FileSet | None:

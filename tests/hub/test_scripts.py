@@ -46,6 +46,7 @@ def test_revision_token_and_offline(hub: Hub, tmp_path: Path):
 def test_refusals_are_one_line(hub: Hub, tmp_path: Path):
     cases = {
         "stand-in/gated-gpt2: no configuration (gated": [*TEXTS, "--model_name_or_path", GATED],
+        "gpt2: 401, the hub refuses the token": [*TEXTS, *MODEL, "--token", "hf_wrong"],
         "--model_name_or_path nobody/nothing": [*TEXTS, "--model_name_or_path", "nobody/nothing"],
         "v9": [*TEXTS, *MODEL, "--model_revision", "v9"],
         "--dataset_name nobody/texts": ["--dataset_name", "nobody/texts", *MODEL],
