@@ -7,6 +7,7 @@ and the SHA-256 of each file: what it lists must be there as it was written.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -92,6 +93,10 @@ def _digest(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
+    """To the disk; whoever may read a file's folder may read the file: safetensors writes for the owner alone."""
+    if path.is_file():
+        with contextlib.suppress(OSError):  # of a file system without such modes
+            path.chmod(path.parent.stat().st_mode & 0o666)
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

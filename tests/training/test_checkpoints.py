@@ -236,6 +236,12 @@ def test_what_a_run_begins_from_is_not_overwritten(output, flag):
     assert find_checkpoint(arguments(output, overwrite_output_dir=True, flags={flag: str(output.parent)})) is None
 
 
+def test_whoever_may_read_the_folder_may_read_its_files(trained):
+    files = [path for path in trained.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert {path.stat().st_mode & 0o666 for path in files} == {trained.stat().st_mode & 0o666}
+
+
 def test_a_manifest_lists_every_file_and_keeps_no_secret(trained):
     manifest = json.loads((trained / "checkpoint-8" / "manifest.json").read_text())
     there = {path.name for path in (trained / "checkpoint-8").iterdir()} - {"manifest.json"}
