@@ -134,7 +134,7 @@ class TrainingBatches:
     as complements and are not trained on again, or left out with ``drop_last``.
 
     Raises:
-        UserError: ``drop_last`` leaves nothing.
+        UserError: there are no rows, or ``drop_last`` leaves none.
     """
 
     def __init__(
@@ -155,6 +155,8 @@ class TrainingBatches:
         self.epoch = 0
         per_step = batch_size * world_size
         self.steps = self.rows // per_step if drop_last else -(-self.rows // per_step)
+        if not self.rows:
+            raise UserError("train_dataset has no rows")
         if not self.steps:
             raise UserError(
                 f"--dataloader_drop_last leaves nothing: {self.rows} rows are less than one step of {per_step}"

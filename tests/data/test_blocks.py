@@ -105,3 +105,9 @@ def test_evaluation_takes_each_row_once(rows, batch, world, sized):
     assert len({len(part) for part in parts}) == 1 and len(parts[0]) % batch == 0
     real = [row["input_ids"][0] for part in parts for row in part if FILLER_SAMPLE not in row]
     assert sorted(real) == list(range(rows))
+
+
+def test_no_step_of_training_rows():
+    for rows, words in ((0, "^train_dataset has no rows$"), (3, "^--dataloader_drop_last leaves nothing: 3 rows are")):
+        with pytest.raises(UserError, match=words):
+            TrainingBatches(Dataset.from_dict({"input_ids": [[1]] * rows}), 4, seed=1, drop_last=True)
