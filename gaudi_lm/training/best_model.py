@@ -10,8 +10,10 @@ from pathlib import Path
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import RankReduction
 from gaudi_lm.modeling.virtual_tokens import load_encoder, save_encoder
+from gaudi_lm.training.metrics import is_result
 from gaudi_lm.training.saving import ResumableTrainer
 
 logger = logging.getLogger("gaudi_lm")
@@ -30,6 +32,10 @@ class BestModelTrainer(ResumableTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _determine_best_metric(self, metrics, trial):
+        name = self.args.metric_for_best_model
+        if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
+            given = ", ".join(name.removeprefix("eval_") for name, value in metrics.items() if is_result(name, value))
+            raise UserError(f"--metric_for_best_model {name}: an evaluation gives {given}")
         better = super()._determine_best_metric(metrics, trial)
         if better:
             self.state.best_global_step = self.state.global_step  # transformers forgets it for --save_strategy best

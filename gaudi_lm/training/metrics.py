@@ -14,6 +14,8 @@ from gaudi_lm.training.agreement import gather
 
 logger = logging.getLogger("gaudi_lm")
 
+NO_RESULTS = ("_runtime", "_samples", "_tokens", "_per_second", "_share")  # of data and time
+
 
 def token_metrics(loss_sum: list[float], correct: list[int], count: list[int]) -> dict[str, float]:
     """``loss``, ``perplexity`` and ``accuracy`` of a token model, every label alike; NaN where there is no label.
@@ -32,6 +34,11 @@ def token_metrics(loss_sum: list[float], correct: list[int], count: list[int]) -
         "perplexity": math.inf if loss > 700 else math.exp(loss),
         "accuracy": sum(correct) / total,
     }
+
+
+def is_result(name: str, value: object) -> bool:
+    """Whether a figure of an evaluation is about the model, and neither about the data nor about time."""
+    return not name.endswith(NO_RESULTS) and isinstance(value, (int, float)) and math.isfinite(value)
 
 
 class Throughput:

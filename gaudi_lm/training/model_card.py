@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import platform
 import shlex
 import sys
@@ -17,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gaudi_lm.arguments.definitions import DataArguments
 from gaudi_lm.config_files import split_flag
+from gaudi_lm.training.metrics import is_result
 
 SHOWN = (
     "learning_rate", "lr_scheduler_type", "per_device_train_batch_size",
@@ -24,7 +24,6 @@ SHOWN = (
 )  # fmt: skip
 CODE = "    "  # what Markdown takes for code, whatever it holds
 SECRETS = ("--token", "--hub_token", "--push_to_hub_token")  # a flag may be abbreviated
-NO_RESULTS = ("_runtime", "_samples", "_tokens", "_per_second", "_share")  # what else an evaluation reports
 
 
 def command_line() -> str:
@@ -66,7 +65,7 @@ def write_model_card(
     on_hub = base_model is not None and not Path(base_model).exists()
     dataset = data.dataset_name if data.dataset_name and not Path(data.dataset_name).exists() else None
     logged = {name: value for row in state.log_history for name, value in row.items() if name.startswith("eval_")}
-    results = {name: value for name, value in logged.items() if _is_result(name, value)}
+    results = {name: value for name, value in logged.items() if is_result(name, value)}
     evaluated = {"dataset_type": dataset or "text", "dataset_name": data.described(), "dataset_split": "validation"}
     meta = ModelCardData(
         model_name=title,
@@ -109,10 +108,6 @@ def write_model_card(
         + ".\n",
     ]
     ModelCard("\n".join(lines), ignore_metadata_errors=True).save(path)
-
-
-def _is_result(name: str, value: object) -> bool:
-    return not name.endswith(NO_RESULTS) and isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _license(base_model: str | None) -> str | None:

@@ -138,11 +138,16 @@ def test_another_metric(assets, tmp_path):
     assert figures["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-6)
     assert figures["eval_accuracy"] == plain["eval_accuracy"]
     assert figures["eval_accuracy"] < figures["eval_top_5_accuracy"] < 1
+    assert "| eval top 5 accuracy |" in (tmp_path / "own" / "README.md").read_text()
     best = ["--metric_for_best_model", "top_5_accuracy", "--eval_strategy", "steps", "--eval_steps", 2]
     run(script, *scratch(assets, tmp_path / "best", *EVALUATE), *best, "--save_steps", 2, "--load_best_model_at_end")
     state = json.loads((tmp_path / "best" / "trainer_state.json").read_text())
     rows = [row["eval_top_5_accuracy"] for row in state["log_history"] if "eval_top_5_accuracy" in row]
     assert state["best_metric"] == max(rows[:2]), "of the two evaluations while training"
+    best[1] = "top_3_accuracy"
+    flags = [*scratch(assets, tmp_path / "none", *EVALUATE), *best, "--save_steps", 2, "--load_best_model_at_end"]
+    line = "error: --metric_for_best_model top_3_accuracy: an evaluation gives loss, perplexity, accuracy, top_5_acc"
+    assert line in run(script, *flags, code=2).stderr
 
 
 SHARE_RIGHT = """
@@ -196,6 +201,10 @@ def test_another_trainer_and_several_evaluation_sets(assets, tmp_path):
     assert figures["eval_seen_samples"] == 4 and figures["eval_unseen_samples"] == 6
     assert 0 < figures["eval_seen_loss"] != figures["eval_unseen_loss"] > 0
     assert "eval_loss" not in figures
+    card = (tmp_path / "own" / "README.md").read_text()
+    for name in ("seen", "unseen"):
+        assert f"| eval {name} loss | {figures[f'eval_{name}_loss']:.4f} |" in card and f"type: {name}_loss" in card
+    assert "runtime" not in card and "eval_" not in card.replace("per_device_eval_batch", "").replace("max_eval", "")
     # GPT-2 has no matrix that transformers does not decay.
     assert losses(tmp_path / "own") == losses(tmp_path / "plain")
 
