@@ -155,18 +155,22 @@ def _check_fsdp(args, config: dict) -> None:
     for word in args.fsdp.split():
         if word not in options:
             raise UserError(f"--fsdp {word}: {unknown(word, options)}")
-    ignored = {name.removeprefix("fsdp_") for name in config}.difference(_FSDP_SETTINGS.split())
-    if args.fsdp and ignored:
+    if not args.fsdp:
+        return
+    config = {name.removeprefix("fsdp_"): value for name, value in config.items()}
+    if args.gradient_checkpointing and str(config.get("activation_checkpointing")).lower() == "true":
+        raise UserError("--gradient_checkpointing: --fsdp_config has activation_checkpointing; leave one of them out")
+    if ignored := config.keys() - _FSDP_SETTINGS.split():
         known = ", ".join(_FSDP_SETTINGS.split())
         warn(f"--fsdp_config: no effect of {', '.join(sorted(ignored))}; the settings are {known}")
-    kinds = {f"--fsdp_config: {name}": config.get(name) for name in ("state_dict_type", "fsdp_state_dict_type")}
+    kinds = {"--fsdp_config: state_dict_type": config.get("state_dict_type")}
     kinds["the variable FSDP_STATE_DICT_TYPE"] = os.environ.get("FSDP_STATE_DICT_TYPE")
     for name, kind in kinds.items():
-        if args.fsdp and kind not in (None, "FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        if kind not in (None, "FULL_STATE_DICT", "SHARDED_STATE_DICT"):
             raise UserError(f"{name} {kind}: FULL_STATE_DICT or SHARDED_STATE_DICT")
-    if args.fsdp and args.save_only_model and "SHARDED_STATE_DICT" in kinds.values():
+    if args.save_only_model and "SHARDED_STATE_DICT" in kinds.values():
         raise UserError("--save_only_model: not with SHARDED_STATE_DICT, whose shards are what a run goes on from")
-    if args.fsdp and not any(name in os.environ for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")):
+    if not any(name in os.environ for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")):
         raise UserError("--fsdp: it splits a model over ranks, which a launcher starts: gaudi_spawn.py --world_size N")
 
 

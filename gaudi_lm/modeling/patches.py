@@ -34,16 +34,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from gaudi_lm.modeling.layer_names import plain_name
+
 logger = logging.getLogger("gaudi_lm")
 
 FLASH_ATTENTION = tuple(f"flash_attention_{way}" for way in ("recompute", "causal_mask", "fast_softmax", "fp8"))
-NOT_CHECKPOINTED = (
-    "GPTBigCodeBlock",
-    "GaudiGPT2Block",
-    "GaudiOPTDecoderLayer",
-    "GaudiPhiDecoderLayer",
-    "GaudiStableLmDecoderLayer",
-)
+NOT_CHECKPOINTED = ["GPTBigCodeBlock", "GaudiGPT2Block", "GaudiOPTDecoderLayer"]
+NOT_CHECKPOINTED += ["GaudiPhiDecoderLayer", "GaudiStableLmDecoderLayer"]
 
 
 def _needed_in(package: str, release: str) -> Callable[[Callable], Callable]:
@@ -223,10 +220,13 @@ def repair_gradient_checkpointing(model: Module) -> None:
     from optimum.habana.transformers import gradient_checkpointing as lazy_mode
 
     lazy_mode.checkpoint = _checkpoint
+    checkpointed: dict[type, type] = {}  # one class for all layers of a kind, and by its name: so FSDP finds them
     for module in model.modules():
         kind = type(module)
-        if kind.__name__ in NOT_CHECKPOINTED:
-            module.__class__ = type(f"Checkpointed{kind.__name__}", (GradientCheckpointingLayer, kind), {})
+        if kind.__name__ in NOT_CHECKPOINTED and not issubclass(kind, GradientCheckpointingLayer):
+            names = {"__qualname__": kind.__qualname__}
+            made = type(kind.__name__, (GradientCheckpointingLayer, kind), names)
+            module.__class__ = checkpointed.setdefault(kind, made)
 
 
 def _checkpoint(function, *args, use_reentrant: bool | None = None, **kwargs):
@@ -271,7 +271,7 @@ def _no_warning(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) ->
 def find_adapters_in_shards() -> None:
     """Let peft find the weights of an adapter in layers that FSDP wraps: it would save an adapter without any.
 
-    It looks for the names of modules, into which FSDP puts its own, among those of the state, where they are not.
+    It looks for the names of modules, into which wrappers put their own, among those of the state, where none are.
     """
     found = tuners_utils._get_tuner_state_dict_key_prefixes
     if hasattr(found, "__wrapped__"):
@@ -279,7 +279,7 @@ def find_adapters_in_shards() -> None:
 
     @functools.wraps(found)
     def without_wrappers(*args, **kwargs) -> set[str]:
-        return {prefix.replace("_fsdp_wrapped_module.", "") for prefix in found(*args, **kwargs)}
+        return set(map(plain_name, found(*args, **kwargs)))
 
     tuners_utils._get_tuner_state_dict_key_prefixes = without_wrappers
 

@@ -19,11 +19,7 @@ from torch.nn import Module
 from transformers import TrainingArguments
 
 from gaudi_lm.errors import UserError
-
-
-def plain_name(name: str) -> str:
-    """The name that a weight or module has in a model that is neither divided nor compiled."""
-    return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+from gaudi_lm.modeling.layer_names import plain_name
 
 
 def state_dict_type(training_args: TrainingArguments) -> str | None:

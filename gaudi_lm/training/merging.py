@@ -18,7 +18,7 @@ from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.data.memory import host_copies
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import saved_config
-from gaudi_lm.training.fsdp import plain_name
+from gaudi_lm.modeling.layer_names import plain_name
 from gaudi_lm.training.trainer import LMTrainer
 
 logger = logging.getLogger("gaudi_lm")

@@ -142,7 +142,7 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
     from gaudi_lm.arguments.consistency import _check_deepspeed, _check_fsdp, read_mapping
 
     class Flags:
-        fsdp, save_only_model = "", False
+        fsdp, save_only_model, gradient_checkpointing = "", False, True
 
     config = tmp_path / "zero.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
@@ -164,6 +164,8 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
     Flags.fsdp = "full_shard auto_wrap"
     _check_fsdp(Flags, {"fsdp_min_num_params": 1, "use_orig_params": True})
     assert not capsys.readouterr().err
+    with pytest.raises(UserError, match="--gradient_checkpointing: .* has activation_checkpointing"):
+        _check_fsdp(Flags, {"fsdp_activation_checkpointing": "true"})
     _check_fsdp(Flags, {"fsdp_version": 2})
     assert "warning: --fsdp_config: no effect of version; the settings are activation_" in capsys.readouterr().err
     with pytest.raises(UserError, match="--fsdp_config: state_dict_type LOCAL_STATE_DICT: FULL_STATE_DICT or SHARDED"):

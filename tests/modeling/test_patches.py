@@ -266,7 +266,8 @@ def test_bf16_on_the_cpu_is_turned_off_again():
     assert "self.use_cpu_amp = False" in inspect.getsource(Trainer.__init__)
 
 
-def test_an_adapter_in_layers_that_fsdp_wraps_is_saved_empty(monkeypatch):
+@pytest.mark.parametrize("inside", ["_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_an_adapter_in_layers_that_fsdp_wraps_is_saved_empty(monkeypatch, inside):
     found = inspect.unwrap(tuners_utils._get_tuner_state_dict_key_prefixes)
     monkeypatch.setattr(tuners_utils, "_get_tuner_state_dict_key_prefixes", found)
     adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
@@ -274,7 +275,7 @@ def test_an_adapter_in_layers_that_fsdp_wraps_is_saved_empty(monkeypatch):
     layers = adapted.get_base_model().model.layers
     for index, layer in enumerate(layers):
         layers[index] = torch.nn.Module()  # as FSDP does, whose state has the names from before
-        layers[index]._fsdp_wrapped_module = layer
+        layers[index].add_module(inside, layer)
     assert not get_peft_model_state_dict(adapted, state)
     patches.find_adapters_in_shards()
     patches.find_adapters_in_shards()

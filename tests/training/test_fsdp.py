@@ -28,9 +28,9 @@ BEST_IS_FIRST = ["--metric_for_best_model", "eval_loss", "--greater_is_better", 
 MODES = {"lazy": (CARD, "1"), "compiled": (COMPILED, "0")}
 
 
-def divided(script: str, kind: str, folder: Path, *assets) -> list:
+def divided(script: str, kind: str, folder: Path, *assets, **settings) -> list:
     config = json.loads((ROOT / f"configs/fsdp/{LAYERS[script]}.json").read_text())
-    (folder / f"{kind}.json").write_text(json.dumps({**config, "state_dict_type": kind}))
+    (folder / f"{kind}.json").write_text(json.dumps({**config, "state_dict_type": kind, **settings}))
     return [*script_flags(script, *assets), "--fsdp", "full_shard auto_wrap", "--fsdp_config", folder / f"{kind}.json"]
 
 
@@ -64,21 +64,25 @@ def check_weights(script: str, output: Path, flags: list, llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "mode", "kind"),
+    ("script", "mode", "kind", "checkpointing"),
     [
-        ("run_clm.py", "lazy", WHOLE),
-        ("run_clm.py", "lazy", SHARDS),
-        ("run_clm.py", "compiled", WHOLE),
-        ("run_lora_clm.py", "lazy", WHOLE),
-        ("run_lora_clm.py", "compiled", SHARDS),
+        ("run_clm.py", "lazy", WHOLE, False),
+        ("run_clm.py", "lazy", SHARDS, False),
+        ("run_clm.py", "compiled", WHOLE, False),
+        ("run_lora_clm.py", "lazy", WHOLE, False),
+        ("run_lora_clm.py", "lazy", WHOLE, True),
+        ("run_lora_clm.py", "compiled", SHARDS, False),
     ],
 )
-def test_an_interrupted_run_goes_on_exactly(assets, masked_assets, instructions, tmp_path, script, mode, kind):
+def test_an_interrupted_run_goes_on_exactly(
+    assets, masked_assets, instructions, tmp_path, script, mode, kind, checkpointing
+):
     if mode == "compiled":
         instructions = SimpleNamespace(**{**vars(instructions), "llama": instructions.shallow})
     card, lazy = MODES[mode]
     env = card_environment(2, PT_HPU_LAZY_MODE=lazy)
-    flags = [*divided(script, kind, tmp_path, assets, masked_assets, instructions), *card]
+    settings = {"activation_checkpointing": True} if checkpointing else {}
+    flags = [*divided(script, kind, tmp_path, assets, masked_assets, instructions, **settings), *card]
     flags += ["--generate", PROMPT, "--load_best_model_at_end", "--save_steps", 4, *BEST_IS_FIRST]
     flags += ["--merge_adapter"] if "lora" in script else []
     said = start(script, 2, tmp_path / "whole", *flags, env=env)[0]

@@ -83,6 +83,9 @@ def test_checkpointing_of_lazy_mode(model_type, monkeypatch):
     repair_gradient_checkpointing(checkpointed)
     layers = [module for module in checkpointed.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert len(layers) == 2
+    kind = type(layers[0])
+    assert all(type(layer) is kind for layer in layers), "FSDP wraps those of one class"
+    assert kind.__name__ in {type(module).__name__ for module in plain.modules()}
     monkeypatch.setattr("transformers.modeling_utils.checkpoint", lazy_mode.checkpoint)  # as GaudiTrainer does
     checkpointed.gradient_checkpointing_enable()
     for model in (plain, checkpointed):
