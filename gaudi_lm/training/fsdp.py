@@ -17,9 +17,10 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import Module
 from transformers import TrainingArguments
+from transformers.trainer_utils import FSDPOption
 
 from gaudi_lm.errors import UserError
-from gaudi_lm.modeling.layer_names import plain_name
+from gaudi_lm.modeling.layer_names import classes_on_card, layer_classes, plain_name
 
 
 def state_dict_type(training_args: TrainingArguments) -> str | None:
@@ -45,6 +46,37 @@ def check_kind(checkpoint: Path, training_args: TrainingArguments) -> None:
             f"{checkpoint}: it was saved {said[0]}, this run is {said[1]}; go on with the --fsdp and the "
             "state_dict_type of --fsdp_config that it had, or begin in another --output_dir"
         )
+
+
+def choose_layers(model: Module, training_args: TrainingArguments) -> None:
+    """Which layers FSDP gathers one at a time, by ``transformer_layer_cls_to_wrap``, or else all in the model's lists.
+
+    The setting then has the names that these classes have on a card.
+
+    Raises:
+        UserError: a class that is not there, or settings that train something else than a single card.
+    """
+    config, adapted = training_args.fsdp_config, isinstance(model, PeftModel)
+    if not training_args.fsdp:
+        return
+    by_size = FSDPOption.AUTO_WRAP in training_args.fsdp and config["min_num_params"] > 0 and not adapted
+    places = [id(weight) for _, weight in model.named_parameters(remove_duplicate=False)]
+    if by_size and len(places) > len(set(places)):
+        raise UserError(
+            "--fsdp_config: min_num_params could part weights that are tied, such as embeddings; name layers in "
+            f"transformer_layer_cls_to_wrap instead: {', '.join(layer_classes(model))}"
+        )
+    whole = str(config.get("use_orig_params", True)).lower() == "true"
+    if not (whole or adapted) and training_args.weight_decay > 0:
+        raise UserError(
+            f"--weight_decay {training_args.weight_decay}: with use_orig_params false in --fsdp_config, biases and "
+            "norms would decay too; leave that setting out"
+        )
+    if adapted or (FSDPOption.AUTO_WRAP in training_args.fsdp and not by_size):
+        names = config.get("transformer_layer_cls_to_wrap") or layer_classes(model)
+        config["transformer_layer_cls_to_wrap"] = classes_on_card(model, names)
+        # That is where accelerate and peft read it.
+        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(config["transformer_layer_cls_to_wrap"])
 
 
 class FSDPTrainer(GaudiTrainer):

@@ -29,6 +29,7 @@ from gaudi_lm.training.custom_parts import check_budget, check_parts, is_mean
 from gaudi_lm.training.device_metrics import DeviceMetrics
 from gaudi_lm.training.dry_run import dry_run
 from gaudi_lm.training.evaluation import EvaluatingTrainer
+from gaudi_lm.training.fsdp import choose_layers
 from gaudi_lm.training.length_warmup import compile_lengths, separate_graph, several_lengths
 from gaudi_lm.training.metrics import Throughput
 from gaudi_lm.training.progress import EarlyStopping, Progress, StepClock
@@ -274,6 +275,7 @@ def build_trainer(
         given = METRICS if loss_func is None else ("loss",)
         check_best_metric(training_args.metric_for_best_model, eval_dataset, given)
     check_prompts(training_args, objective == "causal", model.config, tokenizer)
+    choose_layers(model, training_args)
     trainer = trainer_class(
         model=model,
         objective=objective,

@@ -115,6 +115,26 @@ def test_checkpoints_of_another_kind_are_refused(assets, masked_assets, instruct
         start(script, 2, tmp_path / "again", *other, *resumed, env=env)
 
 
+@pytest.mark.parametrize(("script", "named"), [("run_clm.py", ["GPT2Block"]), ("run_lora_clm.py", None)])
+def test_layers_are_found_by_the_names_of_transformers(assets, masked_assets, instructions, tmp_path, script, named):
+    ours, env = (script, WHOLE, tmp_path, assets, masked_assets, instructions), card_environment(2)
+    short = [*CARD, "--gradient_checkpointing", "--max_steps", 2, "--eval_strategy", "no", "--save_strategy", "no"]
+    short += ["--seed", 3]
+    start(script, 2, tmp_path / "own", *divided(*ours), *short, env=env)
+    start(script, 2, tmp_path / "theirs", *divided(*ours, transformer_layer_cls_to_wrap=named), *short, env=env)
+    assert essence(tmp_path / "theirs") == essence(tmp_path / "own")
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_layers_that_are_not_there_are_refused(assets, masked_assets, instructions, tmp_path, planned):
+    ours = ("run_clm.py", WHOLE, tmp_path, assets, masked_assets, instructions)
+    flags = [*divided(*ours, transformer_layer_cls_to_wrap=["GPTBlock"]), *CARD, *["--dry_run"] * planned]
+    line = "error: --fsdp_config: transformer_layer_cls_to_wrap GPTBlock: .* its layers are GaudiGPT2Block"
+    with pytest.raises(AssertionError, match=line):
+        start("run_clm.py", 2, tmp_path / "out", *flags, env=card_environment(2))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_divided_model_fills_no_masks(assets, masked_assets, instructions, tmp_path):
     flags = [*script_flags("run_mlm.py", assets, masked_assets, instructions), *CARD, "--fsdp", "full_shard auto_wrap"]
     with pytest.raises(AssertionError, match="error: --generate: not with --fsdp, which divides the weights"):
