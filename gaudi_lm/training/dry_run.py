@@ -35,12 +35,14 @@ class Setting:
     bf16: bool  # autocast
     zero: ZeroSettings | None = None
     fsdp: str = ""
+    layers: tuple[str, ...] = ()  # that FSDP gathers one at a time
+    mixed: bool = False  # FSDP's own precision, by --bf16
     flags: str = ""  # that lead here
 
     def cards(self, number: int) -> Replicas:
         if self.zero is not None:
             return Zero(self.zero, number)
-        return FullySharded(number, self.fsdp) if self.fsdp else Replicas(number)
+        return FullySharded(number, self.fsdp, self.layers, self.mixed) if self.fsdp else Replicas(number)
 
 
 def dry_run(trainer) -> dict[str, float]:
@@ -122,7 +124,8 @@ def row_lengths(rows: Dataset) -> np.ndarray:
 
 
 def _setting(trainer, steps: int) -> Setting:
-    args, zero = trainer.args, None
+    args, zero, fsdp = trainer.args, None, trainer.args.fsdp_config
+    checkpoints_layers = str(fsdp.get("activation_checkpointing")).lower() == "true"
     config = getattr(args, "hf_deepspeed_config", None)
     if config is not None:
         try:
@@ -133,10 +136,12 @@ def _setting(trainer, steps: int) -> Setting:
     return Setting(
         rows=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
-        checkpointing=args.gradient_checkpointing,
+        checkpointing=args.gradient_checkpointing or checkpoints_layers,
         bf16=trainer.use_hpu_amp or trainer.use_cpu_amp,
         zero=zero,
+        mixed=trainer.accelerator.mixed_precision == "bf16",
         fsdp=" ".join(getattr(option, "value", option) for option in args.fsdp or ()),
+        layers=tuple(fsdp["transformer_layer_cls_to_wrap"] or ()) if args.fsdp else (),
     )
 
 
@@ -206,7 +211,7 @@ def _alternatives(trainer, setting: Setting) -> Iterator[Setting]:
         flags = f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}"
         yield replace(setting, rows=rows, accumulation=accumulation, flags=flags)
     if not setting.bf16 and setting.zero is None:
-        yield replace(setting, bf16=True, flags="--bf16")
+        yield replace(setting, bf16=True, mixed=True, flags="--bf16")
     if args.device.type == "hpu" and args.world_size > 1 and not setting.fsdp:
         for stage in range(1 if setting.zero is None else setting.zero.stage + 1, 4):
             zero = replace(setting.zero or ZeroSettings(), stage=stage)

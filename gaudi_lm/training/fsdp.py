@@ -72,11 +72,11 @@ def choose_layers(model: Module, training_args: TrainingArguments) -> None:
             f"--weight_decay {training_args.weight_decay}: with use_orig_params false in --fsdp_config, biases and "
             "norms would decay too; leave that setting out"
         )
-    if adapted or (FSDPOption.AUTO_WRAP in training_args.fsdp and not by_size):
-        names = config.get("transformer_layer_cls_to_wrap") or layer_classes(model)
-        config["transformer_layer_cls_to_wrap"] = classes_on_card(model, names)
-        # That is where accelerate and peft read it.
-        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(config["transformer_layer_cls_to_wrap"])
+    by_name = adapted or (FSDPOption.AUTO_WRAP in training_args.fsdp and not by_size)
+    names = classes_on_card(model, config.get("transformer_layer_cls_to_wrap") or layer_classes(model))
+    config["transformer_layer_cls_to_wrap"] = names if by_name else None
+    if by_name:
+        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(names)  # where accelerate and peft read it
 
 
 class FSDPTrainer(GaudiTrainer):

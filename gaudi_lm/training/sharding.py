@@ -7,6 +7,7 @@ the model's own arithmetic is allocated here in the same order, as far as it mat
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -230,31 +231,52 @@ class Zero(Shards):
 
 
 class FullySharded(Shards):
-    """PyTorch's FSDP, by the options of ``--fsdp``: one block's weights gathered, the next one's on their way."""
+    """PyTorch's FSDP, by the options of ``--fsdp``: one layer's weights gathered at a time, without prefetching."""
 
-    def __init__(self, cards: int, options: str):
+    def __init__(self, cards: int, options: str, layers: tuple[str, ...] = (), bf16: bool = False):
         super().__init__(cards if "no_shard" not in options.split() else 1)
         self.keeps_weights = "shard_grad_op" in options.split() or "hybrid_shard_zero2" in options.split()
+        self.layers = layers  # by the names of their classes
+        self.gathered = 0  # bytes of weights beside this card's share
+        if bf16:  # weights are gathered and gradients made in it; what is trained has its shares in fp32
+            self.dtype, self.master = torch.bfloat16, torch.float32
 
     def place(self, live: LiveBytes, model: nn.Module) -> None:
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         for p in model.parameters():
             live.leave_out(p)
         whole = _size(model)
         live.add("weights", math.ceil((whole - sum(p.numel() * p.element_size() for p in self.trained)) / self.cards))
-        blocks = [
-            _size(module) for module in model.modules() if type(module).__name__ in (base._no_split_modules or ())
-        ]
-        gathered = whole if self.keeps_weights or not blocks else whole - sum(blocks) + 2 * max(blocks)
-        live.add("weights", min(gathered, whole))
+        layers = [module for module in model.modules() if type(module).__name__ in self.layers]
+        sizes = [_size(layer) for layer in layers]
+        gathered = whole if self.keeps_weights or not layers else whole - sum(sizes) + max(sizes)
+        self.most = min(gathered, whole)
         for buffer in model.buffers():
             live.hold(buffer, "weights")
+        self.unit_of = {p: layer for layer in (model, *layers) for p in layer.parameters() if p.requires_grad}
+
+    def begin_batch(self, live: LiveBytes) -> None:
+        live.add("weights", self.most - self.gathered)
+        self.gathered = self.most
+        self.missing = Counter(self.unit_of.values())
 
     def take_gradient(self, live: LiveBytes, p: nn.Parameter) -> None:
         live.hold(p.grad, "gradients")
-        p.grad = None
-        self._keep_shares(live, p.numel(), p.element_size())
+        unit = self.unit_of[p]
+        self.missing[unit] -= 1
+        if self.missing[unit] == 0:  # the gradients of a unit are reduced together, as one flat tensor
+            ready = [one for one in self.trained if self.unit_of[one] is unit]
+            size = sum(one.numel() * one.element_size() for one in ready)
+            live.for_a_moment("gradients", size)
+            for one in ready:
+                one.grad = None
+            self._keep_shares(live, size // p.element_size(), (self.master or p.dtype).itemsize)
+
+    def step(self, live: LiveBytes, optimizer: Optimizer) -> None:
+        live.add("weights", -self.gathered)
+        live.add("gradients", -self.reduced)  # the optimizer takes the shares themselves
+        self.gathered = self.reduced = 0
+        super().step(live, optimizer)
 
 
 def _size(module: nn.Module) -> int:

@@ -54,7 +54,7 @@ def jobs(assets, masked_assets, instructions, llama):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [None, 1, 2, 3])
+@pytest.mark.parametrize("stage", [None, 1, 2, 3, "full_shard auto_wrap"])
 @pytest.mark.parametrize("model", ["gpt2", "roberta", "llama"])
 def test_memory_is_what_a_simulated_card_measures(jobs, tmp_path, model, stage):
     script, *flags = jobs[model]
@@ -64,7 +64,8 @@ def test_memory_is_what_a_simulated_card_measures(jobs, tmp_path, model, stage):
         run(script, *flags, env=env)
         ranks = 1
     else:
-        flags += ["--deepspeed", ROOT / "configs" / "deepspeed" / f"zero_{stage}.json"]
+        zero = ["--deepspeed", ROOT / "configs" / "deepspeed" / f"zero_{stage}.json"]
+        flags += ["--fsdp", stage] if isinstance(stage, str) else zero
         run_ranks(2, script, *flags, env=env)
     measured = results(tmp_path / "out")["peak_device_memory_gb"]
     estimate = peak(run(script, *flags, "--dry_run", "--dry_run_cards", ranks, env=env).stdout)
