@@ -187,6 +187,11 @@ def _check_best_model(args) -> None:
         ):
             if needed:
                 raise UserError(f"{flag} needs evaluations while training: --eval_strategy steps or epoch")
+    if args.load_best_model_at_end and args.save_only_model and (args.fsdp or args.deepspeed):
+        raise UserError(
+            f"--save_only_model: not with {'--fsdp' if args.fsdp else '--deepspeed'} and --load_best_model_at_end, "
+            "which loads divided weights from whole checkpoints; leave one of them out"
+        )
     if args.greater_is_better is None and metric is not None and metric.rpartition("_")[2] in METRICS:
         # Upstream takes every figure whose name does not end with "loss" for better when greater.
         args.greater_is_better = metric.endswith("accuracy")

@@ -198,9 +198,15 @@ def test_which_of_two_models_is_better(metric, greater):
         metric_for_best_model, greater_is_better = metric, None
         eval_strategy = save_strategy = "steps"
         load_best_model_at_end, lr_scheduler_type = True, "linear"
+        save_only_model, fsdp, deepspeed = True, "", None
 
     _check_best_model(Flags)
     assert Flags.greater_is_better is greater
+    Flags.deepspeed = "zero.json"
+    with pytest.raises(UserError, match="^--save_only_model: not with --deepspeed and --load_best_model_at_end"):
+        _check_best_model(Flags)
+    Flags.fsdp, Flags.save_only_model = "full_shard", False
+    _check_best_model(Flags)
 
 
 def test_metrics_of_several_sets_have_their_names():

@@ -133,3 +133,11 @@ def test_whole_layers_and_tokens_are_refused_with_fsdp(tmp_path, settings):
     with pytest.raises(UserError, match=f"^--fsdp: --adapter_name_or_path {tmp_path} has {min(settings)}"):
         check_base_model(model_args, "lora", SimpleNamespace(fsdp=["auto_wrap"], **args))
     check_base_model(model_args, "lora", SimpleNamespace(fsdp=[], **args))
+
+
+def test_adalora_is_refused_with_fsdp():
+    model_args = SimpleNamespace(model_name_or_path="x", adapter_name_or_path=None, merge_adapter=False)
+    args = {"gradient_checkpointing": False, "context_parallel_size": 1}
+    check_base_model(model_args, "adalora", SimpleNamespace(fsdp=[], **args))
+    with pytest.raises(UserError, match="^--peft_type adalora: not with FSDP"):
+        check_base_model(model_args, "adalora", SimpleNamespace(fsdp=["auto_wrap"], **args))
