@@ -11,7 +11,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -66,9 +66,15 @@ def import_transformers() -> None:
         )
 
 
+def import_deepspeed() -> None:
+    """Without MLflow, which its autotuner imports where it is installed: up to a second in each rank."""
+    with redirect_stdout(None), _replaced({"mlflow": None}):
+        importlib.import_module("deepspeed")
+
+
 def leave_out_libraries(args) -> None:
-    """Let DeepSpeed be imported without MLflow, which its autotuner imports where it is installed, and the models of
-    optimum-habana without scipy and torch's inductor: each takes a quarter of a second to a second in each rank.
+    """Let the models of optimum-habana be imported without scipy and torch's inductor: each takes a quarter of a
+    second to a second in each rank.
 
     optimum-habana 1.21 finds objects in images by a function of scipy, and mends two faults of torch 2.2, in
     collectives that inductor compiles.
@@ -76,9 +82,6 @@ def leave_out_libraries(args) -> None:
     Args:
         args: :class:`gaudi_lm.arguments.definitions.LMTrainingArguments`.
     """
-    if args.deepspeed:
-        with _replaced({"mlflow": None}):
-            importlib.import_module("deepspeed")
     if args.use_cpu:
         return
     optimize = ModuleType("scipy.optimize")

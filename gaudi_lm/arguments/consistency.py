@@ -21,6 +21,7 @@ from transformers.trainer_utils import FSDPOption
 
 from gaudi_lm.arguments.context_parallel import check_context_parallel
 from gaudi_lm.arguments.optional_packages import check_optimizer, check_reporters, is_importable, require
+from gaudi_lm.arguments.zero_settings import check_zero_settings
 from gaudi_lm.errors import UserError, nearest, unknown, warn
 
 # Figures of an evaluation, by which a best model can be told.
@@ -146,6 +147,8 @@ def _check_deepspeed(args, config: dict | None) -> None:
             "--deepspeed: the package deepspeed is not installed; on a Gaudi it comes from Habana's fork, "
             "pip install git+https://github.com/HabanaAI/DeepSpeed.git at the release that README.md names"
         )
+    named = isinstance(args.deepspeed, str) and not args.deepspeed.lstrip().startswith("{")
+    check_zero_settings(f"--deepspeed {args.deepspeed}" if named else "--deepspeed", config)
 
 
 def _check_fsdp(args, config: dict) -> None:

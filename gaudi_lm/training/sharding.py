@@ -85,7 +85,6 @@ class ZeroSettings:
         from deepspeed.runtime.zero.config import get_zero_config
 
         zero = get_zero_config(config)
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}
         offload = [
             part is not None and getattr(part.device, "value", part.device) != "none"
             for part in (zero.offload_optimizer, zero.offload_param)
@@ -95,7 +94,7 @@ class ZeroSettings:
             stage=max(
                 int(zero.stage), 1
             ),  # without ZeRO, its bf16 optimizer divides its state over ranks all the same
-            dtype=next((half[name] for name in half if config.get(name, {}).get("enabled")), torch.float32),
+            dtype=torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32,
             bucket=zero.reduce_bucket_size,
             buffers=buffers,
             reuse=zero.max_reuse_distance,

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import sys
 
 import pytest
-from running import run_many
+from running import ROOT, run_many
 
 from gaudi_lm.arguments.ranges import RANGES, check_ranges
+from gaudi_lm.arguments.zero_settings import check_zero_settings
 from gaudi_lm.errors import UserError
 
 # For every numeric flag some values outside of its range, and some within.
@@ -142,7 +144,7 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
     from gaudi_lm.arguments.consistency import _check_deepspeed, _check_fsdp, read_mapping
 
     class Flags:
-        fsdp, save_only_model, gradient_checkpointing = "", False, True
+        deepspeed, fsdp, save_only_model, gradient_checkpointing = "zero.json", "", False, True
 
     config = tmp_path / "zero.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
@@ -184,6 +186,39 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
         config.write_text(text)
         with pytest.raises(UserError, match=words):
             read_mapping("deepspeed", str(config), is_file=True)
+
+
+ZERO_FAULTS = {
+    "unknown key zero_optimization.contigous_gradients; did you mean contiguous_gradients": {
+        "zero_optimization": {"contigous_gradients": True, "stage": 4}
+    },
+    "unknown key zero_optimization.stage3_max_live_parameter; did you mean stage3_max_live_parameters": {
+        "zero_optimization": {"stage3_max_live_parameter": 1}
+    },
+    "unknown key zero_optimization.offload_optimizer.devise; did you mean device": {
+        "zero_optimization": {"offload_optimizer": {"devise": "cpu"}}
+    },
+    "zero_optimization.stage is 4: Input should be 0, 1, 2": {"zero_optimization": {"stage": 4}},
+    "zero_optimization is a mapping": {"zero_optimization": 2},
+    "zero_optimization: Cannot provide deprecated parameter 'cpu_offload'": {
+        "zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "cpu"}}
+    },
+    "fp16 does not exist on a Gaudi": {"fp16": {"enabled": True}},
+}
+
+
+@pytest.mark.parametrize("fault", ZERO_FAULTS)
+def test_a_wrong_deepspeed_file_is_named_before_anything_is_loaded(fault):
+    with pytest.raises(UserError, match=f"^--deepspeed zero.json: {re.escape(fault)}") as caught:
+        check_zero_settings("--deepspeed zero.json", ZERO_FAULTS[fault])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_deepspeed_takes_is_not_refused():
+    check_zero_settings("--deepspeed", {"zero_optimization": {"stage": 2, "overlap_comm": "auto"}, "bf16": "auto"})
+    check_zero_settings("--deepspeed", {"fp16": {"enabled": "auto", "loss_scale": 0}, "zero_optimization": True})
+    for file in (ROOT / "configs" / "deepspeed").iterdir():
+        check_zero_settings("--deepspeed", json.loads(file.read_text()))
 
 
 @pytest.mark.parametrize(
