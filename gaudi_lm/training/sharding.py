@@ -76,6 +76,7 @@ class ZeroSettings:
     buffers: int = 0  # of that size, which stay
     reuse: int = 1_000_000_000  # ZeRO-3: elements within which a gathered weight is kept for its next use
     prefetch: int = 50_000_000
+    ahead: int = 1_000_000_000  # gathered weights up to which the next ones are fetched
     offload_optimizer: bool = False
     offload_weights: bool = False
 
@@ -99,6 +100,7 @@ class ZeroSettings:
             buffers=buffers,
             reuse=zero.max_reuse_distance,
             prefetch=zero.prefetch_bucket_size,
+            ahead=zero.max_live_parameters if zero.prefetch_bucket_size else 0,
             offload_optimizer=offload[0],
             offload_weights=offload[1],
         )
@@ -172,8 +174,10 @@ class Zero(Shards):
         if settings.stage == 3:
             for p in model.parameters():
                 live.leave_out(p)
-            # What is used again within so many elements stays gathered after its first use.
-            self.whole = min(elements, settings.reuse + settings.prefetch) * size if self.cards > 1 else 0
+            # What is used again within so many elements stays gathered after its first use; the next ones are fetched
+            # module by module, which runs ahead of their use.
+            most = max(settings.reuse + settings.prefetch, settings.ahead)
+            self.whole = min(elements, most) * size if self.cards > 1 else 0
             # Gathered together, then copied apart.
             self.in_flight = min(elements, settings.prefetch) * size if self.cards > 1 else 0
             live.add("weights", self.share(elements) * size * (not settings.offload_weights))

@@ -73,6 +73,26 @@ def test_memory_is_what_a_simulated_card_measures(jobs, tmp_path, model, stage):
 
 
 @pytest.mark.slow
+def test_weights_that_zero_3_fetches_ahead_are_what_a_simulated_card_measures(jobs, tmp_path):
+    """Beside what is used again soon, up to so many live weights are gathered."""
+    script, *flags = jobs["gpt2"]
+    flags += ["--config_overrides", GPT2.replace("n_layer=3", "n_layer=8"), "--block_size", 32]
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    few = ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance", "reduce_bucket_size")
+    found = {}
+    for live in (10**5, 10**9):
+        zero = {"stage": 3, **dict.fromkeys(few, 10**5), "stage3_max_live_parameters": live}
+        file, output = tmp_path / f"{live}.json", tmp_path / f"out{live}"
+        file.write_text(json.dumps({**dict.fromkeys(auto, "auto"), "zero_optimization": zero}))
+        given = [*flags, "--output_dir", output, "--deepspeed", file]
+        found[live] = peak(run(script, *given, "--dry_run", "--dry_run_cards", 2, env={"GAUDI_SIMULATOR": "2"}).stdout)
+        run_ranks(2, script, *given, env={"GAUDI_SIMULATOR": "2"})
+        measured = results(output)["peak_device_memory_gb"]
+        assert found[live] == pytest.approx(measured, rel=0.15)
+    assert found[10**9] > 1.15 * found[10**5]
+
+
+@pytest.mark.slow
 def test_checkpointing_and_the_second_card_are_what_a_simulated_card_measures(jobs, tmp_path):
     script, *flags = jobs["gpt2"]
     flags += ["--output_dir", tmp_path / "out", "--gradient_checkpointing"]
