@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
-from pydantic import BaseModel, ValidationError
+from typing import TYPE_CHECKING, get_args
 
 from gaudi_lm.errors import UserError, nearest
 from gaudi_lm.optimum_imports import import_deepspeed
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 SECTION = "zero_optimization"
 
@@ -29,6 +30,7 @@ def check_zero_settings(source: str, config: dict) -> None:
         raise UserError(f"{source}: {SECTION} is a mapping, from names such as stage to values")
     import_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, get_zero_config
+    from pydantic import ValidationError
 
     try:
         get_zero_config(config)
