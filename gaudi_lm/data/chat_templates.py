@@ -30,6 +30,7 @@ from gaudi_lm.data.conversations import (
     REASONING,
     ConversationError,
     common_pieces,
+    end_of_turn,
     mark_answers,
     one_line,
     variants,
@@ -57,8 +58,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: int | list[int] | None = None):
         self.tokenizer = tokenizer
         stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
-        stops = [text for text in tokenizer.convert_ids_to_tokens(list(stop_ids)) if text]
-        self.stops = {*stops, *filter(None, [tokenizer.eos_token])}
+        self.stops = {*filter(None, [*tokenizer.convert_ids_to_tokens(list(stop_ids)), tokenizer.eos_token])}
         self.special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | self.stops
         self.in_parts, self.heads = False, set[str]()
         self.prompt = self.end = self.last_end = ""
@@ -116,7 +116,7 @@ class ChatTemplate:
         shared = common_pieces(asked, alone)
         # Where it is no addition, it stands in the turn before, as in "[INST] question [/INST]".
         self.prompt = (asked[len(shared) :] if asked[len(shared) :].strip() else asked).lstrip()
-        self.end = self.last_end = common_pieces(between, last).rstrip()
+        self.end = self.last_end = end_of_turn(between, last, text.split(marks[0])[0])
         if not self.end:
             self.last_end = last.rstrip()
             first = CONTROL.match(between)

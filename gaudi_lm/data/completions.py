@@ -58,23 +58,35 @@ def encode_examples(
     """
     if template is not None and example_format.style in ("chat", "messages"):
         return encode_conversations(table, example_format, tokenizer, template)
-    start = [~token for token in special_ends(tokenizer)[0]]
+    start = special_ends(tokenizer)[0]
+    problems = refused_values(table, example_format)
+    read = np.array([problem is None for problem in problems], bool)
     if example_format.style == "text":
-        tokens, lengths = join_rows(
-            start, encode(tokenizer, text_of(table, example_format.columns["text"]).to_pylist(), False)
-        )
+        texts = text_of(table, example_format.columns["text"]).to_pylist()
+        read &= np.array([bool(text.strip()) for text in texts], bool)
+        text = encode(tokenizer, texts, False)
+        tokens, lengths = join_rows(_starts(start, *text), text)
     else:
         prompts, answers = format_examples(example_parts(table, example_format), format_example)
         tokens, lengths = encode(tokenizer, prompts + answers, add_special_tokens=False)
         border = int(lengths[: len(prompts)].sum())
-        prompt, answer = (~tokens[:border], lengths[: len(prompts)]), (tokens[border:], lengths[len(prompts) :])
-        tokens, lengths = join_rows(start, prompt, answer)
-    problems = refused_values(table, example_format)
-    read = np.array([problem is None for problem in problems])
+        prompt, answer = (tokens[:border], lengths[: len(prompts)]), (tokens[border:], lengths[len(prompts) :])
+        tokens, lengths = join_rows(_starts(start, *prompt), (~prompt[0], prompt[1]), answer)
     if not read.all():
         tokens, lengths = tokens[np.repeat(read, lengths)], np.where(read, lengths, 0)
     ends = np.full(len(table), tokenizer.eos_token_id, np.int32)
-    return EncodedRows(tokens, lengths, ends, np.zeros(len(table), bool), problems)
+    closed = np.zeros(len(table), bool)
+    closed[lengths > 0] = tokens[np.cumsum(lengths)[lengths > 0] - 1] == tokenizer.eos_token_id
+    return EncodedRows(tokens, lengths, ends, closed, problems)
+
+
+def _starts(start: list[int], tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the tokenizer puts before each row, as no targets; nothing where a row's text begins with it."""
+    if not start:
+        return np.empty(0, np.int32), np.zeros(len(lengths), np.int64)
+    rows = np.split(tokens, np.cumsum(lengths)[:-1])
+    missing = np.array([len(start) * (row[: len(start)].tolist() != start) for row in rows], np.int64)
+    return np.tile(~np.array(start, np.int32), np.count_nonzero(missing)), missing
 
 
 def format_examples(rows: list[dict[str, str]], format_example: Callable | None) -> tuple[list[str], list[str]]:

@@ -11,7 +11,7 @@ FIRST_MARK, LAST_MARK = 0x100000, 0x10FFFD  # of Unicode's plane 16, which is fo
 REASONING = re.compile(r"</?think>\s*")
 SPOKEN = ("reasoning_content", "reasoning", "thinking", "content")  # what templates know of a message's text
 ROLES = {
-    "human": "user",
+    **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("ai", "bard", "bing", "bot", "chatbot", "chatgpt", "gpt", "model"), "assistant"),
     "function_call": "assistant",
     **dict.fromkeys(("function_response", "observation", "tool_response"), "tool"),
@@ -27,6 +27,20 @@ def common_pieces(left: str, right: str) -> str:
             break
         length += len(one)
     return left[:length]
+
+
+def end_of_turn(between: str, last: str, before: str) -> str:
+    """What ends an answer, without what begins the next turn.
+
+    Args:
+        between: what stands between an answer and the next question.
+        last: what stands behind the last answer: a template may write the head of another answer there.
+        before: what stands before the first question.
+    """
+    pieces = PIECES.findall(common_pieces(between, last))
+    while sum(bool(piece.strip()) for piece in pieces) > 1 and before.endswith(between[len("".join(pieces[:-1])) :]):
+        pieces.pop()
+    return "".join(pieces).rstrip()
 
 
 class ConversationError(ValueError):
@@ -227,9 +241,13 @@ def mark_answers(messages: list[dict], with_empty: bool) -> tuple[list[dict], di
                 before, after = said.split(words)[0], said[said.index(words) + len(words) :]
                 if words.endswith("think>"):  # what follows the reasoning is stripped of this white space, if anything
                     words, after = words + after, ""
+                silent = ""
+                if not with_empty and message.get("tool_calls") and words.rstrip().endswith("</think>"):
+                    # A mark behind it would be text between the reasoning and the calls.
+                    words, silent = words[: words.rindex("</think>")], words[words.rindex("</think>") :]
                 # A template that drops the reasoning drops the marks before its end.
                 words = REASONING.sub(lambda tag: tag[0] + mark(), mark() + words)
-                message[part] = before + words + mark() + after
+                message[part] = before + words + (silent or mark()) + after
             elif with_empty and part == "content" and not message.get("tool_calls"):
                 message[part] = said + mark()
         if message.get("tool_calls"):

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, limit_predictions
 from gaudi_lm.data.ragged import join_rows, pad_rows, shorten_rows
-from gaudi_lm.data.tokenization import encode, special_ends
+from gaudi_lm.data.tokenization import encode, special_ends, vocabulary_size
 from gaudi_lm.errors import UserError
 
 
@@ -83,10 +83,11 @@ class MaskingCollator:
     def __post_init__(self):
         if self.mask_share + self.random_share > 1:
             raise ValueError("mask_share and random_share are parts of the same tokens: together at most 1")
-        size = len(self.tokenizer)
-        self._special = np.zeros(size, dtype=bool)
-        self._special[[token for token in self.tokenizer.all_special_ids if token < size]] = True
-        self._ordinary = np.flatnonzero(~self._special)
+        self._special = np.zeros(vocabulary_size(self.tokenizer), dtype=bool)
+        self._special[self.tokenizer.all_special_ids] = True
+        known = np.zeros_like(self._special)
+        known[list(self.tokenizer.get_vocab().values())] = True
+        self._ordinary = np.flatnonzero(known & ~self._special)
         # Shared, so that worker processes can count too.
         self._undone = torch.zeros(1, dtype=torch.int64).share_memory_()
 

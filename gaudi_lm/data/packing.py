@@ -174,6 +174,8 @@ def check_packable(model: nn.Module) -> None:
             f"--pack_sequences: {where}{name} is not known to keep packed texts apart; leave the flag out, or use one "
             f"of {', '.join(proven)}"
         )
+    if name == "falcon" and base.config.alibi:
+        raise UserError("--pack_sequences: falcon keeps packed texts apart without alibi alone; leave the flag out")
     if getattr(base.config, "output_router_logits", False):
         raise UserError(
             f"--pack_sequences: the loss that balances the routers of {name} does not know packed texts; set "

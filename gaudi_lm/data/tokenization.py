@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -104,7 +105,17 @@ def _encode_at_once(
 
 def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts before and after a single text, such as ``[CLS]`` and ``[SEP]``."""
-    (bare, _), (whole, _) = (encode(tokenizer, ["a"], special) for special in (False, True))
-    bare, whole = bare.tolist(), whole.tolist()
-    start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
-    return whole[:start], whole[start + len(bare) :]
+    special = set(tokenizer.all_special_tokens)
+    # A tokenizer of another script, of digits or of proteins has no "a", and perhaps no token for what is unknown.
+    known = (tokenizer.convert_tokens_to_string([token]) for token in tokenizer.get_vocab() if token not in special)
+    for text in chain("a", known):
+        bare, whole = (encode(tokenizer, [text], added)[0].tolist() for added in (False, True))
+        if bare:
+            start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest id: the rows of an embedding. There may be fewer tokens than that."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))

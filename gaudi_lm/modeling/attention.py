@@ -100,12 +100,15 @@ def choose_attention(config: PretrainedConfig, training_args: LMTrainingArgument
     if wanted == FUSED:  # scales by the width of a head
         scalar = getattr(config, "query_pre_attn_scalar", None)
         kept["query_pre_attn_scalar"] = scalar if scalar != getattr(config, "head_dim", None) else None
-    lost = [name for name, value in kept.items() if value]
+    lost = [f"{name} {value:g}" for name, value in kept.items() if value]
+    if config.model_type == "gpt2":  # whose sdpa, in transformers 4.55, scales by the width of a head alone
+        lost += ["scale_attn_by_inverse_layer_idx"] * bool(config.scale_attn_by_inverse_layer_idx)
+        lost += ["scale_attn_weights false"] * (not config.scale_attn_weights)
     if wanted == "eager" or not lost:
         return wanted
     if "attn_implementation" in training_args.chosen:
         raise UserError(
-            f"--attn_implementation {wanted}: {config.model_type} has {lost[0]} {kept[lost[0]]:g}, which only eager "
+            f"--attn_implementation {wanted}: {config.model_type} has {lost[0]}, which only eager "
             "attention knows; leave the flag out, or choose eager"
         )
     logger.info("attention: eager, since %s has %s", config.model_type, lost[0])

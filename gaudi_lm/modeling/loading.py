@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from gaudi_lm.architectures import PADDING, architecture_of
 from gaudi_lm.arguments.definitions import LMTrainingArguments, ModelArguments
 from gaudi_lm.arguments.model_files import check_config, first_line, tokenizer_damage
+from gaudi_lm.data.tokenization import vocabulary_size
 from gaudi_lm.device import parse_bool
 from gaudi_lm.errors import UserError, nearest
 from gaudi_lm.modeling.activations import fuse_activations
@@ -157,19 +158,17 @@ def fit_vocabulary(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(config, name, None) is not None:
             setattr(config, name, getattr(tokenizer, name))
-    if config.vocab_size == len(tokenizer):
+    if config.vocab_size == (size := vocabulary_size(tokenizer)):
         return
     frozen = any(pair.split("=")[0].strip() == "vocab_size" for pair in (config_overrides or "").split(","))
     if frozen:
-        if config.vocab_size < len(tokenizer):
+        if config.vocab_size < size:
             raise UserError(
-                f"--config_overrides: vocab_size={config.vocab_size} is smaller than the tokenizer's {len(tokenizer)}"
+                f"--config_overrides: vocab_size={config.vocab_size} is smaller than the tokenizer's {size}"
             )
         return
-    logger.info(
-        "vocabulary size: %d, as the tokenizer has (the configuration says %d)", len(tokenizer), config.vocab_size
-    )
-    config.vocab_size = len(tokenizer)
+    logger.info("vocabulary size: %d, as the tokenizer has (the configuration says %d)", size, config.vocab_size)
+    config.vocab_size = size
 
 
 def load_model(
@@ -244,9 +243,9 @@ def load_model(
     embedding = model.get_input_embeddings().weight
     # Under ZeRO-3 a rank holds a part of the weight; ds_shape is the whole.
     rows = getattr(embedding, "ds_shape", embedding.shape)[0]
-    if len(tokenizer) > rows:
-        logger.info("embedding: resized from %d to the tokenizer's %d tokens", rows, len(tokenizer))
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=not training_args.dry_run)
+    if (size := vocabulary_size(tokenizer)) > rows:
+        logger.info("embedding: resized from %d to the tokenizer's %d tokens", rows, size)
+        model.resize_token_embeddings(size, mean_resizing=not training_args.dry_run)
     hand_over_flags(model, model_args, training_args)
     fuse_activations(model)
     if not name:

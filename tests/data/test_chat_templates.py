@@ -268,6 +268,35 @@ def test_answers_of_a_prompt_do_not_count(tokenizer):
         )  # fmt: skip
 
 
+def test_a_template_that_always_writes_the_next_head(tokenizer):
+    """As the first one of Llama 3: what begins a turn ends none."""
+    always = CHATML.replace("{% if add_generation_prompt %}", "").replace("\n' }}{% endif %}", "\n' }}")
+    assert always != CHATML
+    heads = always.replace("<|im_start|>' + m.role + '\n", "<|head|>' + m.role + '<|ends|>")
+    heads = heads.replace("<|im_start|>assistant\n", "<|head|>assistant<|ends|>").replace("<|im_end|>\n", "<|im_end|>")
+    for template, head in ((always, "<|im_start|>assistant\n"), (heads, "<|head|>assistant<|ends|>")):
+        tokenizer.chat_template = template
+        assert ChatTemplate(tokenizer).end == "<|im_end|>"
+        text = marked(tokenizer, template, TWO)
+        assert text.count("«hello<|im_end|>»") == 2 and text.endswith(head)
+    rows = rows_of(tokenizer, [{"messages": [user("hi"), assistant("hello " * 99)]}], max_length=80)
+    assert tokenizer.decode(rows[0]["input_ids"][-1:]) == "<|im_end|>"
+
+
+def test_reasoning_before_a_call_without_text(tokenizer):
+    """Qwen 3 writes a line break between what is said and a call, where anything is said."""
+    said = (
+        "{% set said = (m.content or '').split('</think>')[-1].lstrip('\n') %}{{ '\n' }}{% if m.content != said %}"
+        "{{ '<think>\n' + m.content.split('</think>')[0].split('<think>')[-1].strip('\n') + '\n</think>\n\n' }}"
+        "{% endif %}{{ said }}"
+    )
+    template = TOOLS.replace("{% if m.content %}{{ '\n' + m.content }}{% endif %}", said)
+    template = template.replace("'\n<call>'", "('\n' if said else '') + '<call>'")
+    assert "set said" in template and "if said" in template
+    call = [user("hi"), assistant("<think>\nneed\n</think>\n\n", tool_calls=[CALL]), *TOOL_MESSAGES[2:]]
+    assert "«<think>\nneed\n</think>\n\n<call>" in marked(tokenizer, template, call)
+
+
 def test_answers_of_weight_0_do_not_count(tokenizer):
     """OpenAI's format leaves messages out of training by `weight`; also those that the template itself marks."""
     for weights in ((0, 1), (1, 0)):

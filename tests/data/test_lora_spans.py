@@ -202,6 +202,19 @@ def test_text():
     ]
 
 
+def test_blank_texts_are_left_out():
+    rows = [{"text": ""}, {"text": "a"}, {"text": "  "}]
+    assert spans(make_tokenizer(), rows, inputs=True) == ["*<bos>* *a* *<eos>*"]
+
+
+def test_a_start_and_an_end_that_are_there_already():
+    """Data that were formatted for a model have them in the text."""
+    tokenizer = make_tokenizer()
+    assert spans(tokenizer, [{"text": "<bos> a b <eos>"}], inputs=True) == ["*<bos>* *a* *b* *<eos>*"]
+    (row,) = spans(tokenizer, [{"instruction": "a", "input": "", "output": "b <eos>"}])
+    assert row.endswith(" *b* *<eos>*") and row.startswith("<bos> ")
+
+
 def test_shown_example():
     tokenizer = make_tokenizer()
     row = {"input_ids": [0, 5, 6, 1], "labels": [-100, -100, 6, 1]}

@@ -82,6 +82,11 @@ def test_others_are_refused_by_name(model_type):
         PackedCollator.for_model(tiny_model(model_type), PAD, LENGTH)
 
 
+def test_falcon_with_alibi_is_refused():
+    with pytest.raises(UserError, match="^--pack_sequences: falcon keeps packed texts apart without alibi alone"):
+        PackedCollator.for_model(tiny_model("falcon", alibi=True, new_decoder_architecture=False), PAD, LENGTH)
+
+
 def test_a_window_shorter_than_the_row_is_refused():
     with pytest.raises(UserError, match="attends to 16 tokens"):
         PackedCollator.for_model(tiny_model("mistral", sliding_window=16), PAD, LENGTH)

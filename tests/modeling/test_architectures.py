@@ -8,10 +8,12 @@ import torch
 from running import run_many
 from test_losses import make_batch, tiny_model
 from tiny_models import CAUSAL, MASKED, OTHERS, VOCABULARY
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, GPT2Config
 
 from gaudi_lm.architectures import ARCHITECTURES, PADDING
+from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.errors import UserError
+from gaudi_lm.modeling.attention import choose_attention
 from gaudi_lm.modeling.loading import fit_vocabulary, length_limit
 from gaudi_lm.modeling.loss import install_token_loss
 
@@ -63,8 +65,8 @@ def test_positions_start_where_the_row_says(model_type):
 def test_a_tokenizer_without_padding_token(model_type):
     """Where positions do not count from it, the model is made and runs; elsewhere the fault is named."""
     config = CONFIG_MAPPING[model_type]()
-    tokenizer = SimpleNamespace(pad_token_id=None, bos_token_id=0, eos_token_id=2, __len__=None)
-    tokenizer = type("Tokenizer", (SimpleNamespace,), {"__len__": lambda self: VOCABULARY})(**vars(tokenizer))
+    sized = {"__len__": lambda self: VOCABULARY, "get_vocab": lambda self: {"a": VOCABULARY - 1}}
+    tokenizer = type("Tokenizer", (SimpleNamespace,), sized)(pad_token_id=None, bos_token_id=0, eos_token_id=2)
     if ARCHITECTURES[model_type].first_position == PADDING:
         with pytest.raises(UserError, match=f"{model_type} counts positions from the padding token"):
             fit_vocabulary(config, tokenizer, True, None)
@@ -114,3 +116,16 @@ def test_scripts_say_or_do_what_is_right(assets, masked_assets, tmp_path):
     assert status == 2, log
     assert "error: roberta counts positions from the padding token, and the tokenizer has none" in log
     assert "Traceback" not in log and not (tmp_path / "no padding").exists()
+
+
+@pytest.mark.parametrize("field", ["scale_attn_by_inverse_layer_idx", "scale_attn_weights"])
+def test_a_gpt2_that_scales_its_attention_otherwise_is_eager(field, tmp_path):
+    """transformers' sdpa scales by the width of a head alone."""
+    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_eval=True)
+    args.attn_implementation, args.chosen = "sdpa", set()
+    assert choose_attention(GPT2Config(), args) == "sdpa"
+    config = GPT2Config(**{field: not getattr(GPT2Config(), field)})
+    assert choose_attention(config, args) == "eager"
+    args.chosen = {"attn_implementation"}
+    with pytest.raises(UserError, match=f"^--attn_implementation sdpa: gpt2 has {field}.*, which only eager"):
+        choose_attention(config, args)

@@ -19,11 +19,13 @@ from running import (
     run,
     run_several,
 )
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gaudi_lm.data.masked_token_budget import default_budget
 from gaudi_lm.data.masking import MaskingCollator, encode_lines, sequence_ends
 from gaudi_lm.data.ragged import bucket_lengths, join_rows, pad_rows, shorten_rows
+from gaudi_lm.data.tokenization import special_ends, vocabulary_size
 
 MLM = load_script("run_mlm")
 FAMILIES = ["bert", "roberta", "distilbert", "albert"]
@@ -97,6 +99,24 @@ def test_shares_of_the_chosen_tokens(tokenizer):
     assert (seen["random"] != tokenizer.mask_token_id).all() and (seen["random"] != targets).float().mean() > 0.9
     with pytest.raises(ValueError, match="together at most 1"):
         MaskingCollator(tokenizer, 0.3, (7,), mask_share=0.8, random_share=0.3)
+
+
+def test_tokenizers_of_another_script_and_with_holes():
+    """One without "a" and without a token for what is unknown, and ids that no token has."""
+    words = {"[CLS]": 0, "[SEP]": 1, "[PAD]": 2, "[MASK]": 3, "G": 4, "C": 21}
+    backend = Tokenizer(models.WordLevel(words))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [("[CLS]", 0), ("[SEP]", 1)]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    assert special_ends(tokenizer) == ([0], [1])
+    assert len(tokenizer) == 6 and vocabulary_size(tokenizer) == 22
+    tokens, lengths = encode_lines(["G C G"], tokenizer, 10)
+    assert tokens.tolist() == [0, 4, 21, 4, 1] and lengths.tolist() == [5]
+    rows = [{"input_ids": np.array([0, *[4, 21] * 50, 1]), "sample_id": number} for number in range(9)]
+    batch = MaskingCollator(tokenizer, 0.9, (7,), mask_share=0.0, random_share=1.0)(rows)
+    assert set(batch["input_ids"][batch["labels"] != -100].tolist()) == {4, 21}
 
 
 def test_surplus_masks_are_undone_and_counted(tokenizer):
