@@ -112,6 +112,7 @@ def choose_attention(config: PretrainedConfig, training_args: LMTrainingArgument
             "attention knows; leave the flag out, or choose eager"
         )
     logger.info("attention: eager, since %s has %s", config.model_type, lost[0])
+    training_args.attn_implementation = "eager"
     return "eager"
 
 

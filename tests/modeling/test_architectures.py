@@ -125,7 +125,7 @@ def test_a_gpt2_that_scales_its_attention_otherwise_is_eager(field, tmp_path):
     args.attn_implementation, args.chosen = "sdpa", set()
     assert choose_attention(GPT2Config(), args) == "sdpa"
     config = GPT2Config(**{field: not getattr(GPT2Config(), field)})
-    assert choose_attention(config, args) == "eager"
-    args.chosen = {"attn_implementation"}
+    assert choose_attention(config, args) == args.attn_implementation == "eager"
+    args.attn_implementation, args.chosen = "sdpa", {"attn_implementation"}
     with pytest.raises(UserError, match=f"^--attn_implementation sdpa: gpt2 has {field}.*, which only eager"):
         choose_attention(config, args)
