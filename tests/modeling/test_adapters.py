@@ -1,12 +1,20 @@
 """Every kind of adapter that can be trained can be evaluated, trained further, resumed and merged."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from running import ROOT, losses, run, run_many
 from safetensors.torch import load_file
 from short_runs import ADAPTERS, common
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from gaudi_lm.errors import UserError
+from gaudi_lm.training import merging
+from gaudi_lm.training.merging import check_base_model
+from gaudi_lm.training.outputs import check_saved_form
 
 DATA = ("--train_on_inputs", "False", "--dataset_concatenation", "--chat_prompt", "--pad_to_max_length")
 STEPS = ["--max_steps", 8, "--learning_rate", 0.01]
@@ -146,3 +154,53 @@ def test_adalora_under_deepspeed_is_refused(instructions, tmp_path):
     done = run("run_lora_clm.py", *flags, env={**card, "MASTER_PORT": "29791"}, code=2)
     assert "error: --peft_type adalora: DeepSpeed hides the gradients" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_norms_are_not_tuned_with_zero_3(monkeypatch):
+    """DeepSpeed ended with an AssertionError about dtypes, with ZeRO-3 alone."""
+    model_args = SimpleNamespace(model_name_or_path="a", adapter_name_or_path=None, merge_adapter=False)
+    model_args.load_meta_device = False
+    training_args = SimpleNamespace(
+        fsdp="",
+        gradient_checkpointing=False,
+        context_parallel_size=1,
+        flash_attention_causal_mask=False,
+        do_train=True,
+    )
+    check_base_model(model_args, "ln_tuning", training_args)
+    monkeypatch.setattr(merging, "is_deepspeed_zero3_enabled", lambda: True)
+    check_base_model(model_args, "lora", training_args)
+    with pytest.raises(UserError, match="^--peft_type ln_tuning: not with ZeRO-3"):
+        check_base_model(model_args, "ln_tuning", training_args)
+    training_args.do_train = False
+    check_base_model(model_args, "ln_tuning", training_args)
+
+
+GATHER = {"stage3_gather_16bit_weights_on_model_save": True}
+
+
+@pytest.mark.parametrize(
+    ("zero", "flags", "found"),
+    [
+        ({"stage": 3}, {"peft_type": "lora"}, "refused"),
+        ({"stage": 3}, {}, "warned"),
+        ({"stage": 3}, {"peft_type": "lora", "save_last_ckpt": False}, None),
+        ({"stage": 3, **GATHER}, {"peft_type": "lora"}, None),
+        ({"stage": 2}, {}, None),
+    ],
+)
+def test_an_adapter_that_zero_3_would_save_empty_is_refused(zero, flags, found, caplog):
+    """Without the setting transformers writes a file of no tensors; of a whole model, what each card has."""
+    args = SimpleNamespace(
+        hf_deepspeed_config=HfDeepSpeedConfig({"zero_optimization": zero}),
+        save_strategy="no",
+        do_train=True,
+        flags=flags,
+    )
+    with (
+        pytest.raises(UserError, match="^--deepspeed: ZeRO-3 .*stage3_gather_16bit")
+        if found == "refused"
+        else (contextlib.nullcontext())
+    ):
+        check_saved_form(args)
+    assert ("no model.safetensors is saved" in caplog.text) == (found == "warned")
