@@ -16,7 +16,7 @@ from transformers.hf_argparser import string_to_bool
 from gaudi_lm.arguments.model_files import check_model_folders
 from gaudi_lm.arguments.ranges import check_ranges
 from gaudi_lm.arguments.refusals import check_flags, check_folders
-from gaudi_lm.config_files import begins_with_file, expand_config_file, read_config_file, split_flag
+from gaudi_lm.config_files import VALUE, begins_with_file, expand_config_file, read_config_file, split_flag
 from gaudi_lm.device import parse_bool
 from gaudi_lm.errors import UserError, nearest, user_errors, warn
 
@@ -204,18 +204,37 @@ def check_flags_of_script(name: str, *dataclass_types: type) -> None:
             _checked[key] = _read(argv, *dataclass_types)
 
 
+def _check_once(path: str, written: list[str], flags: list[str]) -> None:
+    """Refuse two keys of a file that are the same flag: one with dashes, an old name, the beginning of a name."""
+    first: dict[str, str] = {}
+    for word, flag in zip(written, flags, strict=True):
+        name, key = flag.partition("=")[0], word.partition("=")[0].removeprefix("--")
+        if name.startswith("--") and first.setdefault(name, key) != key:
+            raise UserError(f"{path}: {first[name]} and {key} are the same flag, {name}")
+
+
 def _read(argv: list[str], *dataclass_types: type) -> dict[str, object]:
     parser = build_parser(*dataclass_types)
     # Of each action the first name: the others are the same with dashes.
     known = [action.option_strings[0] for action in parser._actions if action.option_strings[0] != "-h"]
-    flags = _full_names(_join_negative_values(expand_config_file(argv)), known)
+    words = expand_config_file(argv)
+    typed = argv[1:] if begins_with_file(argv) else argv
+    in_file = _join_negative_values(words[: len(words) - len(typed)])
+    flags = _full_names(in_file, known)
+    _check_once(argv[0] if in_file else "", in_file, flags)
+    flags += _full_names(_join_negative_values(typed), known)
     values, rest = parser.parse_known_args(flags)
     if rest:
         flag = rest[0].split("=")[0]
         of_file = begins_with_file(argv) and flag.removeprefix("--") in read_config_file(argv[0])
         what = "unknown flag" if flag.startswith("-") else "no flag takes the value"
         raise UserError(f"{f'{argv[0]}: ' if of_file else ''}{what} {flag}{nearest(flag, known)}")
-    found = vars(values)
+    found = {
+        name: [one.removeprefix(VALUE) if isinstance(one, str) else one for one in value]
+        if isinstance(value, list)
+        else value
+        for name, value in vars(values).items()
+    }
     check_ranges(found)
     check_model_folders(found)
     check_folders(found)

@@ -86,6 +86,20 @@ def test_mappings_and_lists_of_a_file(tmp_path):
         ("half.yaml", b"max_steps: 2.5\n", ["--max_steps", "2.5", "whole number"]),
         ("scalar.yaml", b"max_steps\n", ["scalar.yaml", "str"]),
         ("empty.yaml", b"", ["empty.yaml", "NoneType"]),
+        ("control.yaml", b"max_steps: 1\nmodel_revision: '\x07'\n", ["control.yaml, line 2", "U+0007"]),
+        ("list.yaml", b"max_steps: 1\n? [a, b]\n: 3\n", ["list.yaml, line 2", "a key is a word", "sequence"]),
+        ("map.yaml", b"deepspeed: {? {a: b} : 3}\n", ["map.yaml, line 1", "a key is a word", "mapping"]),
+        ("itself.yaml", b"report_to: &a [*a]\n", ["itself.yaml, line 1", "contains itself"]),
+        ("itself2.yaml", b"deepspeed: &a {x: {y: *a}}\n", ["itself2.yaml, line 1", "contains itself"]),
+        ("deep.json", b'{"deepspeed":' + b"[" * 100_000 + b"]" * 100_000 + b"}", ["deep.json", "within one another"]),
+        ("deep.yaml", b"report_to: " + b"[" * 5_000 + b"]" * 5_000, ["deep.yaml", "within one another"]),
+        ("nested.yaml", b"deepspeed:\n  a: 1\n  a: 2\n", ["nested.yaml, line 3", "a is given twice"]),
+        ("dash.yaml", b"max_steps: 3\nmax-steps: 4\n", ["dash.yaml", "max_steps and max-steps", "--max_steps"]),
+        (
+            "old.yaml",
+            b"eval_strategy: steps\nevaluation_strategy: no\n",
+            ["old.yaml", "evaluation_strategy are the same"],
+        ),
         ("typo.yaml", b"max_stepz: 2\n", ["typo.yaml", "--max_stepz", "--max_steps"]),
     ],
 )
@@ -96,6 +110,25 @@ def test_files_that_cannot_be_meant(name, content, words, tmp_path, capsys):
     message = str(caught.value) if caught.type is UserError else capsys.readouterr().err
     for word in words:
         assert word in message
+
+
+def test_numbers_for_text_stay_as_they_are_written_in_json(tmp_path):
+    for text in ("1.10", "1e5", "-0.50", "7"):
+        (tmp_path / "run.json").write_text(f'{{"model_revision": {text}, "offset": {text}, "report_to": [{text}]}}')
+        read = flags(str(tmp_path / "run.json"))
+        assert (read.model_revision, read.offset, read.report_to) == (text, float(text), [text])
+    (tmp_path / "run.json").write_text('{"deepspeed": {"a": 1e5, "b": 1.10}, "max_steps": 1e3}')
+    read = flags(str(tmp_path / "run.json"))
+    assert (json.loads(read.deepspeed), read.max_steps) == ({"a": 1e5, "b": 1.1}, 1000)
+
+
+def test_items_of_a_list_are_values_whatever_they_begin_with(tmp_path):
+    for name, text in (("run.yaml", "report_to: ['a b', --x, -h, --max_steps=3]"), ("run.json", None)):
+        text = text or '{"report_to": ["a b", "--x", "-h", "--max_steps=3"]}'
+        (tmp_path / name).write_text(text)
+        read = flags(str(tmp_path / name), "--offset", "2")
+        assert read.report_to == ["a b", "--x", "-h", "--max_steps=3"]
+        assert (read.max_steps, read.offset) == (-1, 2)
 
 
 def test_the_command_line_overrides_the_file(tmp_path):
