@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DynamoBackend
 from huggingface_hub import get_token
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch.utils.checkpoint import checkpoint
@@ -227,6 +228,8 @@ def _check_hub(args) -> None:
         raise UserError(f"--hub_model_id {name}: {str(error).partition('.')[0]}") from error
     if not (args.hub_token or get_token()):
         raise UserError("--push_to_hub: log in with `hf auth login`, or give --hub_token")
+    if HF_HUB_OFFLINE:
+        warn("--push_to_hub: nothing will be uploaded with HF_HUB_OFFLINE=1")
 
 
 def _check_compile(args) -> None:

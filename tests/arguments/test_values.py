@@ -4,10 +4,12 @@ import json
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from running import ROOT, run_many
 
+from gaudi_lm.arguments import consistency
 from gaudi_lm.arguments.ranges import RANGES, check_ranges
 from gaudi_lm.arguments.zero_settings import check_zero_settings
 from gaudi_lm.errors import UserError
@@ -219,6 +221,14 @@ def test_what_deepspeed_takes_is_not_refused():
     check_zero_settings("--deepspeed", {"fp16": {"enabled": "auto", "loss_scale": 0}, "zero_optimization": True})
     for file in (ROOT / "configs" / "deepspeed").iterdir():
         check_zero_settings("--deepspeed", json.loads(file.read_text()))
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_that_nothing_is_uploaded_offline_is_said_at_the_start(offline, monkeypatch, capsys):
+    monkeypatch.setattr(consistency, "HF_HUB_OFFLINE", offline)
+    consistency._check_hub(SimpleNamespace(push_to_hub=True, hub_model_id="me/a", output_dir="o", hub_token="hf_x"))
+    said = "warning: --push_to_hub: nothing will be uploaded with HF_HUB_OFFLINE=1\n" if offline else ""
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(
