@@ -104,7 +104,7 @@ def test_shares_of_the_chosen_tokens(tokenizer):
 def test_tokenizers_of_another_script_and_with_holes():
     """One without "a" and without a token for what is unknown, and ids that no token has."""
     words = {"[CLS]": 0, "[SEP]": 1, "[PAD]": 2, "[MASK]": 3, "G": 4, "C": 21}
-    backend = Tokenizer(models.WordLevel(words))
+    backend = Tokenizer(models.BPE(words, []))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     ends = [("[CLS]", 0), ("[SEP]", 1)]
     backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
