@@ -180,7 +180,7 @@ def check_flags(values: dict[str, object], defaults: dict[str, object]) -> None:
             raise UserError(f"--{name} needs --{other}, which is not set")
     check_adapter_flags(values, is_given)
     if values.get("bf16_full_eval") and values.get("fsdp"):
-        warn("--bf16_full_eval changes nothing: --fsdp says in what the shards are kept")
+        warn("--bf16_full_eval changes nothing with --fsdp: shards keep their dtype")
     if values.get("group_by_length") and values.get("streaming"):
         raise UserError("--group_by_length cannot be combined with --streaming: it sorts all rows by length")
 

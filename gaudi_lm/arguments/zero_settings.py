@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, get_args
 
 from gaudi_lm.errors import UserError, nearest
@@ -10,7 +11,17 @@ from gaudi_lm.optimum_imports import import_deepspeed
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from gaudi_lm.arguments.definitions import LMTrainingArguments
+
+logger = logging.getLogger("gaudi_lm")
+
 SECTION = "zero_optimization"
+# The names of one setting of DeepSpeed.
+GATHERED = (
+    "stage3_gather_16bit_weights_on_model_save",
+    "gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save",
+)
 
 
 def check_zero_settings(source: str, config: dict) -> None:
@@ -45,6 +56,30 @@ def check_zero_settings(source: str, config: dict) -> None:
         raise UserError(f"{source}: {where} is {fault['input']!r}: {fault['msg']}") from error
     except (AssertionError, TypeError) as error:
         raise UserError(f"{source}: {SECTION}: {error}") from error
+
+
+def check_saved_form(training_args: LMTrainingArguments) -> None:
+    """Warn where ZeRO-3 is to save a model as the shares of its cards, and refuse it for an adapter.
+
+    transformers 4.55 then writes `adapter_model.safetensors` without a single weight.
+
+    Raises:
+        UserError: an adapter would be lost.
+    """
+    zero, flags = getattr(training_args, "hf_deepspeed_config", None), getattr(training_args, "flags", {})
+    saves = training_args.save_strategy != "no" or flags.get("save_last_ckpt", True)
+    if zero is None or not zero.is_zero3() or not training_args.do_train or not saves:
+        return
+    if any(zero.get_value(f"zero_optimization.{name}", False) is True for name in GATHERED):
+        return
+    way_out = f'"zero_optimization": {{"{GATHERED[0]}": true}} in the file'
+    if "peft_type" in flags:
+        raise UserError(f"--deepspeed: ZeRO-3 saves adapters only with {way_out}")
+    logger.warning(
+        "--deepspeed: no model.safetensors is saved, but what each card has (global_step*/, to be put together by "
+        "zero_to_fp32.py); with %s the model is saved whole",
+        way_out,
+    )
 
 
 def _names(model: type[BaseModel], sections: list[str]) -> list[str]:

@@ -124,7 +124,7 @@ def encode_conversations(
             messages, tools, first = conversation({name: columns[name][row] for name in names}, example_format)
             text, spans, closed = template.answers(messages, tools, first)
             if not spans:
-                raise ConversationError("it has no message of the assistant, or none that counts")
+                raise ConversationError("it has no message of the assistant, or none of weight 1")
         except ConversationError as error:
             problems[row] = problems[row] or str(error)
         rendered.append((text, spans, closed) if problems[row] is None else ("", [], False))

@@ -102,8 +102,8 @@ def read_content(content: Any, number: int) -> dict[str, Any]:
     return texts
 
 
-def is_result(content: Any) -> bool:
-    """Whether what a tool answers is an object, or a list, of its own, not the text of a message in parts."""
+def is_data(content: Any) -> bool:
+    """Whether what a tool returns is an object or a list, and not the text of a message in parts."""
     parts = content if isinstance(content, list) else [content]
     return isinstance(content, (dict, list)) and not all(
         isinstance(part, str) or (isinstance(part, dict) and {"type", "text", "content"} & part.keys())
@@ -123,7 +123,7 @@ def read_message(message: Any, number: int, role: str | None) -> dict[str, Any]:
         raise ConversationError(f"message {number} has no role")
     content = next((message.pop(key) for key in ("content", "value", "text") if key in message), None)
     role = ROLES.get(role.lower(), role.lower())
-    if role == "tool" and is_result(content):
+    if role == "tool" and is_data(content):
         content = json.dumps(content, ensure_ascii=False)
     found = {"role": role, **read_content(content, number), **message}
     if found.get("weight", 1) not in (0, 1):

@@ -175,7 +175,7 @@ def check_packable(model: nn.Module) -> None:
             f"of {', '.join(proven)}"
         )
     if name == "falcon" and base.config.alibi:
-        raise UserError("--pack_sequences: falcon keeps packed texts apart without alibi alone; leave the flag out")
+        raise UserError("--pack_sequences: a falcon with alibi does not keep packed texts apart; leave the flag out")
     if getattr(base.config, "output_router_logits", False):
         raise UserError(
             f"--pack_sequences: the loss that balances the routers of {name} does not know packed texts; set "

@@ -109,7 +109,10 @@ def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     # A tokenizer of another script, of digits or of proteins has no "a", and perhaps no token for what is unknown.
     known = (tokenizer.convert_tokens_to_string([token]) for token in tokenizer.get_vocab() if token not in special)
     for text in chain("a", known):
-        bare, whole = (encode(tokenizer, [text], added)[0].tolist() for added in (False, True))
+        try:
+            bare, whole = (encode(tokenizer, [text], added)[0].tolist() for added in (False, True))
+        except Exception:  # of a tokenizer that takes no text with anything unknown; it raises no narrower class
+            continue
         if bare:
             start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
             return whole[:start], whole[start + len(bare) :]

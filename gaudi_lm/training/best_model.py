@@ -34,8 +34,8 @@ class BestModelTrainer(ResumableTrainer):
     def _determine_best_metric(self, metrics, trial):
         name = self.args.metric_for_best_model
         if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
-            given = ", ".join(name.removeprefix("eval_") for name, value in metrics.items() if is_result(name, value))
-            raise UserError(f"--metric_for_best_model {name}: an evaluation gives {given}")
+            given = [one.removeprefix("eval_") for one, value in metrics.items() if is_result(one, value)]
+            raise UserError(f"--metric_for_best_model {name}: an evaluation gives {', '.join(given)}")
         better = super()._determine_best_metric(metrics, trial)
         if better:
             self.state.best_global_step = self.state.global_step  # transformers forgets it for --save_strategy best

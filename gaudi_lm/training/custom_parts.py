@@ -59,7 +59,7 @@ def check_parts(
                 "datasets.Dataset.from_list(rows) makes one"
             )
     if isinstance(train_dataset, IterableDataset) and not hasattr(train_dataset, "__len__") and args.max_steps <= 0:
-        raise UserError("--max_steps: a train_dataset that is a stream has no known length; give the steps")
+        raise UserError("--max_steps: the length of a stream is not known in advance; give the number of steps")
 
 
 def check_budget(budget: object, *collators: object) -> None:

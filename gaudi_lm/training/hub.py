@@ -32,7 +32,7 @@ class HubUploads:
         busy = not all(job.done() for job, _ in self._running)
         if self.args.hub_strategy == HubStrategy.END or (busy and not self.args.hub_always_push):
             return
-        self._report(self._errors())
+        self._report(self._errors(), "a checkpoint of ")
         folders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
         self._begin(folder, message := f"Training in progress, step {step}", TO_RESUME)
         if path_in_repo := folders.get(self.args.hub_strategy):
@@ -44,23 +44,25 @@ class HubUploads:
 
     def result(self, message: str) -> None:
         """Upload what is at the top of ``--output_dir``, and wait for it."""
-        errors = self._errors()
+        earlier = self._errors()
         job = self._begin(self.folder, message, NOT_THE_RESULT)
-        if self._report(self._errors() or errors):
-            logger.info("Uploaded to %s/%s", self._api.endpoint, job.result())
+        if errors := self._errors():
+            self._report(errors)
+            return
+        logger.info("Uploaded to %s/%s", self._api.endpoint, job.result())
+        self._report(earlier, "a checkpoint of ")
 
     def _errors(self) -> list[BaseException]:
         """Wait for what is being uploaded; what went wrong."""
         jobs, self._running = self._running, []
         return [error for job, _ in jobs if (error := job.exception())]
 
-    def _report(self, errors: list[BaseException]) -> bool:
+    def _report(self, errors: list[BaseException], what: str = "") -> None:
         if errors:
             logger.warning(
-                "--push_to_hub: %s was not uploaded (%s). All of it is on the disk: start the run again, or "
-                "`hf upload %s %s`", self.name, first_line(errors[0]), self.name, self.folder,
+                "--push_to_hub: %s%s was not uploaded (%s). All of it is on the disk: start the run again, or "
+                "`hf upload %s %s`", what, self.name, first_line(errors[0]), self.name, self.folder,
             )  # fmt: skip
-        return not errors
 
     def _begin(self, folder: Path, message: str, ignored: list[str] | None, path_in_repo: str | None = None) -> Future:
         job = self._api.run_as_future(self._upload, folder, message, ignored, path_in_repo)

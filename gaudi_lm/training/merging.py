@@ -57,9 +57,11 @@ def check_base_model(model_args, peft_type: str, training_args: LMTrainingArgume
     if kind in VIRTUAL_TOKENS and (is_deepspeed_zero3_enabled() or training_args.fsdp):
         raise UserError(f"--peft_type {kind}: not with ZeRO-3 or FSDP, which divide virtual tokens; use ZeRO-1 or 2")
     if kind == "adalora" and training_args.fsdp:
-        raise UserError("--peft_type adalora: not with FSDP, which divides the ranks that it reduces; use --deepspeed")
+        raise UserError("--peft_type adalora: not with FSDP, which divides the ranks it reduces; leave --fsdp out")
     if kind == "ln_tuning" and training_args.do_train and is_deepspeed_zero3_enabled():
-        raise UserError("--peft_type ln_tuning: not with ZeRO-3, which divides no copies of norms; use ZeRO-1 or 2")
+        raise UserError(
+            "--peft_type ln_tuning: not with ZeRO-3, which cannot divide its copies of norms; use ZeRO-1 or 2"
+        )
     if not model_args.merge_adapter:
         return
     if name is None and not training_args.do_train:

@@ -14,8 +14,8 @@ from optimum.habana.utils import check_synapse_version, set_seed
 from transformers.utils.logging import get_log_levels_dict
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
+from gaudi_lm.arguments.zero_settings import check_saved_form
 from gaudi_lm.device import set_up_logging
-from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.patches import patch_libraries
 from gaudi_lm.optimum_imports import answers_without_pip
 from gaudi_lm.training.agreement import gather
@@ -30,12 +30,6 @@ from gaudi_lm.training.trainer import LMTrainer
 
 logger = logging.getLogger("gaudi_lm")
 
-# The names of one setting of DeepSpeed.
-GATHERED = (
-    "stage3_gather_16bit_weights_on_model_save",
-    "gather_16bit_weights_on_model_save",
-    "stage3_gather_fp16_weights_on_model_save",
-)
 UNITS = {"_loss": "nats/token", "_runtime": "s", "_gb": "GiB", "_flos": "FLOP", "_delta": "bytes"}
 
 
@@ -65,30 +59,6 @@ def set_up(training_args: LMTrainingArguments) -> logging.Logger:
     patch_libraries(training_args.device.type)
     set_seed(training_args.seed)
     return logger
-
-
-def check_saved_form(training_args: LMTrainingArguments) -> None:
-    """Warn where ZeRO-3 is to save a model as the shares of its cards, and refuse it for an adapter.
-
-    transformers 4.55 then writes `adapter_model.safetensors` without a single weight.
-
-    Raises:
-        UserError: an adapter would be lost.
-    """
-    zero, flags = getattr(training_args, "hf_deepspeed_config", None), getattr(training_args, "flags", {})
-    saves = training_args.save_strategy != "no" or flags.get("save_last_ckpt", True)
-    if zero is None or not zero.is_zero3() or not training_args.do_train or not saves:
-        return
-    if any(zero.get_value(f"zero_optimization.{name}", False) is True for name in GATHERED):
-        return
-    way_out = f'"zero_optimization": {{"{GATHERED[0]}": true}} in the file'
-    if "peft_type" in flags:
-        raise UserError(f"--deepspeed: ZeRO-3 saves adapters only with {way_out}")
-    logger.warning(
-        "--deepspeed: no model.safetensors is saved, but what each card has (global_step*/, to be put together by "
-        "zero_to_fp32.py); with %s the model is saved whole",
-        way_out,
-    )
 
 
 def _warn_slow_bf16() -> None:

@@ -225,7 +225,7 @@ class ResumableTrainer(FSDPTrainer):
             self.uploads.checkpoint(folder, self.state.global_step)
 
     def _sorted_checkpoints(self, *args, **kwargs) -> list[str]:
-        """As for rotation, which deletes the first ones: without any that is being uploaded."""
+        """Without any that is being uploaded: rotation deletes the first ones."""
         return [one for one in super()._sorted_checkpoints(*args, **kwargs) if not self.uploads.is_uploading(one)]
 
     @contextlib.contextmanager

@@ -38,7 +38,7 @@ class Trackers:
                 except Exception as error:  # of any kind that its package may raise
                     problem = f"--report_to {name}: {' '.join(str(error).split())[:300] or type(error).__name__}"
                     if begins:
-                        raise UserError(f"{problem}; mend it, or report to none") from error
+                        raise UserError(f"{problem}; fix that, or give --report_to none") from error
                     if problem not in self._said:
                         self._said.add(problem)
                         logger.warning("%s; the run goes on, and figures may be missing there", problem)

@@ -429,7 +429,7 @@ def test_rows_that_cannot_be_read_are_named(tokenizer, caplog):
         assert len(rows_of(tokenizer, examples)) == 2
     assert (
         "train: 3 of 5 examples left out: row 2: the chat template cannot render it (System role not supported); "
-        "row 3: there is no conversation; row 5: it has no message of the assistant, or none that counts"
+        "row 3: there is no conversation; row 5: it has no message of the assistant, or none of weight 1"
     ) in caplog.text
     assert "train: 2 examples" in caplog.text
     with caplog.at_level("INFO", logger="gaudi_lm"):

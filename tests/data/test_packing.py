@@ -83,7 +83,7 @@ def test_others_are_refused_by_name(model_type):
 
 
 def test_falcon_with_alibi_is_refused():
-    with pytest.raises(UserError, match="^--pack_sequences: falcon keeps packed texts apart without alibi alone"):
+    with pytest.raises(UserError, match="^--pack_sequences: a falcon with alibi does not keep packed texts"):
         PackedCollator.for_model(tiny_model("falcon", alibi=True, new_decoder_architecture=False), PAD, LENGTH)
 
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from short_runs import ADAPTERS, common
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from gaudi_lm.arguments.zero_settings import check_saved_form
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import merging
 from gaudi_lm.training.merging import check_base_model
-from gaudi_lm.training.outputs import check_saved_form
 
 DATA = ("--train_on_inputs", "False", "--dataset_concatenation", "--chat_prompt", "--pad_to_max_length")
 STEPS = ["--max_steps", 8, "--learning_rate", 0.01]

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -101,10 +102,12 @@ def test_shares_of_the_chosen_tokens(tokenizer):
         MaskingCollator(tokenizer, 0.3, (7,), mask_share=0.8, random_share=0.3)
 
 
-def test_tokenizers_of_another_script_and_with_holes():
-    """One without "a" and without a token for what is unknown, and ids that no token has."""
+@pytest.mark.parametrize("kind", [models.WordLevel, partial(models.BPE, merges=[])])
+def test_tokenizers_of_another_script_and_with_holes(kind):
+    """One without "a" and without a token for what is unknown, which one refuses and one leaves out; and ids that no
+    token has."""
     words = {"[CLS]": 0, "[SEP]": 1, "[PAD]": 2, "[MASK]": 3, "G": 4, "C": 21}
-    backend = Tokenizer(models.BPE(words, []))
+    backend = Tokenizer(kind(words))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     ends = [("[CLS]", 0), ("[SEP]", 1)]
     backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
