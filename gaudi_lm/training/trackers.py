@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from gaudi_lm.errors import UserError
+from gaudi_lm.training.agreement import from_main
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -33,15 +34,17 @@ class Trackers:
     def _guard(self, callback: TrainerCallback, name: str) -> None:
         def guarded(event: Callable, begins: bool) -> Callable:
             def call(*args, **kwargs):
+                problem = None
                 try:
-                    return event(*args, **kwargs)
+                    event(*args, **kwargs)
                 except Exception as error:  # of any kind that its package may raise
+                    logger.debug("the error of the tracker", exc_info=error)
                     problem = f"--report_to {name}: {' '.join(str(error).split())[:300] or type(error).__name__}"
-                    if begins:
-                        raise UserError(f"{problem}; fix that, or give --report_to none") from error
-                    if problem not in self._said:
-                        self._said.add(problem)
-                        logger.warning("%s; the run goes on, and figures may be missing there", problem)
+                if begins and (problem := from_main(problem)):  # the main rank has the tracker, and all of them end
+                    raise UserError(f"{problem}; fix that, or give --report_to none")
+                if problem and problem not in self._said:
+                    self._said.add(problem)
+                    logger.warning("%s; the run goes on, and figures may be missing there", problem)
 
             return call
 

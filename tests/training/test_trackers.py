@@ -5,7 +5,7 @@ import re
 import struct
 
 import pytest
-from running import ROOT, log_history, run
+from running import ROOT, log_history, run, run_ranks
 from short_runs import scratch
 
 WAY_OUT = "; fix that, or give --report_to none"
@@ -78,11 +78,15 @@ def test_what_a_run_reports_is_there(assets, tmp_path, monkeypatch):
     assert one.data.params["block_size"] == "64"
 
 
+@pytest.mark.slow
 def test_a_tracker_without_a_server(assets, tmp_path):
     flags = scratch(assets, tmp_path / "out", "--do_train", "--max_steps", 2, "--report_to", "mlflow")
     nowhere = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    result = run("run_clm.py", *flags, env=nowhere, code=2)
-    assert re.search(rf"^error: --report_to mlflow: .*127.0.0.1.*{WAY_OUT}$", result.stderr, re.M)
+    line = rf"^error: --report_to mlflow: .*127.0.0.1.*{WAY_OUT}$"
+    assert re.search(line, run("run_clm.py", *flags, env=nowhere, code=2).stderr, re.M)
+    with pytest.raises(AssertionError) as ended:  # two ranks, of which one has the tracker
+        run_ranks(2, "run_clm.py", *flags, "--overwrite_output_dir", env=nowhere)
+    assert len(re.findall(line, str(ended.value), re.M)) == 2 and "Traceback" not in str(ended.value)
 
 
 @pytest.mark.slow
