@@ -21,8 +21,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import FSDPOption
 
 from gaudi_lm.arguments.context_parallel import check_context_parallel
+from gaudi_lm.arguments.deepspeed_configs import check_deepspeed_config
 from gaudi_lm.arguments.optional_packages import check_optimizer, check_reporters, is_importable, require
-from gaudi_lm.arguments.zero_settings import check_zero_settings
 from gaudi_lm.errors import UserError, nearest, unknown, warn
 
 # Figures of an evaluation, by which a best model can be told.
@@ -149,7 +149,7 @@ def _check_deepspeed(args, config: dict | None) -> None:
             "pip install git+https://github.com/HabanaAI/DeepSpeed.git at the release that README.md names"
         )
     named = isinstance(args.deepspeed, str) and not args.deepspeed.lstrip().startswith("{")
-    check_zero_settings(f"--deepspeed {args.deepspeed}" if named else "--deepspeed", config)
+    check_deepspeed_config(f"--deepspeed {args.deepspeed}" if named else "--deepspeed", config)
 
 
 def _check_fsdp(args, config: dict) -> None:

@@ -13,8 +13,8 @@ import torch
 from optimum.habana.utils import check_synapse_version, set_seed
 from transformers.utils.logging import get_log_levels_dict
 
+from gaudi_lm.arguments.deepspeed_configs import check_saved_form
 from gaudi_lm.arguments.definitions import LMTrainingArguments
-from gaudi_lm.arguments.zero_settings import check_saved_form
 from gaudi_lm.device import set_up_logging
 from gaudi_lm.modeling.patches import patch_libraries
 from gaudi_lm.optimum_imports import answers_without_pip

@@ -10,8 +10,8 @@ import pytest
 from running import ROOT, run_many
 
 from gaudi_lm.arguments import consistency
+from gaudi_lm.arguments.deepspeed_configs import check_deepspeed_config
 from gaudi_lm.arguments.ranges import RANGES, check_ranges
-from gaudi_lm.arguments.zero_settings import check_zero_settings
 from gaudi_lm.errors import UserError
 
 # For every numeric flag some values outside of its range, and some within.
@@ -206,21 +206,55 @@ ZERO_FAULTS = {
         "zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "cpu"}}
     },
     "fp16 does not exist on a Gaudi": {"fp16": {"enabled": True}},
+    "unknown key gradient_cliping; did you mean gradient_clipping": {"gradient_cliping": 1.0},
+    "unknown key zero_optimisation; did you mean zero_optimization": {"zero_optimisation": {"stage": 3}},
+    "unknown key bf16.enable; did you mean enabled": {"bf16": {"enable": True}},
+    "bf16 is a mapping": {"bf16": "true"},
+    "optimizer.type is Adamm, which neither": {"optimizer": {"type": "Adamm"}},
+    "optimizer.params.learning_rate: unknown; known are": {
+        "optimizer": {"type": "AdamW", "params": {"learning_rate": 1e-3}}
+    },
+    "scheduler.type WarmupLr: unknown; did you mean WarmupLR": {"scheduler": {"type": "WarmupLr"}},
+    "scheduler.params.warmup_max: unknown; did you mean warmup_max_lr": {"scheduler": {"params": {"warmup_max": 3}}},
+    "checkpoint: Checkpoint config contains invalid tag_validation": {"checkpoint": {"tag_validation": "maybe"}},
+    "unknown key comms_logger.enable; did you mean enabled": {"comms_logger": {"enable": True}},
+    "unknown key tensorboard.path": {"tensorboard": {"enabled": True, "path": "logs"}},
+    "data_types: 'half a byte' is not a valid": {"data_types": {"grad_accum_dtype": "half a byte"}},
+    "communication_data_type: Invalid": {"communication_data_type": "fp4"},
+    "tensor_parallel: each card trains on data of its own": {"tensor_parallel": {"autotp_size": 2}},
 }
 
 
 @pytest.mark.parametrize("fault", ZERO_FAULTS)
 def test_a_wrong_deepspeed_file_is_named_before_anything_is_loaded(fault):
     with pytest.raises(UserError, match=f"^--deepspeed zero.json: {re.escape(fault)}") as caught:
-        check_zero_settings("--deepspeed zero.json", ZERO_FAULTS[fault])
+        check_deepspeed_config("--deepspeed zero.json", ZERO_FAULTS[fault])
     assert "\n" not in str(caught.value)
 
 
 def test_what_deepspeed_takes_is_not_refused():
-    check_zero_settings("--deepspeed", {"zero_optimization": {"stage": 2, "overlap_comm": "auto"}, "bf16": "auto"})
-    check_zero_settings("--deepspeed", {"fp16": {"enabled": "auto", "loss_scale": 0}, "zero_optimization": True})
+    zero, half = {"stage": 2, "overlap_comm": "auto"}, {"enabled": "auto", "loss_scale": 0}
+    check_deepspeed_config("--deepspeed", {"zero_optimization": zero, "bf16": {"enabled": "auto"}})
+    check_deepspeed_config("--deepspeed", {"zero_optimization": True, "fp16": half})
+    adam = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+    warmup = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto", "total_num_steps": "auto"}
+    several = {
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "steps_per_print": 2000,
+        "optimizer": {"type": "AdamW", "params": adam},
+        "scheduler": {"type": "WarmupDecayLR", "params": warmup},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "activation_checkpointing": {"partition_activations": True},
+        "flops_profiler": {"enabled": False},
+        "tensor_parallel": {"autotp_size": 1},
+        "wandb": {"enabled": False},
+        "_comment": "of one's own",
+    }
+    check_deepspeed_config("--deepspeed", several)
     for file in (ROOT / "configs" / "deepspeed").iterdir():
-        check_zero_settings("--deepspeed", json.loads(file.read_text()))
+        check_deepspeed_config("--deepspeed", json.loads(file.read_text()))
 
 
 @pytest.mark.parametrize("offline", [True, False])

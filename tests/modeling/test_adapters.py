@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from short_runs import ADAPTERS, common
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from gaudi_lm.arguments.zero_settings import check_saved_form
+from gaudi_lm.arguments.deepspeed_configs import check_saved_form
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import merging
 from gaudi_lm.training.merging import check_base_model
