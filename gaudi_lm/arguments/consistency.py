@@ -29,10 +29,19 @@ from gaudi_lm.errors import UserError, nearest, unknown, warn
 METRICS = ("loss", "perplexity", "accuracy")
 # The scripts deal out batches themselves; accelerate's loaders are not used.
 _OWN_BATCHES = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
-_FSDP_SETTINGS = (
-    "activation_checkpointing backward_prefetch cpu_ram_efficient_loading forward_prefetch limit_all_gathers "
-    "min_num_params state_dict_type sync_module_states transformer_layer_cls_to_wrap use_orig_params"
-)
+_BOOLEAN, _COUNT, _NAMES = ("true", "false"), ("a whole number",), ("a name", "a list of names")
+_FSDP_SETTINGS = {
+    "activation_checkpointing": _BOOLEAN,
+    "backward_prefetch": ("backward_pre", "backward_post", "no_prefetch"),
+    "cpu_ram_efficient_loading": _BOOLEAN,
+    "forward_prefetch": _BOOLEAN,
+    "limit_all_gathers": _BOOLEAN,
+    "min_num_params": _COUNT,
+    "state_dict_type": ("FULL_STATE_DICT", "SHARDED_STATE_DICT"),
+    "sync_module_states": _BOOLEAN,
+    "transformer_layer_cls_to_wrap": _NAMES,
+    "use_orig_params": _BOOLEAN,
+}
 _FP8 = (("habana_frameworks.torch.hpex.experimental.transformer_engine",), "habana-transformer-engine")
 
 
@@ -162,20 +171,35 @@ def _check_fsdp(args, config: dict) -> None:
     if not args.fsdp:
         return
     config = {name.removeprefix("fsdp_"): value for name, value in config.items()}
-    if args.gradient_checkpointing and str(config.get("activation_checkpointing")).lower() == "true":
+    truth = {"true": True, "false": False}
+    for name in [name for name, allowed in _FSDP_SETTINGS.items() if allowed == _BOOLEAN and name in config]:
+        config[name] = truth.get(
+            str(config[name]).lower(), config[name]
+        )  # a text "false" would count as true
+    if args.gradient_checkpointing and config.get("activation_checkpointing") is True:
         raise UserError("--gradient_checkpointing: --fsdp_config has activation_checkpointing; leave one of them out")
-    if ignored := config.keys() - _FSDP_SETTINGS.split():
-        known = ", ".join(_FSDP_SETTINGS.split())
+    if ignored := config.keys() - _FSDP_SETTINGS.keys():
+        known = ", ".join(_FSDP_SETTINGS)
         warn(f"--fsdp_config: no effect of {', '.join(sorted(ignored))}; the settings are {known}")
-    kinds = {"--fsdp_config: state_dict_type": config.get("state_dict_type")}
-    kinds["the variable FSDP_STATE_DICT_TYPE"] = os.environ.get("FSDP_STATE_DICT_TYPE")
-    for name, kind in kinds.items():
-        if kind not in (None, "FULL_STATE_DICT", "SHARDED_STATE_DICT"):
-            raise UserError(f"{name} {kind}: FULL_STATE_DICT or SHARDED_STATE_DICT")
-    if args.save_only_model and "SHARDED_STATE_DICT" in kinds.values():
+    kind = os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    given = {f"--fsdp_config: {name}": (config[name], _FSDP_SETTINGS[name]) for name in config.keys() - ignored}
+    given["the variable FSDP_STATE_DICT_TYPE"] = (kind, _FSDP_SETTINGS["state_dict_type"])
+    for name, (value, allowed) in given.items():
+        if not _is_setting(value, allowed):
+            raise UserError(f"{name} {value}: {' or '.join(allowed)}")
+    if args.save_only_model and "SHARDED_STATE_DICT" in (kind, config.get("state_dict_type")):
         raise UserError("--save_only_model: not with SHARDED_STATE_DICT, whose shards are what a run goes on from")
     if not any(name in os.environ for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")):
         raise UserError("--fsdp: it splits a model over ranks, which a launcher starts: gaudi_spawn.py --world_size N")
+    args.fsdp_config = config
+
+
+def _is_setting(value: object, allowed: tuple[str, ...]) -> bool:
+    if allowed == _COUNT:
+        return type(value) is int and value >= 0
+    if allowed == _NAMES:
+        return all(isinstance(name, str) for name in (value if isinstance(value, list) else [value]))
+    return str(value).lower() in map(str.lower, allowed)
 
 
 def _check_best_model(args) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 from pathlib import Path
@@ -40,9 +41,11 @@ def resolve_gaudi_config(name: str) -> str:
     if name in {str(file.parent.relative_to(BUNDLED)) for file in BUNDLED.glob("*/*/gaudi_config.json")}:
         return str(BUNDLED / name)
     try:
-        return str(Path(hf_hub_download(name, "gaudi_config.json", etag_timeout=5)).parent)
+        file = Path(hf_hub_download(name, "gaudi_config.json", etag_timeout=5))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"--gaudi_config_name {name}: neither a folder, a file, nor on the hub ({error})") from error
+    _check(name, file)
+    return str(file.parent)
 
 
 def _check(name: str, file: Path) -> None:
@@ -52,6 +55,13 @@ def _check(name: str, file: Path) -> None:
         raise UserError(f"--gaudi_config_name {name}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"--gaudi_config_name {name}: it holds a {type(content).__name__}, not a mapping")
+    known = vars(GaudiConfig())
+    for key, value in content.items():
+        # Files of the hub also hold keys of earlier releases; one that is nearly a known one is misspelt.
+        if key not in known and (close := difflib.get_close_matches(key, known, n=1, cutoff=0.8)):
+            raise UserError(f"--gaudi_config_name {name}: unknown key {key}; did you mean {close[0]}?")
+        if isinstance(known.get(key), bool) and not isinstance(value, bool):
+            raise UserError(f"--gaudi_config_name {name}: {key} is {value!r}, not true or false")
 
 
 def gaudi_config(training_args: GaudiTrainingArguments) -> GaudiConfig:

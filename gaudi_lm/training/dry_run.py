@@ -125,7 +125,7 @@ def row_lengths(rows: Dataset) -> np.ndarray:
 
 def _setting(trainer, steps: int) -> Setting:
     args, zero, fsdp = trainer.args, None, trainer.args.fsdp_config
-    checkpoints_layers = str(fsdp.get("activation_checkpointing")).lower() == "true"
+    checkpoints_layers = fsdp.get("activation_checkpointing") is True
     config = getattr(args, "hf_deepspeed_config", None)
     if config is not None:
         try:

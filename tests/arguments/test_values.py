@@ -174,6 +174,21 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
     assert "warning: --fsdp_config: no effect of version; the settings are activation_" in capsys.readouterr().err
     with pytest.raises(UserError, match="--fsdp_config: state_dict_type LOCAL_STATE_DICT: FULL_STATE_DICT or SHARDED"):
         _check_fsdp(Flags, {"state_dict_type": "LOCAL_STATE_DICT"})
+    for name, value, allowed in (
+        ("activation_checkpointing", "maybe", "true or false"),
+        ("use_orig_params", 1, "true or false"),
+        ("min_num_params", "many", "a whole number"),
+        ("backward_prefetch", "never", "backward_pre or backward_post or no_prefetch"),
+        ("transformer_layer_cls_to_wrap", 3, "a name or a list of names"),
+    ):
+        with pytest.raises(UserError, match=f"^--fsdp_config: {name} {value}: {allowed}$"):
+            _check_fsdp(Flags, {name: value})
+    Flags.gradient_checkpointing = False
+    taken = {"backward_prefetch": "BACKWARD_PRE", "activation_checkpointing": "True", "sync_module_states": False}
+    _check_fsdp(Flags, {**taken, "transformer_layer_cls_to_wrap": ["GPT2Block"]})
+    assert Flags.fsdp_config["activation_checkpointing"] is True
+    _check_fsdp(Flags, {"fsdp_activation_checkpointing": "false"})
+    assert Flags.fsdp_config == {"activation_checkpointing": False}
     monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "LOCAL_STATE_DICT")
     with pytest.raises(UserError, match="FSDP_STATE_DICT_TYPE LOCAL_STATE_DICT: FULL_STATE_DICT or SHARDED"):
         _check_fsdp(Flags, {})
@@ -319,7 +334,15 @@ def test_sizes_that_no_model_has(overrides):
         load_config(ModelArguments(), "gpt2", overrides)
 
 
-@pytest.mark.parametrize(("content", "words"), [("{", "not valid JSON"), ("[]", "a list, not a mapping")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "a list, not a mapping"),
+        ('{"use_fused_adm": true}', "unknown key use_fused_adm; did you mean use_fused_adam"),
+        ('{"use_fused_clip_norm": "false"}', "use_fused_clip_norm is 'false', not true or false"),
+    ],
+)
 def test_a_gaudi_configuration_that_is_none(content, words, tmp_path):
     from gaudi_lm.arguments.gaudi_configs import resolve_gaudi_config
 
