@@ -12,6 +12,7 @@ from gaudi_lm.modeling.virtual_tokens import ENCODER
 from gaudi_lm.training import checkpoints
 from gaudi_lm.training.agreement import from_main
 from gaudi_lm.training.fsdp import check_kind
+from gaudi_lm.training.resumed_state import Resumption
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -137,25 +138,31 @@ def _taken(checkpoint: Path, training_args) -> str:
     return str(checkpoint)
 
 
-def clear_the_way(folder: Path, step: int, remove: bool) -> None:
-    """Set aside checkpoints in ``folder`` that are newer than the one at ``step``, 0 where training begins anew.
+def clear_the_way(folder: Path, resumption: Resumption, remove: bool) -> None:
+    """Set aside checkpoints in ``folder`` that do not lie on the way to the one that training resumes from.
 
-    They would be taken for this run's: kept in place of its own, and resumed from after an interruption.
+    They would be taken for this run's: kept in place of its own, resumed from after an interruption, or loaded as the
+    best model, where the best one of this run has the same step.
 
     Args:
         remove: do so, where training begins anew, instead of giving them another name; what an earlier run has written
             at the top as well, which would be taken for the result of this one.
     """
-    if step == 0 and remove:
+    remove = remove and resumption.checkpoint is None
+    if remove:
         for path in (path for name in (*WEIGHTS, *REPORTS) for path in folder.glob(name)):
             if path.is_file():
                 path.unlink()
     for path in checkpoints.checkpoints_in(folder):
-        if step == 0 and remove:
+        newer = (checkpoints.checkpoint_step(path) or 0) > resumption.step
+        if remove:
             shutil.rmtree(path)
             logger.warning("%s is of an earlier run; removed, for --overwrite_output_dir", path)
-        elif (checkpoints.checkpoint_step(path) or 0) > step:
+        elif newer or not resumption.follows(path):
             aside = path.with_name(f"{UNUSED}{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            if newer:
+                shutil.rmtree(aside, ignore_errors=True)
+            while aside.exists():  # it may be what training resumes from, or its best model
+                aside = aside.with_name(f"{UNUSED}{aside.name}")
             os.rename(path, aside)
             logger.warning("%s is not what training resumes from; it is now %s", path, aside.name)

@@ -103,6 +103,7 @@ class Resumption:
         self.changed: dict[str, tuple] = {}
         self.optimizer = ""
         self._noted: list[dict] = []
+        self._state: dict = {"log_history": []}
         if checkpoint is not None:
             self._state = json.loads((Path(checkpoint) / checkpoints.STATE).read_text())
             self.step = self._state["global_step"]
@@ -169,6 +170,14 @@ class Resumption:
     def _listed(self) -> str:
         parts = [f" --{name} {now} (was {before})" for name, (before, now) in self.changed.items()]
         return ",".join(parts)
+
+    def follows(self, checkpoint: Path) -> bool:
+        """Whether the one that training resumes from came after this one: it has all that this one has logged."""
+        try:
+            rows = json.loads((checkpoint / checkpoints.STATE).read_text())["log_history"]
+        except (OSError, ValueError, KeyError):
+            return True  # it is damaged, and never taken
+        return json.dumps(rows) == json.dumps(self._state["log_history"][: len(rows)])  # NaN does not equal itself
 
     def restore(self, trainer: GaudiTrainer) -> None:
         """When training begins: a word about random states and the order of the data."""

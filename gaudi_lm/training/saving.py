@@ -123,7 +123,7 @@ class ResumableTrainer(FSDPTrainer):
             )
         _ = self.model_digest
         if self.args.should_save:
-            clear_the_way(output, self.resumption.step, remove=self.args.overwrite_output_dir)
+            clear_the_way(output, self.resumption, remove=self.args.overwrite_output_dir)
         with self.signals.watching() if self.args.save_on_signal else contextlib.nullcontext():
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)

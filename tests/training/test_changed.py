@@ -188,6 +188,26 @@ def test_newer_checkpoints_than_the_named_one_are_set_aside(base, whole, tmp_pat
     assert found == {"checkpoint-6", "unused-checkpoint-6", "unused-checkpoint-8"}
 
 
+def test_the_best_model_is_not_that_of_another_run(base, tmp_path):
+    """Its checkpoint had the step of this run's best one, and was loaded in its place."""
+    flags = [*base, "--save_steps", 2, "--eval_steps", 2, "--max_steps", 6, "--load_best_model_at_end"]
+    flags += ["--metric_for_best_model", "loss", "--greater_is_better", "True"]  # the first one is the best
+    start("run_clm.py", 1, tmp_path / "whole", *flags)
+    other = [*flags, "--seed", 7, "--max_steps", 4]
+    start("run_clm.py", 1, tmp_path / "again", *other)
+    other_weights = essence(tmp_path / "again" / "checkpoint-4")[0]
+    named = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-4"]
+    (said,) = start("run_clm.py", 1, tmp_path / "again", *flags, *named)
+    assert "checkpoint-2 is not what training resumes from; it is now unused-checkpoint-2" in said
+    assert essence(tmp_path / "again") == essence(tmp_path / "whole")
+    # From the other one, which was set aside: its name is taken, and it is not written over.
+    aside = tmp_path / "again" / "unused-checkpoint-4"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
+    start("run_clm.py", 1, tmp_path / "again", *other, "--max_steps", 6, "--resume_from_checkpoint", aside)
+    assert essence(aside)[0] == other_weights
+    assert (tmp_path / "again" / "unused-unused-checkpoint-4").is_dir()
+
+
 def test_deepspeed_needs_the_same_ranks_and_stage(base, assets, masked_assets, instructions, tmp_path):
     flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *CARD, "--max_steps", 3]
     start("run_clm.py", 2, tmp_path / "out", *flags, *zero(2))
