@@ -29,15 +29,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 INCOMPLETE, COMPLETE = "incomplete-", "complete-files"
+REPLACED = f"{INCOMPLETE}replaced-"
 WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "pytorch_model_fsdp_0/.metadata",
-)
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "adapter_model.safetensors", "adapter_model.bin", "pytorch_model_fsdp_0/.metadata",
+)  # fmt: skip
 DEEPSPEED_GLOBALS = (
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
     ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
@@ -68,6 +64,9 @@ def incomplete(folder: Path) -> Path:
 
 def remove_incomplete(folder: Path) -> list[str]:
     """Remove what an interrupted run was writing; the names of what is gone."""
+    for older in folder.glob(f"{REPLACED}*"):
+        if not (folder / (name := older.name.removeprefix(REPLACED))).exists():
+            os.rename(older, folder / name)  # killed between the two renames of :func:`publish`
     own = re.compile(rf"{INCOMPLETE}(replaced-)?({PREFIX_CHECKPOINT_DIR}-\d+|files)")
     names = sorted(path.name for path in folder.glob(f"{INCOMPLETE}*") if own.fullmatch(path.name))
     for name in names:
@@ -121,7 +120,7 @@ def publish(folder: Path) -> None:
     """Give a sealed folder its own name, in place of one that has it already."""
     source = incomplete(folder)
     if folder.exists():
-        older = folder.with_name(f"{INCOMPLETE}replaced-{folder.name}")
+        older = folder.with_name(f"{REPLACED}{folder.name}")
         os.rename(folder, older)
         os.rename(source, folder)
         shutil.rmtree(older)

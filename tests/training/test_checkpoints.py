@@ -199,6 +199,14 @@ def test_results_that_were_being_moved_are_moved(output):
     assert not (output / "complete-files").exists()
 
 
+def test_a_checkpoint_that_was_being_replaced_is_there(output):
+    """Killed between two renames: neither the old one nor the new one had its name, and both were removed."""
+    shutil.copytree(output / "checkpoint-6", output / "incomplete-checkpoint-6")
+    (output / "checkpoint-6").rename(output / "incomplete-replaced-checkpoint-6")
+    assert find_checkpoint(arguments(output)) == str(output / "checkpoint-6")
+    assert not list(output.glob("incomplete-*"))
+
+
 def test_what_the_flag_asks_for(output):
     named = str(output / "checkpoint-3")
     assert find_checkpoint(arguments(output, resume_from_checkpoint=named)) == named
