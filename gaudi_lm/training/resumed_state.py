@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import fields
 from pathlib import Path
 
 import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
-import torch
 from optimum.habana.transformers.trainer import GaudiTrainer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from gaudi_lm.arguments.context_parallel import data_ranks
 from gaudi_lm.errors import UserError
@@ -39,8 +35,7 @@ WITHOUT_EFFECT_BEGIN = (
 # fmt: on
 """Flags, and beginnings of flags, that decide neither a weight nor the order of the data."""
 
-ORDER = {"seed", "data_seed", "group_by_length", "dataloader_drop_last"}
-ROWS_AT_ONCE, BLOCKS = 256, 64
+ORDER = {"seed", "data_seed", "group_by_length", "dataloader_drop_last", "ignore_data_skip"}
 
 
 def decisive_flags(training_args) -> dict:
@@ -54,37 +49,6 @@ def decisive_flags(training_args) -> dict:
         if name not in WITHOUT_EFFECT and not name.startswith(WITHOUT_EFFECT_BEGIN)
     }
     return json.loads(json.dumps(kept, default=str))
-
-
-def data_digest(dataset) -> str | None:
-    """A digest of a dataset's rows, of evenly spread ones where there are many; None for a stream."""
-    if not isinstance(dataset, datasets.Dataset):
-        return None
-    digest, rows = hashlib.sha256(), len(dataset)
-    step = max(1, -(-rows // (BLOCKS * ROWS_AT_ONCE))) * ROWS_AT_ONCE
-    table = dataset.with_format("arrow")
-    for start in range(0, rows, step):
-        block = table[start : start + ROWS_AT_ONCE]
-        for name, column in zip(block.column_names, block.columns, strict=True):
-            digest.update(f"{name} {column.type}".encode())
-            if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-                digest.update(pc.list_value_length(column).to_numpy().tobytes())
-                column = pc.list_flatten(column)
-            if pa.types.is_primitive(column.type) and not column.null_count:
-                digest.update(column.to_numpy().tobytes())
-            else:
-                digest.update(str(column.to_pylist()).encode())
-    return digest.hexdigest()
-
-
-def model_digest(model: torch.nn.Module) -> str:
-    """A digest of the names and shapes of the weights that are trained."""
-    lines = [
-        f"{name} {tuple(getattr(weight, 'ds_shape', weight.shape))}"
-        for name, weight in model.named_parameters()
-        if weight.requires_grad
-    ]
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def zero_stage(training_args) -> int | None:
@@ -164,6 +128,12 @@ class Resumption:
                 f"{self.checkpoint}: the weights that are trained have other names or shapes now"
                 f"{self._listed()}; continue with the same model, or choose another --output_dir"
             )
+        if self.changed.get("lr_scheduler_type", ("",))[0] == "reduce_lr_on_plateau":
+            raise UserError(
+                f"{self.checkpoint}: its --lr_scheduler_type reduce_lr_on_plateau followed the metric, and no "
+                "schedule of steps goes on from it: give it again, or start a new run from its weights by "
+                "--model_name_or_path and another --output_dir"
+            )
         if self.changed:
             logger.warning("changed since %s:%s", self.checkpoint, self._listed())
 
@@ -219,14 +189,16 @@ class Resumption:
 
     def _say_order(self, now: dict) -> None:
         then, step = self.run, self.step
+        order = ORDER if now["rows"] is not None else {"ignore_data_skip"}  # a stream is read as it comes
         if now["data"] != then["data"] or now["rows"] != then["rows"]:
-            rows = "" if now["rows"] == then["rows"] else f" ({now['rows']} rows, {then['rows']} before)"
+            known = None not in (now["rows"], then["rows"])  # of a stream nobody knows
+            rows = f" ({now['rows']} rows, {then['rows']} before)" if known and now["rows"] != then["rows"] else ""
             logger.warning(
                 "the training data are not those of the checkpoint%s: training continues in their own order, after "
                 "step %d of %d of epoch %d", rows, step % now["steps_per_epoch"], now["steps_per_epoch"],
                 step // now["steps_per_epoch"] + 1,
             )  # fmt: skip
-        elif ORDER.intersection(self.changed) or (now["rows"] is None and now["ranks"] != then["ranks"]):
+        elif order.intersection(self.changed) or (now["rows"] is None and now["ranks"] != then["ranks"]):
             logger.warning(
                 "the order of the data is another one than before: in this epoch, some rows come a second time and "
                 "others not at all"
@@ -241,22 +213,25 @@ class Resumption:
         elif {"per_device_train_batch_size", "gradient_accumulation_steps", "world_size"}.intersection(self.changed):
             logger.warning("each step still takes the same %d rows in the same order", now["rows_per_step"])
 
-    def note_flags(self, optimizer) -> None:
+    def note_flags(self, optimizer, training_args) -> None:
         """What the flags of this start give an optimizer, before a checkpoint overwrites it.
 
         Raises:
             UserError: the checkpoint holds the state of another one.
         """
-        self.optimizer = type(optimizer).__name__
+        self.optimizer, groups = type(optimizer).__name__, getattr(optimizer, "param_groups", None)
+        if groups is None:  # DeepSpeed makes it later, with one group
+            config = training_args.hf_deepspeed_config.get_value("optimizer")
+            self.optimizer, values = config["type"], config.get("params", {})
+            groups = [{name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}]
         before = self.run.get("optimizer", self.optimizer)
         if before != self.optimizer:
             raise UserError(
                 f"{self.checkpoint} holds the state of the optimizer {before}, this run has {self.optimizer} "
-                "(--optim, the kind of card and the Gaudi configuration choose it): continue as before, or start a "
-                "new run from its weights by --model_name_or_path and another --output_dir"
+                "(--optim, the kind of card, the Gaudi and the DeepSpeed configuration choose it): continue as "
+                "before, or start a new run from its weights by --model_name_or_path and another --output_dir"
             )
         names = ("lr", "weight_decay", "betas", "eps")
-        groups = getattr(optimizer, "param_groups", [])  # none yet where DeepSpeed's configuration has the optimizer
         self._noted = [{name: group[name] for name in names if name in group} for group in groups]
 
     def apply_flags(self, optimizer, scheduler) -> None:
@@ -264,6 +239,7 @@ class Resumption:
         if self.checkpoint is None or len(self._noted) != len(optimizer.param_groups):
             return
         said: dict[str, str] = {}
+        scheduler = getattr(scheduler, "scheduler", scheduler)  # without what DeepSpeed's is wrapped in
         follows = isinstance(scheduler, LambdaLR)
         for index, (group, noted) in enumerate(zip(optimizer.param_groups, self._noted, strict=True)):
             before = {**group, "lr": group.get("initial_lr", group["lr"])}
@@ -278,7 +254,8 @@ class Resumption:
                 scheduler._last_lr[index] = group["lr"]
         if "lr" in said and not follows:  # which has changed it meanwhile
             del said["lr"]
-            if now := self.changed.get("learning_rate"):
+            now = self.changed.get("learning_rate")
+            if now and isinstance(scheduler, ReduceLROnPlateau):  # those of DeepSpeed go by its configuration
                 said["lr"] = f"the learning rate that its schedule has reached, not --learning_rate {now[1]}"
         if said:
             logger.warning("the optimizer continues with %s", ", ".join(said.values()))

@@ -24,12 +24,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gaudi_lm.data.memory import host_copies
 from gaudi_lm.errors import UserError
-from gaudi_lm.training import checkpoints
+from gaudi_lm.training import checkpoints, digests
 from gaudi_lm.training.agreement import from_main, gather
 from gaudi_lm.training.fsdp import FSDPTrainer
 from gaudi_lm.training.hub import HubUploads
 from gaudi_lm.training.resume import clear_the_way
-from gaudi_lm.training.resumed_state import Resumption, data_digest, model_digest
+from gaudi_lm.training.resumed_state import Resumption
 from gaudi_lm.training.signals import SaveOnSignal, begin_loading
 
 logger = logging.getLogger("gaudi_lm")
@@ -102,13 +102,13 @@ class ResumableTrainer(FSDPTrainer):
 
     @functools.cached_property
     def data_digest(self) -> str | None:
-        """Tells the training data from others; see :func:`gaudi_lm.training.resumed_state.data_digest`."""
-        return data_digest(self.train_dataset)
+        """Tells the training data from others; see :func:`gaudi_lm.training.digests.data_digest`."""
+        return digests.data_digest(self.train_dataset)
 
     @functools.cached_property
     def model_digest(self) -> str:
         """Tells the weights that are trained from others; read before FSDP flattens them."""
-        return model_digest(self.model)
+        return digests.model_digest(self.model)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         output = Path(self.args.output_dir)
@@ -173,7 +173,7 @@ class ResumableTrainer(FSDPTrainer):
 
     def create_optimizer(self):
         optimizer = super().create_optimizer()
-        self.resumption.note_flags(optimizer)
+        self.resumption.note_flags(optimizer, self.args)
         return optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from resuming import CARD, CPU, batch, essence, script_flags, start, zero
-from running import ROOT, log_history, run, run_several
+from running import ROOT, log_history, run, run_ranks, run_several
 from simulator.cards import card_environment
 
 pytestmark = [pytest.mark.slow]
@@ -115,6 +115,30 @@ def test_the_flags_of_the_new_start_count(ends, whole):
     assert state["epoch"] == pytest.approx(0.8)  # of ten steps
 
 
+def test_rows_of_an_epoch_that_begins_anew(base, whole, tmp_path):
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
+    (said,) = start("run_clm.py", 1, tmp_path / "out", *base, "--ignore_data_skip")
+    assert "--ignore_data_skip True (was False)" in said and "some rows come a second time" in said
+
+
+def test_a_stream_has_no_order_of_its_own(base, tmp_path):
+    """It is read as it comes, whatever the seed, and nobody knows its rows."""
+    flags = [*base, "--streaming"]
+    start("run_clm.py", 1, tmp_path / "stream", *flags, "--max_steps", 3)
+    for name, more in {"seed": [*flags, "--seed", 7], "whole": base}.items():
+        shutil.copytree(tmp_path / "stream" / "checkpoint-3", tmp_path / name / "checkpoint-3")
+        (said,) = start("run_clm.py", 1, tmp_path / name, *more, "--max_steps", 4)
+        assert ("the order of the data" in said, "None before" in said) == (False, False)
+        assert ("the training data are not those of the checkpoint: " in said) == (name == "whole")
+
+
+def test_a_schedule_by_the_metric_ends_no_other(base, tmp_path):
+    plateau = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--save_steps", 4, "--max_steps", 4]
+    start("run_clm.py", 1, tmp_path / "out", *base, *plateau)
+    done = run("run_clm.py", *base, *batch(1), "--output_dir", tmp_path / "out", code=2)
+    assert "--lr_scheduler_type reduce_lr_on_plateau followed the metric" in done.stderr.splitlines()[-1]
+
+
 def test_the_text_behind_the_same_flags(base, whole, assets, tmp_path):
     changed = tmp_path / "train.txt"
     changed.write_text(assets.train.read_text().replace("the", "The"))
@@ -214,3 +238,21 @@ def test_deepspeed_needs_the_same_ranks_and_stage(base, assets, masked_assets, i
     flags += ["--max_steps", 4, "--output_dir", tmp_path / "out", *batch(1)]
     done = run(ROOT / "run_clm.py", *flags, env={"GAUDI_SIMULATOR": "1"}, code=2)
     assert "by ZeRO-2 on 2 ranks, this run trains without DeepSpeed on 1" in done.stderr.splitlines()[-1]
+
+
+def test_an_optimizer_of_deepspeeds_configuration(assets, masked_assets, instructions, tmp_path):
+    """Its learning rate stayed that of the checkpoint, and another one failed in its first step."""
+    flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *CARD, "--logging_steps", 1]
+    config = json.loads((ROOT / "configs/deepspeed/zero_2.json").read_text())
+    for kind, more in {"AdamW": {"torch_adam": True, "betas": "auto"}, "Adagrad": {}}.items():
+        config["optimizer"] = {"type": kind, "params": {"lr": "auto", "weight_decay": "auto", **more}}
+        (tmp_path / f"{kind}.json").write_text(json.dumps(config))
+    adam = [*flags, "--deepspeed", tmp_path / "AdamW.json"]
+    start("run_clm.py", 2, tmp_path / "out", *adam, "--max_steps", 3)
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    said = start("run_clm.py", 2, tmp_path / "out", *adam, "--max_steps", 5, "--learning_rate", 1e-3)[0]
+    assert "the optimizer continues with lr 0.001 (was 0.01)\n" in said
+    assert [row["learning_rate"] < 1e-3 for row in log_history(tmp_path / "out") if "loss" in row][3:] == [True, True]
+    other = [*flags, "--deepspeed", tmp_path / "Adagrad.json", *batch(2), "--output_dir", tmp_path / "other"]
+    with pytest.raises(AssertionError, match="the state of the optimizer AdamW, this run has Adagrad"):
+        run_ranks(2, "run_clm.py", *other, env=card_environment(2))
