@@ -18,11 +18,11 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers import TrainerState
 from transformers.trainer import safe_globals as numpy_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -30,6 +30,7 @@ MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 INCOMPLETE, COMPLETE = "incomplete-", "complete-files"
 REPLACED = f"{INCOMPLETE}replaced-"
+_CHUNK = 1 << 22
 WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
     "adapter_model.safetensors", "adapter_model.bin", "pytorch_model_fsdp_0/.metadata",
@@ -41,8 +42,6 @@ DEEPSPEED_GLOBALS = (
     ("deepspeed.utils.tensor_fragment", "fragment_address"),
 )
 """The classes of DeepSpeed's own that lie in its checkpoints; they hold numbers."""
-
-_CHUNK = 1 << 22
 
 
 def checkpoint_step(folder: Path) -> int | None:
@@ -242,8 +241,10 @@ def _unreadable(folder: Path, verified: bool) -> list[str]:
         try:
             if path.suffix == ".json" and not verified:
                 value = json.loads(path.read_text())
-                if path.name == STATE and not isinstance(value["global_step"], int):
-                    raise ValueError("global_step is no number")
+                if path.name == STATE:
+                    TrainerState(**value)  # which a newer transformers may have written
+                    if not isinstance(value["global_step"], int):
+                        raise ValueError("global_step is no number")
             elif path.suffix == ".safetensors" and not verified:
                 with safe_open(path, framework="pt"):
                     pass  # opening compares the sizes of its tensors with the size of the file
@@ -277,7 +278,7 @@ def _refuse_objects(path: Path, verified: bool) -> None:
         raise pickle.UnpicklingError(", ".join(objects))
 
 
-@contextmanager
+@contextlib.contextmanager
 def data_only() -> Iterator[None]:
     """Here torch.load makes tensors, numbers and DeepSpeed's few classes only, even for a caller who wants more.
 

@@ -23,6 +23,7 @@ REPORTS = {"all_results.json", "train_results.json", "eval_results.json", checkp
 WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_config.json", "adapter_model.*", ENCODER)
 """What a run leaves at the top of its folder and the next one may not write over, beside its figures."""
 
+WEIGHTS_ALONE = ["optimizer.pt is missing", "scheduler.pt is missing", "rng_state.pth is missing"]
 UNUSED = "unused-"  # before the names of checkpoints that a run has set aside
 
 # Of launchers, shells, mpirun and TensorBoard.
@@ -73,7 +74,8 @@ def _find(training_args) -> str | None:
     if named:
         if found := checkpoints.faults(Path(wanted)):
             inside = checkpoints.checkpoints_in(Path(wanted))
-            other = f"such as {inside[0]}" if inside else "or begin anew from its weights by --model_name_or_path"
+            anew = f"or begin anew from its weights by --{_flag_of(Path(wanted))}"
+            other = f"such as {inside[0]}" if inside else anew
             raise UserError(f"--resume_from_checkpoint {wanted}: {'; '.join(found)}. Name another one, {other}")
         if here and not checkpoints.checkpoints_in(folder) and folder.resolve() not in Path(wanted).resolve().parents:
             _refuse_others(folder)
@@ -92,16 +94,27 @@ def _find(training_args) -> str | None:
             return _taken(candidate, training_args)
         logger.warning("%s cannot be resumed from: %s", candidate, "; ".join(found))
     if candidates:
+        newest, found = candidates[0], checkpoints.faults(candidates[0])
+        if found == WEIGHTS_ALONE:
+            raise UserError(
+                f"--output_dir {folder}: {newest.name} has the weights alone, as with --save_only_model, and cannot "
+                f"be resumed from; begin anew from them by --{_flag_of(newest)} {newest} and another --output_dir, or "
+                "give --overwrite_output_dir to train from the start there"
+            )
         raise UserError(
-            f"--output_dir {folder}: none of its checkpoints is intact ({candidates[0].name}: "
-            f"{checkpoints.faults(candidates[0])[0]}); choose another folder, or give --overwrite_output_dir to train "
-            "from the start there"
+            f"--output_dir {folder}: none of its checkpoints is intact ({newest.name}: {found[0]}); choose another "
+            "folder, or give --overwrite_output_dir to train from the start there"
         )
     if wanted.lower() == "true":
         raise UserError(f"--resume_from_checkpoint: {folder} holds no checkpoint")
     if here:
         _refuse_others(folder)
     return None
+
+
+def _flag_of(checkpoint: Path) -> str:
+    """The flag that takes the weights of a checkpoint."""
+    return "adapter_name_or_path" if (checkpoint / "adapter_config.json").is_file() else "model_name_or_path"
 
 
 def _refuse_inputs(training_args, folder: Path) -> None:

@@ -185,6 +185,31 @@ def test_a_folder_is_begun_in_that_holds_no_more_than_what_an_interrupted_run_le
         find_checkpoint(arguments(output))
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_weights_alone_are_no_damage(output, adapter):
+    """As --save_only_model leaves them; the advice was to train from the start, which removes them."""
+    for step in STEPS:
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "manifest.json"):
+            (output / f"checkpoint-{step}" / name).unlink()
+        if adapter:
+            (output / f"checkpoint-{step}" / "adapter_config.json").write_text("{}")
+    flag = "--adapter_name_or_path" if adapter else "--model_name_or_path"
+    newest = output / "checkpoint-6"
+    with pytest.raises(UserError, match=f"has the weights alone, as with --save_only_model, .* by {flag} {newest} "):
+        find_checkpoint(arguments(output))
+    with pytest.raises(UserError, match=f"begin anew from its weights by {flag}$"):
+        find_checkpoint(arguments(output, resume_from_checkpoint=str(newest)))
+
+
+def test_the_state_of_another_transformers(output, caplog):
+    """With a value that this one does not know; the run ended in a traceback."""
+    (output / "checkpoint-6" / "manifest.json").unlink()
+    state = output / "checkpoint-6" / "trainer_state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "newer": 1}))
+    assert find_checkpoint(arguments(output)) == str(output / "checkpoint-3")
+    assert "trainer_state.json is damaged" in caplog.text and "'newer'" in caplog.text
+
+
 def test_results_that_were_being_moved_are_moved(output):
     """Killed between two renames, the folder holds all of the results or gets them at the next start."""
     staging = output / "incomplete-files"
