@@ -75,10 +75,11 @@ def run_script(main: Callable[[], object]) -> None:
 
 
 def _end_at_once(process: int, number: int, frame) -> None:
-    """On a signal outside of training: no traceback, and the status that the signal means."""
+    """On a signal that saves nothing: no traceback, and the status that the signal means."""
     signal.signal(number, signal.SIG_DFL)
     if os.getpid() == process:
-        os.write(2, f"{signal.Signals(number).name}: ended outside of training, there was nothing to save\n".encode())
+        why = "training was not going on, or --save_on_signal is False"
+        os.write(2, f"{signal.Signals(number).name}: ended, nothing was saved: {why}\n".encode())
         sys.exit(128 + number)
     os.kill(os.getpid(), number)  # a process of a library's own, which has inherited this
 

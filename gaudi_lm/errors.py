@@ -27,7 +27,9 @@ def user_errors():
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
-        print("interrupted: there was no training to save", file=sys.stderr)
+        print(
+            "interrupted: nothing was saved: training was not going on, or --save_on_signal is False", file=sys.stderr
+        )
         sys.exit(130)
 
 
