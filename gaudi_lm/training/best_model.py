@@ -53,8 +53,14 @@ class BestModelTrainer(ResumableTrainer):
             self.rank_reduction.load(best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with self._format_of(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            with self._format_of(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()
+            if "loading state_dict" not in reason[0]:
+                raise
+            raise UserError(f"{resume_from_checkpoint}: its weights are not of this model: {reason[-1]}") from error
 
     @contextlib.contextmanager
     def _format_of(self, checkpoint: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import datasets
+import torch
 from optimum.habana.transformers.trainer import GaudiTrainer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
@@ -231,8 +232,23 @@ class Resumption:
                 "(--optim, the kind of card, the Gaudi and the DeepSpeed configuration choose it): continue as "
                 "before, or start a new run from its weights by --model_name_or_path and another --output_dir"
             )
+        self._check_groups(getattr(optimizer, "param_groups", []))
         names = ("lr", "weight_decay", "betas", "eps")
         self._noted = [{name: group[name] for name in names if name in group} for group in groups]
+
+    def _check_groups(self, groups: list[dict]) -> None:
+        """Raise a UserError where a checkpoint of another tool holds the state of another optimizer, or model."""
+        path = Path(self.checkpoint or "", "optimizer.pt")
+        if self.checkpoint is None or self.run or not path.is_file():
+            return
+        saved = torch.load(path, map_location="meta", weights_only=True)["param_groups"]
+        kinds = {"betas", "beta1", "momentum", "lr_decay"}  # of Adam, Adafactor, SGD and RMSprop, Adagrad
+        then, now = ([(len(one["params"]), kinds & one.keys()) for one in ones] for ones in (saved, groups))
+        if then != now:
+            raise UserError(
+                f"{path}: this is the state of another optimizer than --optim chooses, or of another model: continue "
+                "as before, or start a new run from the weights by --model_name_or_path"
+            )
 
     def apply_flags(self, optimizer, scheduler) -> None:
         """Let the flags of this start win over the values in the checkpoint, and say where they differ."""

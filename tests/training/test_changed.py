@@ -232,6 +232,24 @@ def test_the_best_model_is_not_that_of_another_run(base, tmp_path):
     assert (tmp_path / "again" / "unused-unused-checkpoint-4").is_dir()
 
 
+FOREIGN = {
+    "width": (["--config_overrides", "n_embd=32,n_layer=1,n_head=2,n_positions=64"], "weights are not of this model"),
+    "layers": (["--config_overrides", "n_embd=16,n_layer=2,n_head=2,n_positions=64"], "or of another model"),
+    "adafactor": (["--optim", "adafactor"], "the state of another optimizer"),
+    "sgd": (["--optim", "sgd"], "the state of another optimizer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_does_not_fit_a_checkpoint_of_another_tool(case, base, whole, tmp_path):
+    """Without a manifest nothing can be compared beforehand: these ended in tracebacks."""
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
+    (tmp_path / "out" / "checkpoint-3" / "manifest.json").unlink()
+    flags, words = FOREIGN[case]
+    done = run("run_clm.py", *base, *flags, *batch(1), "--output_dir", tmp_path / "out", code=2)
+    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
 def test_deepspeed_needs_the_same_ranks_and_stage(base, assets, masked_assets, instructions, tmp_path):
     flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *CARD, "--max_steps", 3]
     start("run_clm.py", 2, tmp_path / "out", *flags, *zero(2))
