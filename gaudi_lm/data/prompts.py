@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,14 @@ from gaudi_lm.data.columns import spell, values_of
 from gaudi_lm.data.conversations import is_conversation, read_messages, read_tools
 from gaudi_lm.errors import UserError
 
+logger = logging.getLogger("gaudi_lm")
+
 # The columns that people give these parts, the first one that is there is taken.
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "chat")
 INSTRUCTIONS = ("instruction", "prompt", "question", "query")
 INPUTS = ("input", "context")
 OUTPUTS = ("output", "response", "completion", "answer")
+SYSTEMS = ("system", "system_prompt")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class ExampleFormat:
         style: ``instruction``, ``sql``, ``chat`` (a question and an answer through the tokenizer's chat template),
             ``messages`` (whole conversations through it) or ``text``.
         columns: the column of each part: ``instruction``, ``input`` and ``output``; or ``messages``, or ``prompt`` and
-            ``completion``, which are lists of messages, and perhaps ``system`` and ``tools``; or ``text``.
+            ``completion``, which are lists of messages, and perhaps ``tools``; or ``text``. What goes through a chat
+            template may have ``system`` too.
     """
 
     style: str
@@ -82,18 +87,31 @@ def find_format(
         columns = {part: given[part] or found[part] or missing[part] for part in usual}
         if not sql_prompt and columns["input"] not in there and not input:
             del columns["input"]
+        if system := _system_column(there):
+            if chat_prompt:
+                columns["system"] = system
+            else:
+                logger.warning("column %r is left out: only --chat_prompt has a place for it", system)
         example_format = ExampleFormat("sql" if sql_prompt else "chat" if chat_prompt else "instruction", columns)
     for part, column in example_format.columns.items():
+        if part == "system":
+            _check_text(dataset, column, "column")
+            continue
         if column not in there:
             raise UserError(f"--{part}_column_name {column}: no such column; there are {', '.join(there)}")
         _check_text(dataset, column, f"--{part}_column_name")
     return example_format
 
 
+def _system_column(there: list[str]) -> str | None:
+    return next((name for name in SYSTEMS if name in there), None)
+
+
 def _find_conversations(dataset: Dataset) -> ExampleFormat | None:
     """The format of conversations in a column, or in two: prompts and completions that are lists of messages."""
     there = dataset.column_names
-    more = {part: part for part in ("system", "tools") if part in there}
+    found = {"system": _system_column(there), "tools": "tools" if "tools" in there else None}
+    more = {part: column for part, column in found.items() if column}
     for column in CONVERSATIONS:
         if column in there and (column == "messages" or is_conversation(_first_value(dataset, column)[1])):
             return ExampleFormat("messages", {"messages": column, **more})
@@ -173,16 +191,17 @@ def conversation(row: dict[str, Any], example_format: ExampleFormat) -> tuple[li
         ConversationError: there is no conversation, or it cannot be read.
     """
     parts = {part: row[column] for part, column in example_format.columns.items()}
+    first = 0
     if example_format.style == "chat":
         question, more = parts["instruction"], parts.get("input", "")
         question = f"{question}\n\n{more}" if more.strip() else question
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": parts["output"]}], None, 0
-    if "prompt" in parts:
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": parts["output"]}]
+    elif "prompt" in parts:
         messages = read_messages(parts["prompt"], "user")
         first = len(messages)
         messages += read_messages(parts["completion"], "assistant")
     else:
-        messages, first = read_messages(parts["messages"]), 0
-    if parts.get("system") and messages[0]["role"] != "system":
+        messages = read_messages(parts["messages"])
+    if str(parts.get("system") or "").strip() and messages[0]["role"] != "system":
         messages, first = [{"role": "system", "content": str(parts["system"])}, *messages], first + bool(first)
     return messages, read_tools(parts.get("tools")), first

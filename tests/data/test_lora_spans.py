@@ -202,6 +202,19 @@ def test_text():
     ]
 
 
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_column_for_the_system(column, caplog):
+    """With --chat_prompt it is a message of its own; Alpaca's prompt has no place for it, which the log says."""
+    rows = [{**ALPACA[0], column: "h"}, {**ALPACA[0], column: " "}, {**ALPACA[0], column: None}]
+    one = "<bos> <user> a b <eos> <assistant> *c* *d* *<eos>*"
+    found = spans(make_tokenizer(), rows, chat_prompt=True)
+    assert found == [one.replace("<bos>", "<bos> <system> h <eos>"), one, one] and not caplog.records
+    assert spans(make_tokenizer(), rows) == spans(make_tokenizer(), ALPACA[:1] * 3)
+    assert f"column '{column}' is left out" in caplog.text
+    with pytest.raises(UserError, match=f"column {column}, row 1: a list, not text"):
+        spans(make_tokenizer(), [{**ALPACA[0], column: ["h"]}], chat_prompt=True)
+
+
 def test_blank_texts_are_left_out():
     rows = [{"text": ""}, {"text": "a"}, {"text": "  "}]
     assert spans(make_tokenizer(), rows, inputs=True) == ["*<bos>* *a* *<eos>*"]
