@@ -102,12 +102,16 @@ def install_token_loss(
     original = getattr(original, "token_loss_original", original)
     takes_self = inspect.ismethod(base.forward)
     parameters = dict(inspect.signature(base.forward).parameters)
+    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    takes_mask = any_name or "attention_mask" in parameters  # FNet, which has no attention, does not
 
     def forward(self, *args, **kwargs):
         run = partial(original, self) if takes_self else original
         if args:
             kwargs.update(zip(parameters, args, strict=False))
         num_items = kwargs.pop("num_items_in_batch", None)
+        if not takes_mask:
+            kwargs.pop("attention_mask", None)
         if kwargs.get("labels") is None:
             return run(**kwargs)
         labels = kwargs.pop("labels")
@@ -157,7 +161,8 @@ def install_token_loss(
     ignore_missing_mask(base)
 
     if reason:
-        return f"Loss of {objective} language modelling from the full logits: {reason}"
+        unseen = "" if takes_mask or objective == "causal" else "; it takes no mask: tokens see padding"
+        return f"Loss of {objective} language modelling from the full logits: {reason}{unseen}"
     head = base.get_output_embeddings()
     for module in [head, *([base.get_submodule(entry)] if entry else [])]:
         module.forward = module.forward  # as each step leaves it: torch.compile would trace the second step again

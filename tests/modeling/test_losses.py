@@ -27,7 +27,7 @@ from tiny_models import (
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import DefaultDeviceType
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, FNetConfig, FNetForMaskedLM, LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -239,6 +239,16 @@ def test_unpadded_rows_need_no_attention_mask(model_type, monkeypatch):
     install_token_loss(model, "causal")
     assert model(input_ids=input_ids, labels=input_ids).loss.item() == pytest.approx(wanted, rel=1e-6)
     assert masks == [None, None]
+
+
+def test_a_model_without_attention_needs_no_attention_mask():
+    config = FNetConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    model, batch = FNetForMaskedLM(config).eval(), make_batch("masked")
+    wanted = model(input_ids=batch["input_ids"]).logits
+    assert "tokens see padding" in install_token_loss(model, "masked")
+    loss = functional.cross_entropy(wanted.transpose(1, 2), batch["labels"])
+    torch.testing.assert_close(model(**batch).loss, loss)
+    assert torch.equal(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, wanted)
 
 
 def test_lora_gives_the_same_adapter_gradients_and_none_for_the_head():
