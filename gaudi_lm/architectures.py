@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from gaudi_lm.errors import UserError
+
+logger = logging.getLogger("gaudi_lm")
 
 PADDING = "padding"
+# Loaded as causal models, these are encoders all the same, unless their configuration has is_decoder.
+ENCODERS = {
+    "bert-generation",
+    *(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()),
+}
+SEE_ALL = ("cpmant", "mega", "xlm", "xlnet")  # and so they are whatever it has
 
 
 @dataclass(frozen=True)
@@ -150,6 +165,25 @@ UNKNOWN = Architecture()
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """The row of a model's configuration; one that claims nothing for an architecture that has none."""
     return ARCHITECTURES.get(config.model_type, UNKNOWN)
+
+
+def make_causal(auto_class: type, config: PretrainedConfig) -> None:
+    """Let no token of a causal model see those after it, which it is to predict: encoders of BERT's kind do.
+
+    Args:
+        auto_class: that makes the model; others than ``AutoModelForCausalLM`` have no need of it.
+
+    Raises:
+        UserError: an architecture that has no setting for that.
+    """
+    kind = config.model_type
+    if auto_class is not AutoModelForCausalLM:
+        return
+    if kind in SEE_ALL:
+        raise UserError(f"{kind}: no causal model, as each token sees those after it, which it would have to predict")
+    if kind in ENCODERS and not config.is_decoder and not config.is_encoder_decoder:
+        config.is_decoder = True
+        logger.info("%s: is_decoder is set, so that no token sees those after it, as in an encoder", kind)
 
 
 def packable(patched: bool) -> list[str]:

@@ -174,6 +174,8 @@ def check_packable(model: nn.Module) -> None:
             f"--pack_sequences: {where}{name} is not known to keep packed texts apart; leave the flag out, or use one "
             f"of {', '.join(proven)}"
         )
+    if base.config.is_decoder and not architecture_of(base.config).causal_head:
+        raise UserError(f"--pack_sequences: {name} keeps packed texts apart as an encoder only; leave the flag out")
     if name == "falcon" and base.config.alibi:
         raise UserError("--pack_sequences: a falcon with alibi does not keep packed texts apart; leave the flag out")
     if getattr(base.config, "output_router_logits", False):

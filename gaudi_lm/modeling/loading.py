@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from gaudi_lm.architectures import PADDING, architecture_of
+from gaudi_lm.architectures import PADDING, architecture_of, make_causal
 from gaudi_lm.arguments.definitions import LMTrainingArguments, ModelArguments
 from gaudi_lm.arguments.model_files import check_config, first_line, tokenizer_damage
 from gaudi_lm.data.tokenization import vocabulary_size
@@ -189,6 +189,7 @@ def load_model(
         UserError: no weights there, an attention the model does not have, or a model without embeddings to enlarge.
     """
     config.use_cache = model_args.use_cache
+    make_causal(auto_class, config)
     dtype = getattr(torch, model_args.torch_dtype or "", model_args.torch_dtype)  # auto and None stay as they are
     options = {"attn_implementation": choose_attention(config, training_args), "torch_dtype": dtype, **options}
     if training_args.device.type == "hpu" and architecture_of(config).unpatched(config):

@@ -10,8 +10,9 @@ from test_losses import make_batch, tiny_model
 from tiny_models import CAUSAL, MASKED, OTHERS, VOCABULARY
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, GPT2Config
 
-from gaudi_lm.architectures import ARCHITECTURES, PADDING
+from gaudi_lm.architectures import ARCHITECTURES, ENCODERS, PADDING, make_causal
 from gaudi_lm.arguments.definitions import LMTrainingArguments
+from gaudi_lm.data.packing import PackedCollator
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.attention import choose_attention
 from gaudi_lm.modeling.loading import fit_vocabulary, length_limit
@@ -75,6 +76,33 @@ def test_a_tokenizer_without_padding_token(model_type):
     assert config.vocab_size == VOCABULARY and config.pad_token_id is None
     model = make_model(model_type, None)
     assert torch.isfinite(model(input_ids=torch.randint(5, VOCABULARY, (2, 9))).logits).all()
+
+
+@pytest.mark.parametrize("model_type", sorted(ENCODERS & {**MASKED, **OTHERS}.keys()))
+def test_an_encoder_that_is_a_causal_model_sees_no_token_that_follows(model_type):
+    config = CONFIG_MAPPING[model_type](**(MASKED.get(model_type) or OTHERS[model_type]), vocab_size=VOCABULARY)
+    config.pad_token_id = 0
+    make_causal(AutoModelForMaskedLM, config)
+    assert not config.is_decoder
+    make_causal(AutoModelForCausalLM, config)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if model_type == "xmod":
+        model.set_default_language(config.languages[0])
+    input_ids = torch.randint(5, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(0))
+    changed = input_ids.clone()
+    changed[:, -1] = 5 + (changed[:, -1] == 5)
+    with torch.no_grad():
+        logits = [model(input_ids=tokens).logits[:, :-1] for tokens in (input_ids, changed)]
+    torch.testing.assert_close(*logits)
+    with pytest.raises(UserError, match=f"--pack_sequences: {model_type} "):
+        PackedCollator.for_model(model, pad_token_id=0, length=12)
+
+
+def test_a_model_that_sees_all_tokens_is_no_causal_one():
+    with pytest.raises(UserError, match="^xlnet: no causal model"):
+        make_causal(AutoModelForCausalLM, CONFIG_MAPPING["xlnet"]())
+    make_causal(AutoModelForCausalLM, config := CONFIG_MAPPING["bart"]())  # whose decoder says so itself
+    assert not config.is_decoder
 
 
 @pytest.mark.parametrize("wanted", [None, True, False])
