@@ -5,11 +5,15 @@ from __future__ import annotations
 import dis
 import inspect
 import logging
+import re
+from collections import defaultdict
 from collections.abc import Callable
 
 from datasets import Dataset
+from peft import PeftModel
 from torch.utils.data import IterableDataset
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
+from transformers.modeling_utils import _get_tied_weight_keys
 
 from gaudi_lm.errors import UserError
 
@@ -76,6 +80,29 @@ def check_budget(budget: object, *collators: object) -> None:
             raise UserError(
                 f"max_predictions_per_seq: {getattr(collator, '__name__', type(collator).__name__)} does not undo "
                 "masks beyond it: leave it out, or let the collator have it as its attribute masked_token_budget"
+            )
+
+
+def check_shared_weights(model: PreTrainedModel | PeftModel, args) -> None:
+    """Refuse to train a model whose shared weights its class does not declare: in the end it could not be saved.
+
+    Args:
+        args: the training arguments.
+
+    Raises:
+        UserError: names the weights.
+    """
+    if not (args.do_train and args.save_safetensors) or isinstance(model, PeftModel):
+        return
+    declared, names = _get_tied_weight_keys(model) or [], defaultdict[int, list[str]](list)
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if not any(re.search(pattern, name) for pattern in declared):
+            names[id(weight)].append(name)
+    for shared in names.values():
+        if len(shared) > 1:
+            raise UserError(
+                f"{type(model).__name__}: {' and '.join(shared)} are one tensor, which safetensors saves once: give "
+                f'the class _tied_weights_keys = ["{shared[-1]}"], or the run --save_safetensors False'
             )
 
 

@@ -25,7 +25,7 @@ from gaudi_lm.modeling.adalora import RankReduction
 from gaudi_lm.modeling.attention import check_model
 from gaudi_lm.modeling.loss import install_token_loss
 from gaudi_lm.modeling.patches import average_gradients, complete_generation_config, repair_gradient_checkpointing
-from gaudi_lm.training.custom_parts import check_budget, check_parts, is_mean
+from gaudi_lm.training.custom_parts import check_budget, check_parts, check_shared_weights, is_mean
 from gaudi_lm.training.device_metrics import DeviceMetrics
 from gaudi_lm.training.dry_run import dry_run
 from gaudi_lm.training.evaluation import EvaluatingTrainer
@@ -270,6 +270,7 @@ def build_trainer(
         logger.info("Loss of %s language modelling by loss_func, from the full logits", objective)
     if training_args.device.type != "hpu":
         complete_generation_config()
+    check_shared_weights(model, training_args)
     check_model(model, training_args, own_figures=bool(loss_func or compute_metrics))
     if compute_metrics is None:
         given = METRICS if loss_func is None else ("loss",)
