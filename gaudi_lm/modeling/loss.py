@@ -27,6 +27,9 @@ from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.cross_entropy import chunked_cross_entropy, full_cross_entropy
 from gaudi_lm.modeling.patches import ignore_missing_mask, repair_router_loss
 
+# What models are given that some do not take: FNet has no attention, and classes of one's own may know tokens alone.
+OPTIONAL = ("attention_mask", "cache_position", "return_dict", "token_type_ids", "use_cache")
+
 
 class _NoLogits(UserError, AttributeError):
     """As an attribute that is not there is looked for, it must be an AttributeError too."""
@@ -103,15 +106,16 @@ def install_token_loss(
     takes_self = inspect.ismethod(base.forward)
     parameters = dict(inspect.signature(base.forward).parameters)
     any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    takes_mask = any_name or "attention_mask" in parameters  # FNet, which has no attention, does not
+    idle = set() if any_name else set(OPTIONAL) - parameters.keys()
 
     def forward(self, *args, **kwargs):
         run = partial(original, self) if takes_self else original
         if args:
             kwargs.update(zip(parameters, args, strict=False))
         num_items = kwargs.pop("num_items_in_batch", None)
-        if not takes_mask:
-            kwargs.pop("attention_mask", None)
+        if not any_name:
+            names = [name for name, value in kwargs.items() if value is not None or name in parameters]
+            kwargs = {name: kwargs[name] for name in names if name not in idle}
         if kwargs.get("labels") is None:
             return run(**kwargs)
         labels = kwargs.pop("labels")
@@ -161,7 +165,8 @@ def install_token_loss(
     ignore_missing_mask(base)
 
     if reason:
-        unseen = "" if takes_mask or objective == "causal" else "; it takes no mask: tokens see padding"
+        blind = objective == "masked" and "attention_mask" in idle
+        unseen = "; it takes no mask: tokens see padding" if blind else ""
         return f"Loss of {objective} language modelling from the full logits: {reason}{unseen}"
     head = base.get_output_embeddings()
     for module in [head, *([base.get_submodule(entry)] if entry else [])]:

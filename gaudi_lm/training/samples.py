@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 from typing import TYPE_CHECKING
@@ -94,11 +95,15 @@ def generate(trainer: LMTrainer, task: str) -> list[tuple[str, str]]:
         return answers
     logging.getLogger("transformers.pipelines.base").setLevel(logging.CRITICAL)  # it takes a Gaudi model for unknown
     model, tokenizer = trainer.plain_model.eval(), trainer.processing_class
-    token_by_token = task != "fill-mask" and (trainer.args.device.type == "hpu" or trainer.is_fsdp_enabled)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # A class of one's own may have no generate, or none that works without keys and values of earlier tokens.
+    generates = base.can_generate() and "past_key_values" in inspect.signature(base.forward).parameters
+    on_cpu = trainer.args.device.type == "cpu" and not trainer.is_fsdp_enabled
+    token_by_token = task != "fill-mask" and not (on_cpu and generates)
     run = None if token_by_token else pipeline(task, model=model, tokenizer=tokenizer, device=trainer.args.device)
     for prompt in prompts:
         if run is None:
-            end = model.generation_config.eos_token_id
+            end = getattr(base.generation_config, "eos_token_id", tokenizer.eos_token_id)
             ids, new_tokens = tokenizer(prompt)["input_ids"], _new_tokens(prompt, model.config, tokenizer)
             end = end if isinstance(end, list) else [end]
             tokens = most_probable_tokens(trainer.computing_model, ids, new_tokens, end)
