@@ -55,6 +55,8 @@ from gaudi_lm.training.trainer import build_trainer
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
     """Blocks to a batch: ``input_ids`` and their ``labels``, by default the same, int64 of shape ``[rows, block]``."""
+    if "input_ids" not in rows[0]:
+        raise UserError(f"rows have the columns {', '.join(rows[0])}: the tokens are to be in input_ids")
     names = [name for name in ("input_ids", "labels") if name in rows[0]]
     if len(lengths := {len(row[name]) for row in rows for name in names}) > 1:
         raise UserError(

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.modeling_utils import _get_tied_weight_keys
+from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
 
 from gaudi_lm.errors import UserError
 
@@ -47,6 +48,11 @@ def check_parts(
     """
     if loss_func is not None and args.label_smoothing_factor:
         raise UserError("--label_smoothing_factor has no effect on a loss_func: leave it out, or smooth there")
+    if loss_func is not None:
+        try:
+            inspect.signature(loss_func).bind(None, None, num_items_in_batch=None)
+        except TypeError as error:
+            raise UserError(f"loss_func takes outputs, labels and num_items_in_batch: {error}") from error
     name = trainer_class.__name__
     if not issubclass(trainer_class, base):
         raise UserError(f"trainer_class: {name} is no subclass of {base.__name__}: derive it from that")
@@ -106,8 +112,17 @@ def check_shared_weights(model: PreTrainedModel | PeftModel, args) -> None:
             )
 
 
+def own_figures(compute_metrics: Callable, predictions, labels) -> dict[str, float]:
+    """What a ``compute_metrics`` of one's own makes of predictions; a UserError where that is no dict."""
+    figures = compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+    if not isinstance(figures, dict):
+        raise UserError(f"compute_metrics returns a dict of figures by name, not {figures!r:.80}")
+    return denumpify_detensorize(figures)
+
+
 def is_mean(compute_loss: Callable) -> bool:
-    """Whether a trainer's ``compute_loss`` leaves its ``num_items_in_batch`` alone: its loss is a batch's own."""
+    """Whether a trainer's ``compute_loss``, or a ``loss_func``, leaves its ``num_items_in_batch`` alone: then its loss
+    is a batch's own."""
     function = inspect.unwrap(compute_loss)
     if not inspect.isfunction(function) or "num_items_in_batch" not in inspect.signature(function).parameters:
         return False  # it passes on what it gets

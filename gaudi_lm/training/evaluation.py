@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.integrations.deepspeed import deepspeed_init, is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalPrediction, PredictionOutput, denumpify_detensorize
+from transformers.trainer_utils import PredictionOutput
 
 from gaudi_lm.arguments.context_parallel import data_ranks, sequence_part
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX
@@ -28,6 +28,7 @@ from gaudi_lm.data.sampling import (
 )
 from gaudi_lm.modeling.cross_entropy import full_cross_entropy
 from gaudi_lm.training.best_model import BestModelTrainer
+from gaudi_lm.training.custom_parts import own_figures
 from gaudi_lm.training.length_warmup import of_length, several_lengths
 from gaudi_lm.training.metrics import Throughput, token_metrics
 from gaudi_lm.training.predictions import Predictions, as_float
@@ -226,7 +227,7 @@ class EvaluatingTrainer(BestModelTrainer):
             result = {"loss": result["loss"]}
         found, labels = predictions.over_ranks() if predictions else (None, None)
         if self.compute_metrics is not None and found is not None and labels is not None:
-            result |= denumpify_detensorize(self.compute_metrics(EvalPrediction(predictions=found, label_ids=labels)))
+            result |= own_figures(self.compute_metrics, found, labels)
         metrics = {
             name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in result.items()
         }

@@ -79,6 +79,7 @@ class LMTrainer(EvaluatingTrainer):
             self.add_callback(callback)
         average_gradients(self.accelerator)
         self.trackers = Trackers(self)
+        self._has_mean_loss = self.compute_loss_func is not None and is_mean(self.compute_loss_func)
         compute_loss = type(self).compute_loss
         self._has_own_loss = compute_loss is not LMTrainer.compute_loss
         if self._has_own_loss and is_mean(compute_loss):
@@ -147,7 +148,7 @@ class LMTrainer(EvaluatingTrainer):
             labels = inputs.pop("labels")
             outputs = model(**inputs)
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-            loss = loss if num_items_in_batch is None else loss * ranks
+            loss = loss / self._batches if self._has_mean_loss else loss * ranks
             return (loss, outputs) if return_outputs else loss
         outputs = model(**inputs)
         loss = outputs["loss"]
@@ -270,11 +271,11 @@ def build_trainer(
         logger.info("Loss of %s language modelling by loss_func, from the full logits", objective)
     if training_args.device.type != "hpu":
         complete_generation_config()
-    check_shared_weights(model, training_args)
     check_model(model, training_args, own_figures=bool(loss_func or compute_metrics))
     if compute_metrics is None:
         given = METRICS if loss_func is None else ("loss",)
         check_best_metric(training_args.metric_for_best_model, eval_dataset, given)
+    check_shared_weights(model, training_args)
     check_prompts(training_args, objective == "causal", model.config, tokenizer)
     choose_layers(model, training_args)
     trainer = trainer_class(

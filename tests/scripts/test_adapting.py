@@ -8,13 +8,13 @@ import pytest
 from datasets import Dataset
 from documentation import REPOSITORY
 from optimum.habana.transformers.trainer import GaudiTrainer
-from running import copy_elsewhere, log_history, losses, results, run, run_ranks
+from running import copy_elsewhere, load_script, log_history, losses, results, run, run_ranks
 from short_runs import common, scratch
 from transformers import DataCollatorForLanguageModeling, Trainer
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.errors import UserError
-from gaudi_lm.training.custom_parts import NEVER_CALLED, check_budget
+from gaudi_lm.training.custom_parts import NEVER_CALLED, check_budget, own_figures
 from gaudi_lm.training.trainer import LMTrainer, build_trainer
 
 from documentation import code_blocks  # isort: skip
@@ -91,6 +91,35 @@ def test_another_loss(assets, tmp_path):
     figures, plain = results(tmp_path / "own"), results(tmp_path / "plain")
     assert 0 < figures["eval_loss"] - plain["eval_loss"] < 0.1
     assert figures["eval_tokens"] == plain["eval_tokens"] and "eval_perplexity" not in figures
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_a_mean(assets, tmp_path):
+    """One that leaves num_items_in_batch alone means the same however a step is split, over batches or ranks."""
+    code = adapted(tmp_path / "mine", "loss_func").read_text()
+    start, end = code.index("    logits, targets = outputs.logits"), code.index("def make_blocks")
+    mean = "    return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:])\n\n\n"
+    (script := tmp_path / "mean.py").write_text(code[:start] + mean + code[end:])
+    flags = {"plain": ["run_clm.py", 8, 1], "own": [script, 8, 1], "split": [script, 2, 4]}
+    for name, (path, batch, accumulation) in flags.items():
+        more = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
+        run(path, *scratch(assets, tmp_path / name, *EVALUATE), *more)
+    run_ranks(2, script, *scratch(assets, tmp_path / "ranks", *EVALUATE), "--per_device_train_batch_size", 4)
+    for name in ("own", "split", "ranks"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "plain"), rel=1e-4), name
+        assert results(tmp_path / name)["eval_loss"] == pytest.approx(
+            results(tmp_path / "plain")["eval_loss"], rel=1e-4
+        )
+
+
+def test_parts_that_return_or_take_something_else(tmp_path):
+    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True)
+    with pytest.raises(UserError, match="^loss_func takes outputs, labels and num_items_in_batch: "):
+        build_trainer(None, "causal", args, None, None, loss_func=lambda outputs, labels: None)
+    with pytest.raises(UserError, match="^compute_metrics returns a dict of figures by name, not None$"):
+        own_figures(lambda prediction: None, None, None)
+    with pytest.raises(UserError, match="^rows have the columns tokens: the tokens are to be in input_ids$"):
+        load_script("run_clm").collate_blocks([{"tokens": [1]}])
 
 
 def test_label_smoothing_is_of_the_ordinary_loss(tmp_path):
@@ -297,7 +326,7 @@ def test_a_loss_func_has_no_perplexity(tmp_path):
         with pytest.raises(
             AttributeError if known else UserError, match=None if known else "an evaluation gives loss$"
         ):
-            build_trainer(None, "causal", args, None, None, loss_func=print)
+            build_trainer(None, "causal", args, None, None, loss_func=lambda outputs, labels, num_items_in_batch: None)
 
 
 @pytest.mark.slow
