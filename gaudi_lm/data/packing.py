@@ -237,6 +237,15 @@ class PackedCollator:
             raise UserError(
                 f"--pack_sequences: {name} attends to {window} tokens, rows are of {length}: lower --max_seq_length"
             )
+        scaling = getattr(base.config, "rope_scaling", None) or {}
+        if "longrope" in (scaling.get("rope_type"), scaling.get("type")):
+            # The longest text of a row would choose the frequencies of all.
+            short = getattr(base.config, "original_max_position_embeddings", base.config.max_position_embeddings)
+            if length > short:
+                raise UserError(
+                    f"--pack_sequences: {name} turns all texts of a row otherwise where one is longer than {short} "
+                    f"tokens (longrope), rows are of {length}: lower --max_seq_length"
+                )
         first = row.position_of_first_token(base.config)
         return cls(
             length=length,
