@@ -77,6 +77,7 @@ REFUSED = {
     "at least 1": [*CONTEXT, "--context_parallel_size", 0],
     "llama-adapter": [*CONTEXT, "--peft_type", "llama-adapter", "--adapter_layers", 2],
     "--generate": [*CONTEXT, "--generate", "A"],
+    "--neftune_noise_alpha": [*CONTEXT, "--neftune_noise_alpha", 5],
 }
 
 
