@@ -173,9 +173,7 @@ def _check_fsdp(args, config: dict) -> None:
     config = {name.removeprefix("fsdp_"): value for name, value in config.items()}
     truth = {"true": True, "false": False}
     for name in [name for name, allowed in _FSDP_SETTINGS.items() if allowed == _BOOLEAN and name in config]:
-        config[name] = truth.get(
-            str(config[name]).lower(), config[name]
-        )  # a text "false" would count as true
+        config[name] = truth.get(str(config[name]).lower(), config[name])  # a text "false" would count as true
     if args.gradient_checkpointing and config.get("activation_checkpointing") is True:
         raise UserError("--gradient_checkpointing: --fsdp_config has activation_checkpointing; leave one of them out")
     if ignored := config.keys() - _FSDP_SETTINGS.keys():
