@@ -83,9 +83,9 @@ class Resumption:
             "flags": decisive_flags(args),
             "ranks": args.world_size,
             "zero_stage": zero_stage(args),
-            "model": trainer.model_digest,
             "optimizer": trainer.resumption.optimizer,
-            "data": trainer.data_digest,
+            "greater_is_better": args.greater_is_better,
+            **trainer.digests,
             "rows": len(dataset) if isinstance(dataset, datasets.Dataset) else None,
             "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * data_ranks(args)[1],
             "steps_per_epoch": trainer.steps_per_epoch,
@@ -99,7 +99,7 @@ class Resumption:
             UserError: it cannot be resumed from with what has changed.
         """
         resumption = cls(checkpoint)
-        resumption._compare_metric(trainer.args.metric_for_best_model)
+        resumption._compare_metric(trainer)
         if checkpoint is not None and resumption.run:
             resumption._compare(trainer)
         return resumption
@@ -124,7 +124,7 @@ class Resumption:
         }
         if args.world_size != run["ranks"]:
             self.changed["world_size"] = (run["ranks"], args.world_size)
-        if trainer.model_digest != run["model"]:
+        if trainer.digests["model"] != run["model"]:
             raise UserError(
                 f"{self.checkpoint}: the weights that are trained have other names or shapes now"
                 f"{self._listed()}; continue with the same model, or choose another --output_dir"
@@ -174,19 +174,24 @@ class Resumption:
         if self.run:
             self._say_order(Resumption.facts(trainer))
 
-    def _compare_metric(self, metric: str | None) -> None:
-        """A best value is of the metric that it was logged under, and says nothing about another one."""
-        if self.checkpoint is None or metric is None:
+    def _compare_metric(self, trainer: GaudiTrainer) -> None:
+        """A best value is of the metric and the data that it was computed from, and says nothing about others."""
+        metric, state = trainer.args.metric_for_best_model, self._state
+        if metric is None or state.get("best_metric") is None:
             return
-        state, name = self._state, f"eval_{metric.removeprefix('eval_')}"
+        name = f"eval_{metric.removeprefix('eval_')}"
         values = [row.get(name) for row in state["log_history"] if row["step"] == state.get("best_global_step")]
-        self._other_metric = bool(values) and state["best_metric"] is not None and state["best_metric"] not in values
-        if self._other_metric:
-            logger.warning(
-                "--metric_for_best_model %s: the best model so far was chosen by another metric: it no longer counts",
-                metric,
-            )
-            self.without_better = 0
+        data, greater = trainer.digests["eval_data"], trainer.args.greater_is_better
+        if values and state["best_metric"] not in values:
+            reason = f"--metric_for_best_model {metric}: the best model so far was chosen by another metric"
+        elif self.run.get("eval_data", data) != data:
+            reason = "the evaluation data are not those of the checkpoint, by which the best model so far was chosen"
+        elif self.run.get("greater_is_better", greater) != greater:
+            reason = "--greater_is_better: the best model so far was chosen the other way round"
+        else:
+            return
+        logger.warning("%s: it no longer counts", reason)
+        self._other_metric, self.without_better = True, 0
 
     def _say_order(self, now: dict) -> None:
         then, step = self.run, self.step

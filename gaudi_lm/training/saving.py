@@ -101,14 +101,14 @@ class ResumableTrainer(FSDPTrainer):
         self.add_callback(SavingSteps(self))  # has the last word about the end of an epoch
 
     @functools.cached_property
-    def data_digest(self) -> str | None:
-        """Tells the training data from others; see :func:`gaudi_lm.training.digests.data_digest`."""
-        return digests.data_digest(self.train_dataset)
-
-    @functools.cached_property
-    def model_digest(self) -> str:
-        """Tells the weights that are trained from others; read before FSDP flattens them."""
-        return digests.model_digest(self.model)
+    def digests(self) -> dict:
+        """Tell the weights that are trained, read before FSDP flattens them, and the data from others."""
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        return {
+            "model": digests.model_digest(self.model),
+            "data": digests.data_digest(self.train_dataset),
+            "eval_data": {name: digests.data_digest(one) for name, one in sets.items()},
+        }
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         output = Path(self.args.output_dir)
@@ -121,7 +121,7 @@ class ResumableTrainer(FSDPTrainer):
             logger.warning(
                 "--fp8: its scales are not in a checkpoint; losses will be near those of a whole run, not equal"
             )
-        _ = self.model_digest
+        _ = self.digests
         if self.args.should_save:
             clear_the_way(output, self.resumption, remove=self.args.overwrite_output_dir)
         with self.signals.watching() if self.args.save_on_signal else contextlib.nullcontext():

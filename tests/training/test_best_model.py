@@ -178,6 +178,23 @@ def test_a_best_value_of_another_metric_is_forgotten(assets, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_best_value_of_other_data_is_forgotten(assets, tmp_path):
+    output, more = tmp_path / "out", ["--max_eval_samples", 2]
+    flags = [*EVALUATIONS, "--load_best_model_at_end", "--learning_rate", 1e-3, "--max_steps"]
+    run("run_clm.py", *scratch(assets, output, *flags, 2, *more))
+    for steps, add, words in (
+        (4, ["--max_eval_samples", 3], "the evaluation data are not those of the checkpoint, by which the best model"),
+        (6, ["--greater_is_better", "True"], "--greater_is_better: the best model so far was chosen the other way"),
+        (8, [], None),
+    ):
+        more += add
+        log = run("run_clm.py", *scratch(assets, output, *flags, steps, *more)).stderr
+        assert log.count("it no longer counts") == (words is not None) and (words or "") in log
+        # The loss falls: of steps 5 and 6, the first has the greatest one that counts.
+        assert f"the model is that of step {min(steps, 5)} of {steps}" in log, log
+
+
+@pytest.mark.slow
 def test_the_evaluation_at_the_start_is_no_sign_of_an_end(assets, tmp_path):
     """It comes again with each resumption, of a model that the patience has counted."""
     output = tmp_path / "out"
