@@ -158,7 +158,8 @@ def _check_deepspeed(args, config: dict | None) -> None:
             "pip install git+https://github.com/HabanaAI/DeepSpeed.git at the release that README.md names"
         )
     named = isinstance(args.deepspeed, str) and not args.deepspeed.lstrip().startswith("{")
-    check_deepspeed_config(f"--deepspeed {args.deepspeed}" if named else "--deepspeed", config)
+    warms_up = bool(args.warmup_steps or args.warmup_ratio)
+    check_deepspeed_config(f"--deepspeed {args.deepspeed}" if named else "--deepspeed", config, warms_up)
 
 
 def _check_fsdp(args, config: dict) -> None:

@@ -33,12 +33,13 @@ GATHERED = (
 )
 
 
-def check_deepspeed_config(source: str, config: dict) -> None:
+def check_deepspeed_config(source: str, config: dict, warms_up: bool = True) -> None:
     """Refuse a configuration that DeepSpeed would refuse once the model is there, or read in part; and fp16.
 
     Args:
         source: the flag and the file, for messages.
         config: DeepSpeed's configuration, in which ``auto`` may stand for any value.
+        warms_up: whether the flags name steps, or a share of them, to warm up.
 
     Raises:
         UserError: an unknown key, a value that cannot be, training in fp16, or tensor parallelism.
@@ -54,7 +55,7 @@ def check_deepspeed_config(source: str, config: dict) -> None:
             _check_entry(source, key, value)
     _check_names(source, config, deepspeed_config)
     _check_optimizer(source, config.get("optimizer", {}), deepspeed_config.DEEPSPEED_OPTIMIZERS)
-    _check_scheduler(source, config.get("scheduler", {}))
+    _check_scheduler(source, config.get("scheduler", {}), warms_up)
     parallel = config.get("tensor_parallel", {}).get("autotp_size", 0)
     if parallel not in (0, 1, "auto"):
         raise UserError(f"{source}: tensor_parallel: each card trains on data of its own here; ZeRO-3 splits a model")
@@ -110,14 +111,22 @@ def _check_optimizer(source: str, optimizer: dict, own: list[str]) -> None:
         _check_parameters(f"{source}: optimizer.params", optimizer, {"torch_adam", *known})
 
 
-def _check_scheduler(source: str, scheduler: dict) -> None:
+def _check_scheduler(source: str, scheduler: dict, warms_up: bool) -> None:
+    import torch
     from deepspeed.runtime import lr_schedules
 
     kind = str(scheduler.get("type", "WarmupLR"))
     if kind not in lr_schedules.VALID_LR_SCHEDULES:
         raise UserError(f"{source}: scheduler.type {kind}: {unknown(kind, lr_schedules.VALID_LR_SCHEDULES)}")
-    known = _parameters(getattr(lr_schedules, kind))
-    _check_parameters(f"{source}: scheduler.params", scheduler, known)
+    schedule = getattr(lr_schedules, kind)
+    _check_parameters(f"{source}: scheduler.params", scheduler, known := _parameters(schedule))
+    if (scheduler.get("params") or {}).get("warmup_num_steps") == "auto" and not warms_up:
+        steps = {"warmup_num_steps": 0} | ({"total_num_steps": 1} if "total_num_steps" in known else {})
+        try:
+            schedule(torch.optim.SGD([torch.zeros(1)], lr=1.0), **steps)
+        except ValueError as error:  # not of each release
+            way_out = "--warmup_steps or --warmup_ratio is needed"
+            raise UserError(f"{source}: scheduler.params.warmup_num_steps auto: {way_out} ({error})") from error
 
 
 def _parameters(kind: type) -> list[str]:

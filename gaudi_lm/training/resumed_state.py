@@ -127,7 +127,7 @@ class Resumption:
         if trainer.digests["model"] != run["model"]:
             raise UserError(
                 f"{self.checkpoint}: the weights that are trained have other names or shapes now"
-                f"{self._listed()}; continue with the same model, or choose another --output_dir"
+                f"{self._listed(most=4)}; continue with the same model, or choose another --output_dir"
             )
         if self.changed.get("lr_scheduler_type", ("",))[0] == "reduce_lr_on_plateau":
             raise UserError(
@@ -138,9 +138,10 @@ class Resumption:
         if self.changed:
             logger.warning("changed since %s:%s", self.checkpoint, self._listed())
 
-    def _listed(self) -> str:
+    def _listed(self, most: int | None = None) -> str:
         parts = [f" --{name} {now} (was {before})" for name, (before, now) in self.changed.items()]
-        return ",".join(parts)
+        more = len(parts[most:]) if most else 0
+        return ",".join(parts[:most]) + (f", and {more} more flags" if more else "")
 
     def follows(self, checkpoint: Path) -> bool:
         """Whether the one that training resumes from came after this one: it has all that this one has logged."""

@@ -147,6 +147,7 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
 
     class Flags:
         deepspeed, fsdp, save_only_model, gradient_checkpointing = "zero.json", "", False, True
+        warmup_steps = warmup_ratio = 0
 
     config = tmp_path / "zero.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
@@ -245,6 +246,14 @@ def test_a_wrong_deepspeed_file_is_named_before_anything_is_loaded(fault):
     with pytest.raises(UserError, match=f"^--deepspeed zero.json: {re.escape(fault)}") as caught:
         check_deepspeed_config("--deepspeed zero.json", ZERO_FAULTS[fault])
     assert "\n" not in str(caught.value)
+
+
+def test_a_schedule_of_deepspeed_without_warm_up():
+    for kind in ("WarmupLR", "WarmupDecayLR"):
+        config = {"scheduler": {"type": kind, "params": {"warmup_num_steps": "auto"}}}
+        check_deepspeed_config("--deepspeed", config, warms_up=True)
+        with pytest.raises(UserError, match="scheduler.params.warmup_num_steps auto: --warmup_steps or --warmup_rat"):
+            check_deepspeed_config("--deepspeed", config, warms_up=False)
 
 
 def test_what_deepspeed_takes_is_not_refused():
