@@ -197,7 +197,7 @@ def _is_setting(value: object, allowed: tuple[str, ...]) -> bool:
     if allowed == _COUNT:
         return type(value) is int and value >= 0
     if allowed == _NAMES:
-        return all(isinstance(name, str) for name in (value if isinstance(value, list) else [value]))
+        return all(isinstance(name, str) for name in (value if isinstance(value, list) else [value or ""]))
     return str(value).lower() in map(str.lower, allowed)
 
 

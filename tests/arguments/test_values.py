@@ -190,6 +190,7 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
     assert Flags.fsdp_config["activation_checkpointing"] is True
     _check_fsdp(Flags, {"fsdp_activation_checkpointing": "false"})
     assert Flags.fsdp_config == {"activation_checkpointing": False}
+    _check_fsdp(Flags, {"transformer_layer_cls_to_wrap": None})
     monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "LOCAL_STATE_DICT")
     with pytest.raises(UserError, match="FSDP_STATE_DICT_TYPE LOCAL_STATE_DICT: FULL_STATE_DICT or SHARDED"):
         _check_fsdp(Flags, {})
