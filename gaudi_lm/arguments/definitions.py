@@ -186,8 +186,8 @@ class LMTrainingArguments(GaudiTrainingArguments):
     save_on_signal: bool = field(
         default=True,
         metadata={
-            "help": "On SIGTERM, SIGUSR1 and the first Ctrl-C: finish the step, save a checkpoint and end with exit "
-            "status 128 plus the signal's number. False: end at once."
+            "help": "On SIGTERM, SIGUSR1, SIGHUP and the first Ctrl-C: finish the step, save a checkpoint and end "
+            "with exit status 128 plus the signal's number. False: end at once."
         },
     )
     dry_run: bool = field(

@@ -1,15 +1,18 @@
 """A signal that asks a run to end: it finishes its step, saves a checkpoint and ends with status 128 + n.
 
-Slurm and cloud providers send SIGTERM or SIGUSR1 some time before they take a machine; a user presses Ctrl-C.
+Slurm and cloud providers send SIGTERM or SIGUSR1 some time before they take a machine; a user presses Ctrl-C, or the
+terminal is gone with its connection (SIGHUP).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import multiprocessing
 import os
 import signal
+import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +24,7 @@ from gaudi_lm.training.agreement import Vote
 
 logger = logging.getLogger("gaudi_lm")
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 def begin_loading(stopping, worker: int) -> None:
@@ -36,11 +39,23 @@ def begin_loading(stopping, worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if stopping is None:
         return
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     # Only this process may be meant, by the main one at its end: that shows a moment later.
     signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, 0.5))
     signal.signal(signal.SIGALRM, lambda *_: None if stopping.value else os._exit(0))
+
+
+def leave_terminal() -> None:
+    """Write to nowhere instead of to a terminal that is gone, where each write would be an error."""
+    for stream in (1, 2):
+        try:
+            termios.tcgetattr(stream)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
 
 
 class SaveOnSignal(TrainerCallback):
@@ -65,7 +80,9 @@ class SaveOnSignal(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._take) for number in SIGNALS}
+        # nohup has a run ignore SIGHUP.
+        heeded = [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._take) for number in heeded}
         self._watching = True
         try:
             yield
@@ -81,6 +98,8 @@ class SaveOnSignal(TrainerCallback):
         if number == signal.SIGINT:
             # The second one is the kernel's: it does not wait until Python's turn comes.
             signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGHUP:
+            leave_terminal()
         if self.received:
             return
         self.received = number

@@ -1,14 +1,19 @@
 """A signal ends a run with a checkpoint, the next start resumes from it, and nothing of it is seen in the result."""
 
 import os
+import pty
 import re
+import select
 import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from resuming import CARD, CPU, batch, essence, script_flags, start, zero
-from running import results, run_interrupted
+from running import ROOT, environment, results, run_interrupted
 from simulator.cards import card_environment
 
 from gaudi_lm.training.signals import SaveOnSignal
@@ -57,6 +62,7 @@ def interrupted(script: str, ranks: int, output: Path, flags: list, *numbers: in
         ("run_clm.py", 2, CPU, signal.SIGTERM, 1),
         ("run_mlm.py", 2, CPU, signal.SIGINT, -1),
         ("run_clm.py", 2, CARD, signal.SIGUSR1, 1),
+        ("run_mlm.py", 2, CPU, signal.SIGHUP, -1),
         ("run_lora_clm.py", 2, [*CARD, *zero(2)], signal.SIGTERM, 0),
     ],
     ids=lambda value: (
@@ -92,6 +98,43 @@ def test_what_a_signal_saves_is_whole(assets, masked_assets, instructions, tmp_p
     assert f"Resuming from {saved}" in said
     start("run_clm.py", 1, tmp_path / "whole", *flags)
     assert essence(tmp_path / "out") == essence(tmp_path / "whole")
+
+
+def test_a_run_whose_terminal_is_gone(assets, masked_assets, instructions, tmp_path):
+    flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *LONG, *CPU, "--max_steps", 100_000]
+    output, (ours, its) = tmp_path / "out", pty.openpty()
+    command = ["setsid", "--ctty", "--wait", sys.executable, "run_clm.py", *flags, *batch(1), "--output_dir", output]
+    streams = {"stdin": its, "stdout": its, "stderr": its}
+    with subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), **streams) as process:
+        os.close(its)
+        terminal = [ours]
+        reading = threading.Thread(target=lambda: read_until_gone(terminal))
+        reading.start()
+        when_training(output, terminal.clear)
+        reading.join()
+    assert process.returncode == 128 + signal.SIGHUP
+    newest = max(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    assert int(newest.name.rpartition("-")[2]) % WAIT_FOR and (newest / "manifest.json").is_file()
+
+
+def read_until_gone(terminal: list[int]) -> None:
+    """Read what is written to a terminal until it is taken off the list, then close it."""
+    (ours,) = terminal
+    while terminal:
+        if select.select([ours], [], [], 0.05)[0]:
+            os.read(ours, 1 << 16)
+    os.close(ours)
+
+
+def test_nohup_is_heeded():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals = SaveOnSignal(main_rank=False)
+        with signals.watching():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not signals.received
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_ends_at_once(assets, masked_assets, instructions, tmp_path):
