@@ -202,10 +202,10 @@ class ChatTemplate:
         anchors: list[tuple] = []
         for number, own in marks.items():
             found = [positions[mark] for mark in own if mark in positions]
+            if not positions.keys() >= {*own[len(own) - len(messages[number].get("tool_calls") or ()) :]}:
+                raise ConversationError(f"the chat template does not write the tool calls of message {number + 1}")
             if found:
                 anchors.append((number, min(found), max(found)))
-            elif messages[number].get("tool_calls"):
-                raise ConversationError(f"the chat template does not write the tool calls of message {number + 1}")
             elif not own:
                 anchors.append((number, None, None))
         spans, done = [], 0

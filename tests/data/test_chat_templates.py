@@ -322,6 +322,12 @@ def test_tools_reach_the_template(tokenizer):
         (STRICT, [{"role": "system", "content": "x"}, *ONE], "cannot render it (System role not supported)"),
         (STRICT, [user("a"), user("b"), assistant("c")], "cannot render it (roles must alternate)"),
         (CHATML, TOOL_MESSAGES, "does not write the tool calls of message 2"),
+        (CHATML, [user("hi"), assistant("I look", tool_calls=[CALL])], "does not write the tool calls of message 2"),
+        (
+            TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"),
+            [user("hi"), assistant(None, tool_calls=[CALL, CALL])],
+            "does not write the tool calls of message 2",
+        ),
         (
             PECULIAR.replace("m.content +", "m.content | upper +"),
             [user("x"), assistant("ab")],
