@@ -101,12 +101,17 @@ class MaskingCollator:
         ``attention_mask``, each int64 of shape ``[rows, length]``."""
         batch = (self.assemble or self._pad)(rows)
         original = batch["input_ids"]
-        masked, labels = self._mask(original.numpy(), [row["sample_id"] for row in rows])
+        sample_ids = [row["sample_id"] for row in rows]
+        masked, labels = self._mask(original.numpy(), sample_ids)
         batch["input_ids"], batch["labels"] = torch.from_numpy(masked), torch.from_numpy(labels)
         if self.masked_token_budget is not None:
-            generator = torch.Generator().manual_seed(int(rows[0]["sample_id"]))
+            # What completes a batch may repeat a row: the same masks, which would take the places of its own.
+            _, own = np.unique(sample_ids, return_index=True)
+            batch["labels"][np.setdiff1d(np.arange(len(rows)), own)] = IGNORE_INDEX
+            limit = self.masked_token_budget(len(own), original.shape[1])
+            generator = torch.Generator().manual_seed(int(sample_ids[0]))
             batch["input_ids"], batch["labels"], undone = limit_predictions(
-                batch["input_ids"], batch["labels"], original, self.masked_token_budget(*original.shape), generator
+                batch["input_ids"], batch["labels"], original, limit, generator
             )
             self._undone += undone
         return batch

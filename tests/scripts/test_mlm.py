@@ -27,6 +27,7 @@ from gaudi_lm.data.masked_token_budget import default_budget
 from gaudi_lm.data.masking import MaskingCollator, encode_lines, sequence_ends
 from gaudi_lm.data.ragged import bucket_lengths, join_rows, pad_rows, shorten_rows
 from gaudi_lm.data.tokenization import special_ends, vocabulary_size
+from gaudi_lm.training.evaluation import evaluation_loader
 
 MLM = load_script("run_mlm")
 FAMILIES = ["bert", "roberta", "distilbert", "albert"]
@@ -133,6 +134,22 @@ def test_surplus_masks_are_undone_and_counted(tokenizer):
     original = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
     assert torch.equal(batch["input_ids"][batch["labels"] == -100], original[batch["labels"] == -100])
     assert default_budget(8, 100, 0.15) > 120
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_what_completes_a_batch_takes_no_masks_of_others(tokenizer, rows):
+    """Evaluation is the same at any batch size: rows that are repeated have the masks of the row once more."""
+    data = Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows_of(tokenizer, rows, 100)])
+
+    def targets(batch: int, world: int, collator: MaskingCollator) -> int:
+        loaders = [evaluation_loader(data, collator, batch, rank, world) for rank in range(world)]
+        return sum(int((found["labels"] != -100).sum()) for loader in loaders for found in loader)
+
+    budgets = {lambda rows, length: 3 * rows: 3, partial(default_budget, probability=0.15): 60}
+    for budget, seeds in budgets.items():
+        for seed in range(seeds):
+            collator = MaskingCollator(tokenizer, 0.15, seed=(seed,), masked_token_budget=budget)
+            assert len({targets(1, 1, collator), targets(8, 1, collator), targets(4, 2, collator)}) == 1, seed
 
 
 def test_lines_are_whole_sequences(tokenizer):
