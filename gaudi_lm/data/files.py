@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import gzip
 import io
+import re
 import zlib
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from gaudi_lm.errors import UserError
 KINDS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
 COMPRESSED = (".gz", ".zst")
 DELIMITERS = (",", "\t", ";")  # that are recognised by a file's first line
+QUOTED = re.compile(r'(^|[,\t;\n])"(?:[^"]|"")*"')  # a field that may hold any of them
 
 
 def _endings(path: str) -> list[str]:
@@ -135,5 +137,6 @@ def find_delimiter(path: str, given: str | None = None) -> str:
     if _endings(path)[-1] == "tsv":
         return "\t"
     with open_bytes(path) as file:
-        first = file.read(1 << 16).lstrip().split(b"\n", 1)[0].decode("utf-8", "replace")
-    return next((delimiter for delimiter in DELIMITERS if delimiter in first), ",")
+        start = file.read(1 << 16).lstrip().decode("utf-8", "replace").removeprefix("\ufeff")
+    first = QUOTED.sub(r"\1", start).split("\n", 1)[0]
+    return max(DELIMITERS, key=first.count)

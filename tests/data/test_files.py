@@ -187,6 +187,16 @@ def test_delimiters(tmp_path, streaming, name, delimiter, flags):
     assert train_texts(tmp_path, streaming, train_file=tmp_path / name, **flags) == texts
 
 
+@both_ways
+@pytest.mark.parametrize("mark", ("", "\ufeff"))
+@pytest.mark.parametrize("name", ("of whom, when", 'a ""b"", c', "over, two\nlines"))
+def test_a_delimiter_within_a_name_is_none(tmp_path, streaming, name, mark):
+    for number, head in enumerate((f'"{name}";text;source', f'id;"{name}";text', "id;text;source (book, page)")):
+        content = head + "".join(f"\n{number};{line};{line}" for line in WORDS)
+        (tmp_path / f"{number}.csv").write_text(mark + content + "\n")
+        assert train_texts(tmp_path, streaming, train_file=tmp_path / f"{number}.csv") == WORDS, head
+
+
 def test_wrong_delimiters_and_rows(tmp_path):
     (tmp_path / "a.csv").write_text("id,text\n1,a\n2,b,c\n")
     (tmp_path / "b.csv").write_text("text\n1,a\n2,b\n")
