@@ -14,7 +14,7 @@ ROLES = {
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("ai", "bard", "bing", "bot", "chatbot", "chatgpt", "gpt", "model"), "assistant"),
     "function_call": "assistant",
-    **dict.fromkeys(("function_response", "observation", "tool_response"), "tool"),
+    **dict.fromkeys(("function", "function_response", "observation", "tool_response"), "tool"),
 }
 PIECES = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\s+|[^\s<\[]+|.")  # control tokens, white space, words
 
@@ -128,7 +128,8 @@ def read_message(message: Any, number: int, role: str | None) -> dict[str, Any]:
     found = {"role": role, **read_content(content, number), **message}
     if found.get("weight", 1) not in (0, 1):
         raise ConversationError(f"message {number} has weight {found['weight']!r}, not 0 or 1")
-    if calls := from_json(found.pop("tool_calls", None)):
+    calls, only = (from_json(found.pop(key, None)) for key in ("tool_calls", "function_call"))  # the latter is older
+    if calls := calls or (only and [only]):
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise ConversationError(f"the tool_calls of message {number} are no list of objects")
         found["tool_calls"] = [read_call(call) for call in calls]

@@ -489,6 +489,13 @@ def test_results_of_tools_may_be_objects(content):
     assert json.loads(message["content"]) == content
 
 
+@pytest.mark.parametrize("content", ["", None])
+def test_calls_of_functions_in_the_older_format(tokenizer, content):
+    call = {"name": "get", "arguments": '{"city": "Rom"}'}
+    older = [user("hi"), assistant(content, function_call=call), {"role": "function", "name": "get", "content": "17"}]
+    assert marked(tokenizer, TOOLS, [*older, TOOL_MESSAGES[3]]) == marked(tokenizer, TOOLS, TOOL_MESSAGES)
+
+
 def test_prompts_and_completions_that_are_messages(tokenizer):
     """Only the completion is learnt, also where the prompt shows earlier answers."""
     tokenizer.chat_template = CHATML
