@@ -64,6 +64,7 @@ class LMTrainer(EvaluatingTrainer):
         warmup = self.args.throughput_warmup_steps
         self.throughput = Throughput(warmup, self._synchronise, self.args.context_parallel_size)
         self._window, self._batches = (0, 0, 0), 1  # of an optimizer step: tokens, positions, ...; batches
+        self._ranks: torch.Tensor | float = 1  # over whose label tokens its loss is a mean
         self._lengths = self._uncompiled = tuple[int, ...]()  # that batches are padded to
         self.results: dict[str, float] = {}  # of the whole run, see :func:`gaudi_lm.training.outputs.report`
         self.device_metrics = DeviceMetrics(warmup)
@@ -129,8 +130,11 @@ class LMTrainer(EvaluatingTrainer):
         counts = [count_tokens(batch) for batch in batches]
         self._window = tuple(sum(column) for column in zip(*counts, strict=True))
         items = torch.tensor(labels, device=device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            items = self.accelerator.gather(items).sum()
+        if self.args.world_size > 1:
+            together, of_ranks = self.args.average_tokens_across_devices, self.accelerator.gather(items)
+            items = of_ranks.sum() if together else items
+            # A rank whose rows only complete the step has no mean of its own, which would count as 0.
+            self._ranks = len(of_ranks) / (1 if together else (of_ranks > 0).sum().clamp(min=1))
         if self._uncompiled:
             compile_lengths(self, self._uncompiled, batches[0], items)
             self._uncompiled = ()
@@ -143,17 +147,16 @@ class LMTrainer(EvaluatingTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # A mean over the batch, so that what wrappers add to it (AdaLoRA) gets the batch's share of the step too.
         # Gradients are averaged over ranks, while label tokens are of all ranks.
-        ranks = self.args.world_size if self.args.average_tokens_across_devices else 1
         if self.compute_loss_func is not None:
             labels = inputs.pop("labels")
             outputs = model(**inputs)
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-            loss = loss / self._batches if self._has_mean_loss else loss * ranks
+            loss = loss / self._batches if self._has_mean_loss else loss * self._ranks
             return (loss, outputs) if return_outputs else loss
         outputs = model(**inputs)
         loss = outputs["loss"]
         if num_items_in_batch is not None:
-            share = ranks / num_items_in_batch.clamp(min=1)
+            share = self._ranks / num_items_in_batch.clamp(min=1)
             loss = loss * (outputs["count"] * share)
             self.training_loss.add(loss.detach(), outputs, share)
         return (loss, outputs) if return_outputs else loss

@@ -283,10 +283,15 @@ def test_ranks(assets, tmp_path):
     base += ["--per_device_train_batch_size", 1, "--save_strategy", "no", "--save_last_ckpt", False]
     plain = run_ranks(2, "run_lora_clm.py", *base, "--output_dir", tmp_path / "plain")
     assert " INFO " not in plain[1].stderr
-    apart = ["--average_tokens_across_devices", False, "--log_level_replica", "info"]
-    apart = run_ranks(2, "run_lora_clm.py", *base, "--output_dir", tmp_path / "apart", *apart)
+    apart_flags = ["--average_tokens_across_devices", False, "--log_level_replica", "info"]
+    apart = run_ranks(2, "run_lora_clm.py", *base, "--output_dir", tmp_path / "apart", *apart_flags)
     assert " INFO " in apart[1].stderr
     assert losses(tmp_path / "plain") != pytest.approx(losses(tmp_path / "apart"), rel=1e-5)
+    # A rank whose rows only complete the step has no mean, which would count as 0.
+    base += ["--max_train_samples", 2, "--max_steps", 2, "--per_device_train_batch_size", 2]
+    run_ranks(2, "run_lora_clm.py", *base, "--output_dir", tmp_path / "all")
+    run_ranks(2, "run_lora_clm.py", *base, "--output_dir", tmp_path / "own", *apart_flags)
+    assert losses(tmp_path / "own") == pytest.approx(losses(tmp_path / "all"), rel=1e-5)
 
 
 @flags_shown(
