@@ -8,15 +8,22 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.modeling_utils import _get_tied_weight_keys
 from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
 
+from gaudi_lm.data.masked_token_budget import IGNORE_INDEX
 from gaudi_lm.errors import UserError
+
+if TYPE_CHECKING:
+    from gaudi_lm.training.trainer import LMTrainer
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -128,3 +135,22 @@ def is_mean(compute_loss: Callable) -> bool:
         return False  # it passes on what it gets
     read = (step.argval for step in dis.get_instructions(function) if step.opname.startswith("LOAD"))
     return not any("num_items_in_batch" in (names if isinstance(names, tuple) else (names,)) for names in read)
+
+
+def share_of_step(mean: Tensor, labels: Tensor, trainer: LMTrainer) -> Tensor:
+    """What the mean of a batch adds to the loss of its step, which is the mean of the batches that have labels.
+
+    A batch whose rows only complete the step has none, and the mean of nothing may be NaN.
+    """
+    has_labels = (labels[:, int(trainer.causal) :] != IGNORE_INDEX).any()
+    return torch.where(has_labels, mean / trainer.batches_with_labels, 0.0)
+
+
+def mean_in_step(compute_loss: Callable, trainer: LMTrainer) -> Callable:
+    """A ``compute_loss`` that returns the mean of its batch, as :func:`share_of_step`."""
+
+    def share(model, inputs, *args, **kwargs) -> Tensor:
+        labels = inputs["labels"]  # which compute_loss may take out
+        return share_of_step(compute_loss(model, inputs, *args, **kwargs), labels, trainer)
+
+    return share

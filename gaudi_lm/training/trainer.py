@@ -25,7 +25,7 @@ from gaudi_lm.modeling.adalora import RankReduction
 from gaudi_lm.modeling.attention import check_model
 from gaudi_lm.modeling.loss import install_token_loss
 from gaudi_lm.modeling.patches import average_gradients, complete_generation_config, repair_gradient_checkpointing
-from gaudi_lm.training.custom_parts import check_budget, check_parts, check_shared_weights, is_mean
+from gaudi_lm.training import custom_parts
 from gaudi_lm.training.device_metrics import DeviceMetrics
 from gaudi_lm.training.dry_run import dry_run
 from gaudi_lm.training.evaluation import EvaluatingTrainer
@@ -63,8 +63,9 @@ class LMTrainer(EvaluatingTrainer):
         self.model_accepts_loss_kwargs = True
         warmup = self.args.throughput_warmup_steps
         self.throughput = Throughput(warmup, self._synchronise, self.args.context_parallel_size)
-        self._window, self._batches = (0, 0, 0), 1  # of an optimizer step: tokens, positions, ...; batches
+        self._window = (0, 0, 0)  # of an optimizer step: rows, tokens and positions of this rank
         self._ranks: torch.Tensor | float = 1  # over whose label tokens its loss is a mean
+        self.batches_with_labels: torch.Tensor | float = 1  # of a rank, on average, that have labels
         self._lengths = self._uncompiled = tuple[int, ...]()  # that batches are padded to
         self.results: dict[str, float] = {}  # of the whole run, see :func:`gaudi_lm.training.outputs.report`
         self.device_metrics = DeviceMetrics(warmup)
@@ -80,13 +81,12 @@ class LMTrainer(EvaluatingTrainer):
             self.add_callback(callback)
         average_gradients(self.accelerator)
         self.trackers = Trackers(self)
-        self._has_mean_loss = self.compute_loss_func is not None and is_mean(self.compute_loss_func)
+        self._has_mean_loss = self.compute_loss_func is not None and custom_parts.is_mean(self.compute_loss_func)
         compute_loss = type(self).compute_loss
         self._has_own_loss = compute_loss is not LMTrainer.compute_loss
-        if self._has_own_loss and is_mean(compute_loss):
+        if self._has_own_loss and custom_parts.is_mean(compute_loss):
             # As in transformers' Trainer; that of optimum-habana would add up the means of a step's batches.
-            mean = partial(compute_loss, self)
-            self.compute_loss = lambda *args, **kwargs: mean(*args, **kwargs) / self._batches  # type: ignore
+            self.compute_loss = custom_parts.mean_in_step(partial(compute_loss, self), self)  # type: ignore
 
     def _synchronise(self) -> None:
         if self.args.device.type == "hpu":
@@ -121,20 +121,20 @@ class LMTrainer(EvaluatingTrainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
-        self._batches = len(batches)
         # The batches are still in host memory: counting them waits for nothing.
         if any(batch.get("labels") is None for batch in batches):
             raise UserError("the collator makes no labels: a masked language model cannot be trained without")
-        first = 1 if self.causal else 0  # no token predicts the first one
-        labels = sum(int((batch["labels"][:, first:] != -100).sum()) for batch in batches)
+        # No token predicts the first one.
+        labels = [int((batch["labels"][:, int(self.causal) :] != -100).sum()) for batch in batches]
         counts = [count_tokens(batch) for batch in batches]
         self._window = tuple(sum(column) for column in zip(*counts, strict=True))
-        items = torch.tensor(labels, device=device)
-        if self.args.world_size > 1:
-            together, of_ranks = self.args.average_tokens_across_devices, self.accelerator.gather(items)
-            items = of_ranks.sum() if together else items
-            # A rank whose rows only complete the step has no mean of its own, which would count as 0.
-            self._ranks = len(of_ranks) / (1 if together else (of_ranks > 0).sum().clamp(min=1))
+        own = torch.tensor([[sum(labels), sum(map(bool, labels))]], device=device)
+        tokens, filled = (self.accelerator.gather(own) if self.args.world_size > 1 else own).unbind(1)
+        together = self.args.average_tokens_across_devices
+        items = tokens.sum() if together else own[0, 0]
+        # Rows that only complete a step have no mean of their own, which would count as 0.
+        self._ranks = len(tokens) / (1 if together else (tokens > 0).sum().clamp(min=1))
+        self.batches_with_labels = filled.sum().clamp(min=1) / len(filled)
         if self._uncompiled:
             compile_lengths(self, self._uncompiled, batches[0], items)
             self._uncompiled = ()
@@ -151,7 +151,7 @@ class LMTrainer(EvaluatingTrainer):
             labels = inputs.pop("labels")
             outputs = model(**inputs)
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-            loss = loss / self._batches if self._has_mean_loss else loss * self._ranks
+            loss = custom_parts.share_of_step(loss, labels, self) if self._has_mean_loss else loss * self._ranks
             return (loss, outputs) if return_outputs else loss
         outputs = model(**inputs)
         loss = outputs["loss"]
@@ -261,8 +261,8 @@ def build_trainer(
         trainer_class: a subclass of :class:`LMTrainer`.
         loss_options: passed to :func:`gaudi_lm.modeling.loss.install_token_loss`.
     """
-    check_parts(trainer_class, LMTrainer, loss_func, training_args, train_dataset, eval_dataset)
-    check_budget(loss_options.get("max_predictions_per_seq"), collator, evaluation_collator or collator)
+    custom_parts.check_parts(trainer_class, LMTrainer, loss_func, training_args, train_dataset, eval_dataset)
+    custom_parts.check_budget(loss_options.get("max_predictions_per_seq"), collator, evaluation_collator or collator)
     if training_args.gradient_checkpointing and training_args.device.type == "hpu":
         repair_gradient_checkpointing(model)
     if loss_func is None:
@@ -278,7 +278,7 @@ def build_trainer(
     if compute_metrics is None:
         given = METRICS if loss_func is None else ("loss",)
         check_best_metric(training_args.metric_for_best_model, eval_dataset, given)
-    check_shared_weights(model, training_args)
+    custom_parts.check_shared_weights(model, training_args)
     check_prompts(training_args, objective == "causal", model.config, tokenizer)
     choose_layers(model, training_args)
     trainer = trainer_class(

@@ -110,6 +110,13 @@ def test_a_loss_that_is_a_mean(assets, tmp_path):
         assert results(tmp_path / name)["eval_loss"] == pytest.approx(
             results(tmp_path / "plain")["eval_loss"], rel=1e-4
         )
+    # Ten rows: of the second step's batches, the first one alone has rows of its own.
+    few = ["--do_train", "--max_train_samples", 10, "--num_train_epochs", 2]
+    run("run_clm.py", *scratch(assets, tmp_path / "few", *few))
+    for batch, accumulation in ((4, 1), (2, 2)):
+        more = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
+        run_ranks(2, script, *scratch(assets, tmp_path / f"few{batch}", *few), *more)
+        assert losses(tmp_path / f"few{batch}") == pytest.approx(losses(tmp_path / "few"), rel=1e-4)
 
 
 def test_parts_that_return_or_take_something_else(tmp_path):
