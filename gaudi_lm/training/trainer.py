@@ -63,7 +63,7 @@ class LMTrainer(EvaluatingTrainer):
         self.model_accepts_loss_kwargs = True
         warmup = self.args.throughput_warmup_steps
         self.throughput = Throughput(warmup, self._synchronise, self.args.context_parallel_size)
-        self._window = (0, 0, 0)  # of an optimizer step: rows, tokens and positions of this rank
+        self._window: tuple[int, ...] = (0, 0, 0)  # of an optimizer step: rows, tokens and positions of this rank
         self._ranks: torch.Tensor | float = 1  # over whose label tokens its loss is a mean
         self.batches_with_labels: torch.Tensor | float = 1  # of a rank, on average, that have labels
         self._lengths = self._uncompiled = tuple[int, ...]()  # that batches are padded to
@@ -126,15 +126,17 @@ class LMTrainer(EvaluatingTrainer):
             raise UserError("the collator makes no labels: a masked language model cannot be trained without")
         # No token predicts the first one.
         labels = [int((batch["labels"][:, int(self.causal) :] != -100).sum()) for batch in batches]
-        counts = [count_tokens(batch) for batch in batches]
-        self._window = tuple(sum(column) for column in zip(*counts, strict=True))
-        own = torch.tensor([[sum(labels), sum(map(bool, labels))]], device=device)
-        tokens, filled = (self.accelerator.gather(own) if self.args.world_size > 1 else own).unbind(1)
-        together = self.args.average_tokens_across_devices
-        items = tokens.sum() if together else own[0, 0]
-        # Rows that only complete a step have no mean of their own, which would count as 0.
-        self._ranks = len(tokens) / (1 if together else (tokens > 0).sum().clamp(min=1))
-        self.batches_with_labels = filled.sum().clamp(min=1) / len(filled)
+        self._window = tuple(map(sum, zip(*map(count_tokens, batches), strict=True)))
+        tokens, filled = sum(labels), sum(map(bool, labels))
+        items, self.batches_with_labels = torch.tensor(tokens, device=device), max(filled, 1)
+        if (ranks := self.args.world_size) > 1:
+            of_ranks = self.accelerator.gather(torch.tensor([[tokens, filled]], device=device))
+            total, with_labels = of_ranks.sum(0)
+            self.batches_with_labels = with_labels.clamp(min=1) / ranks
+            # Rows that only complete a step have no mean of their own, which would count as 0.
+            means = ranks / (of_ranks[:, 0] > 0).sum().clamp(min=1)
+            together = self.args.average_tokens_across_devices
+            items, self._ranks = (total, ranks) if together else (items, means)
         if self._uncompiled:
             compile_lengths(self, self._uncompiled, batches[0], items)
             self._uncompiled = ()
@@ -223,8 +225,7 @@ class LMTrainer(EvaluatingTrainer):
         """Nothing: :class:`gaudi_lm.training.resumed_state.Resumption` has said what counts."""
 
     def _issue_warnings_after_load(self, load_result):
-        # Checkpoints leave out tied weights; a model that ties them misses nothing.
-        tied = set(self.model._tied_weights_keys or ()) if hasattr(self.model, "_tied_weights_keys") else set()
+        tied = getattr(self.model, "_tied_weights_keys", None) or ()  # which checkpoints leave out
         load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
         super()._issue_warnings_after_load(load_result)
 
