@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns all metrics."""
     # Arguments
     model_args, data_args, script_args, training_args = parse(argv, *ARGUMENTS)
-    data_args.check(training_args.max_steps)
+    data_args.check(training_args.max_steps, do_train=training_args.do_train)
 
     # Set-up
     logger = set_up(training_args)

@@ -98,11 +98,11 @@ class LoraDataArguments(DataArguments):
         default=False, metadata={"help": "Pack several examples into a row of --max_seq_length, each kept apart."}
     )
 
-    def check(self, max_steps: int, allow_no_split: bool = True) -> None:
+    def check(self, max_steps: int, allow_no_split: bool = True, do_train: bool = True) -> None:
         """Refuse what cannot work, by the flag's name."""
-        super().check(max_steps, allow_no_split)
         if self.streaming:
             raise UserError("--streaming: run_lora_clm.py prepares all examples first; leave the flag out")
+        super().check(max_steps, allow_no_split, do_train)
         for left, right in (("sql_prompt", "chat_prompt"), ("dataset_concatenation", "pack_sequences")):
             if getattr(self, left) and getattr(self, right):
                 raise UserError(f"--{left} and --{right} exclude each other")

@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns all metrics."""
     # Arguments
     model_args, data_args, script_args, training_args = parse(argv, *ARGUMENTS)
-    data_args.check(training_args.max_steps)
+    data_args.check(training_args.max_steps, do_train=training_args.do_train)
     script_args.check(data_args.streaming)
 
     # Set-up

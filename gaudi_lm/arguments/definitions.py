@@ -124,7 +124,7 @@ class DataArguments:
         files = (Path(file).name for file in (self.train_file, self.validation_file) if file)
         return ", ".join(filter(None, (hub, *files)))
 
-    def check(self, max_steps: int, allow_no_split: bool = False) -> None:
+    def check(self, max_steps: int, allow_no_split: bool = False, do_train: bool = True) -> None:
         """Refuse what cannot work, by the flag's name.
 
         Raises:
@@ -139,7 +139,7 @@ class DataArguments:
         low = 0 if allow_no_split else 1
         if not low <= self.validation_split_percentage <= 99:
             raise UserError(f"--validation_split_percentage {self.validation_split_percentage} is outside {low}-99")
-        if self.streaming and max_steps <= 0:
+        if self.streaming and do_train and max_steps <= 0:
             raise UserError("--streaming needs --max_steps: the length of a stream is not known in advance")
 
 

@@ -167,6 +167,11 @@ def test_streaming_with_a_split(assets, tmp_path):
     run("run_clm.py", *flags, "--max_eval_samples", 5)
     assert len(losses(output)) == 30
     assert results(output)["eval_samples"] == 5
+    at = flags.index("--max_steps")
+    del flags[at : at + 2]
+    flags.remove("--do_train")
+    run("run_clm.py", *flags, "--max_eval_samples", 4, "--overwrite_output_dir")
+    assert results(output)["eval_samples"] == 4
 
 
 @pytest.mark.slow
