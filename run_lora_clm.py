@@ -116,7 +116,7 @@ from transformers import AutoModelForCausalLM
 from gaudi_lm.data.instructions import collate_examples, tokenise_examples
 from gaudi_lm.data.loading import load_raw
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
-from gaudi_lm.data.prompts import check_tokenizer, find_format
+from gaudi_lm.data.prompts import check_tokenizer, find_format, log_formats
 from gaudi_lm.data.ragged import padded_lengths
 from gaudi_lm.modeling.adapters import adapter_config, add_adapter, load_adapter
 from gaudi_lm.modeling.loading import length_limit, load_config, load_model, load_tokenizer
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )
         for split, examples in raw.items()
     }  # fmt: skip
-    logger.info("examples: %s", "; ".join(dict.fromkeys(map(str, formats.values()))))
+    log_formats(formats.values())
 
     # Tokenizer and model
     config = load_config(model_args)

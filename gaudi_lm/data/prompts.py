@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +36,12 @@ class ExampleFormat:
         columns: the column of each part: ``instruction``, ``input`` and ``output``; or ``messages``, or ``prompt`` and
             ``completion``, which are lists of messages, and perhaps ``tools``; or ``text``. What goes through a chat
             template may have ``system`` too.
+        unused: a column for the system, which only a chat template has a place for; empty where there is none.
     """
 
     style: str
     columns: dict[str, str]
+    unused: str = ""
 
     def __str__(self) -> str:
         return f"{self.style} ({', '.join(f'{part} from {column!r}' for part, column in self.columns.items())})"
@@ -84,6 +87,7 @@ def find_format(
             missing = {"instruction": "question", "input": "context", "output": "answer"}
             found = dict(missing)
         given = {"instruction": instruction, "input": input, "output": output}
+        unused = ""
         columns = {part: given[part] or found[part] or missing[part] for part in usual}
         if not sql_prompt and columns["input"] not in there and not input:
             del columns["input"]
@@ -91,8 +95,10 @@ def find_format(
             if chat_prompt:
                 columns["system"] = system
             else:
-                logger.warning("column %r is left out: only --chat_prompt has a place for it", system)
-        example_format = ExampleFormat("sql" if sql_prompt else "chat" if chat_prompt else "instruction", columns)
+                unused = system
+        example_format = ExampleFormat(
+            "sql" if sql_prompt else "chat" if chat_prompt else "instruction", columns, unused
+        )
     for part, column in example_format.columns.items():
         if part == "system":
             _check_text(dataset, column, "column")
@@ -101,6 +107,14 @@ def find_format(
             raise UserError(f"--{part}_column_name {column}: no such column; there are {', '.join(there)}")
         _check_text(dataset, column, f"--{part}_column_name")
     return example_format
+
+
+def log_formats(formats: Iterable[ExampleFormat]) -> None:
+    """Say how the examples of the splits are read, each thing once."""
+    formats = list(formats)
+    logger.info("examples: %s", "; ".join(dict.fromkeys(map(str, formats))))
+    for column in dict.fromkeys(example_format.unused for example_format in formats if example_format.unused):
+        logger.warning("column %r is left out: only --chat_prompt has a place for it", column)
 
 
 def _system_column(there: list[str]) -> str | None:

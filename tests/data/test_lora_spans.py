@@ -18,7 +18,7 @@ from gaudi_lm.data.instructions import (
     show_targets,
 )
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
-from gaudi_lm.data.prompts import find_format
+from gaudi_lm.data.prompts import find_format, log_formats
 from gaudi_lm.errors import UserError
 
 CHAT = "<bos> {% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {{ eos_token }} {% endfor %}" + (
@@ -210,7 +210,9 @@ def test_a_column_for_the_system(column, caplog):
     found = spans(make_tokenizer(), rows, chat_prompt=True)
     assert found == [one.replace("<bos>", "<bos> <system> h <eos>"), one, one] and not caplog.records
     assert spans(make_tokenizer(), rows) == spans(make_tokenizer(), ALPACA[:1] * 3)
-    assert f"column '{column}' is left out" in caplog.text
+    log_formats(find_format(Dataset.from_list(rows)) for _ in range(2))
+    (said,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert said == f"column '{column}' is left out: only --chat_prompt has a place for it"
     with pytest.raises(UserError, match=f"column {column}, row 1: a list, not text"):
         spans(make_tokenizer(), [{**ALPACA[0], column: ["h"]}], chat_prompt=True)
 
