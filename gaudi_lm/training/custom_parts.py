@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -127,6 +128,28 @@ def own_figures(compute_metrics: Callable, predictions, labels) -> dict[str, flo
     return denumpify_detensorize(figures)
 
 
+def returning_loss(compute_loss: Callable, name: str) -> Callable:
+    """A ``compute_loss`` or ``loss_func`` of one's own that raises a UserError where it returns no loss.
+
+    Args:
+        name: for the message.
+    """
+
+    @functools.wraps(compute_loss)
+    def compute(*args, **kwargs) -> Any:
+        found = compute_loss(*args, **kwargs)
+        loss = found[0] if isinstance(found, tuple) else found  # with the outputs, where these are asked for
+        if not isinstance(loss, Tensor):
+            raise UserError(f"{name} returns a loss, a tensor of one number, not {loss!r:.80}")
+        if loss.numel() != 1:
+            raise UserError(f"{name} returns a loss, a tensor of one number, not one of shape {tuple(loss.shape)}")
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise UserError(f"{name} returns a loss that no weight has a gradient of: it is detached from the outputs")
+        return found
+
+    return compute
+
+
 def is_mean(compute_loss: Callable) -> bool:
     """Whether a trainer's ``compute_loss``, or a ``loss_func``, leaves its ``num_items_in_batch`` alone: then its loss
     is a batch's own."""
@@ -146,11 +169,16 @@ def share_of_step(mean: Tensor, labels: Tensor, trainer: LMTrainer) -> Tensor:
     return torch.where(has_labels, mean / trainer.batches_with_labels, 0.0)
 
 
-def mean_in_step(compute_loss: Callable, trainer: LMTrainer) -> Callable:
-    """A ``compute_loss`` that returns the mean of its batch, as :func:`share_of_step`."""
+def own_compute_loss(trainer: LMTrainer) -> Callable:
+    """The ``compute_loss`` of a trainer class of one's own, checked; one that returns the mean of its batch as
+    :func:`share_of_step`. So does transformers' Trainer; that of optimum-habana would add up a step's means."""
+    compute_loss = type(trainer).compute_loss
+    checked = returning_loss(functools.partial(compute_loss, trainer), f"{type(trainer).__name__}.compute_loss")
+    mean = is_mean(compute_loss)
 
-    def share(model, inputs, *args, **kwargs) -> Tensor:
+    def compute(model, inputs, *args, **kwargs):
         labels = inputs["labels"]  # which compute_loss may take out
-        return share_of_step(compute_loss(model, inputs, *args, **kwargs), labels, trainer)
+        found = checked(model, inputs, *args, **kwargs)
+        return share_of_step(found, labels, trainer) if mean and isinstance(found, Tensor) else found
 
-    return share
+    return compute

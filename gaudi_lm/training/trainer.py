@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Literal
 
 import torch
@@ -82,11 +81,9 @@ class LMTrainer(EvaluatingTrainer):
         average_gradients(self.accelerator)
         self.trackers = Trackers(self)
         self._has_mean_loss = self.compute_loss_func is not None and custom_parts.is_mean(self.compute_loss_func)
-        compute_loss = type(self).compute_loss
-        self._has_own_loss = compute_loss is not LMTrainer.compute_loss
-        if self._has_own_loss and custom_parts.is_mean(compute_loss):
-            # As in transformers' Trainer; that of optimum-habana would add up the means of a step's batches.
-            self.compute_loss = custom_parts.mean_in_step(partial(compute_loss, self), self)  # type: ignore
+        self._has_own_loss = type(self).compute_loss is not LMTrainer.compute_loss
+        if self._has_own_loss:
+            self.compute_loss = custom_parts.own_compute_loss(self)  # type: ignore
 
     def _synchronise(self) -> None:
         if self.args.device.type == "hpu":
@@ -293,7 +290,7 @@ def build_trainer(
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         callbacks=callbacks,
-        compute_loss_func=loss_func,
+        compute_loss_func=loss_func and custom_parts.returning_loss(loss_func, "loss_func"),
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=preprocess_logits_for_metrics,
     )

@@ -5,6 +5,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 from documentation import REPOSITORY
 from optimum.habana.transformers.trainer import GaudiTrainer
@@ -14,7 +15,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.errors import UserError
-from gaudi_lm.training.custom_parts import NEVER_CALLED, check_budget, own_figures
+from gaudi_lm.training.custom_parts import NEVER_CALLED, check_budget, own_figures, returning_loss
 from gaudi_lm.training.trainer import LMTrainer, build_trainer
 
 from documentation import code_blocks  # isort: skip
@@ -125,6 +126,12 @@ def test_parts_that_return_or_take_something_else(tmp_path):
         build_trainer(None, "causal", args, None, None, loss_func=lambda outputs, labels: None)
     with pytest.raises(UserError, match="^compute_metrics returns a dict of figures by name, not None$"):
         own_figures(lambda prediction: None, None, None)
+    weight = torch.ones(2, requires_grad=True)
+    for loss, words in ((None, "not None$"), (weight, r"shape \(2,\)$"), (weight.sum().detach(), "detached")):
+        with pytest.raises(UserError, match=f"^loss_func returns a loss.*{words}"):
+            returning_loss(lambda outputs, labels, num_items_in_batch, loss=loss: loss, "loss_func")(1, 2, 3)
+    with torch.no_grad():
+        assert returning_loss(lambda outputs: outputs, "loss_func")(weight.sum()) == 2
     with pytest.raises(UserError, match="^rows have the columns tokens: the tokens are to be in input_ids$"):
         load_script("run_clm").collate_blocks([{"tokens": [1]}])
 
