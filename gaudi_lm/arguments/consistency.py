@@ -108,6 +108,9 @@ def check_together(args) -> None:
 def _check_scheduler(args) -> None:
     kwargs = read_mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs, is_file=False) or {}
     name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    for stage in ("num_decay_steps", "num_stable_steps"):
+        if stage in kwargs and not (type(kwargs[stage]) is int and kwargs[stage] >= 0):
+            raise UserError(f"--lr_scheduler_kwargs {json.dumps(kwargs)}: {stage} is a whole number of steps")
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=args.learning_rate)
     try:
@@ -122,6 +125,25 @@ def _check_scheduler(args) -> None:
         raise UserError(
             f"--lr_scheduler_kwargs {json.dumps(kwargs)} with --lr_scheduler_type {name}: {reason}"
         ) from error
+
+
+def odd_stages(args, steps: int) -> str | None:
+    """What to say of a schedule in stages whose steps are not those of the run; None where they are.
+
+    Args:
+        args: :class:`gaudi_lm.arguments.definitions.LMTrainingArguments`.
+        steps: optimizer steps of the run.
+    """
+    if args.lr_scheduler_type != "warmup_stable_decay":
+        return None
+    warmup, decay = args.get_warmup_steps(steps), args.lr_scheduler_kwargs["num_decay_steps"]
+    stable = args.lr_scheduler_kwargs.get("num_stable_steps", max(0, steps - warmup - decay))
+    if warmup + stable + decay == steps:
+        return None
+    return (
+        f"--lr_scheduler_type warmup_stable_decay is odd: {warmup} steps of warm-up, {stable} stable ones and {decay} "
+        f"of decay (num_decay_steps) are {warmup + stable + decay}, and the run has {steps}"
+    )
 
 
 def _check_accelerator(config: dict) -> None:

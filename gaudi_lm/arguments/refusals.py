@@ -106,6 +106,7 @@ UNUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "eval_delay": ("eval_strategy", ("no",)),
     "eval_steps": ("eval_strategy", ("no", "epoch")),
     "logging_steps": ("logging_strategy", ("no", "epoch")),
+    "lr_scheduler_kwargs": ("lr_scheduler_type", ("constant", "constant_with_warmup", "inverse_sqrt")),
     "save_steps": ("save_strategy", ("no", "epoch", "best")),
     "save_total_limit": ("save_strategy", ("no",)),
     "warmup_ratio": ("lr_scheduler_type", ("constant", "reduce_lr_on_plateau")),

@@ -12,6 +12,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
+from gaudi_lm.arguments.consistency import odd_stages
+
 logger = logging.getLogger("gaudi_lm")
 
 EVERY = 30.0  # seconds between two lines about an evaluation, where there is no bar
@@ -24,6 +26,10 @@ class StepClock(TrainerCallback):
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if odd := odd_stages(args, state.max_steps):  # how many steps there are is known by now
+            logger.warning(odd)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.throughput.end_step(*self.trainer._window)

@@ -10,8 +10,11 @@ import pytest
 from running import ROOT, run_many
 
 from gaudi_lm.arguments import consistency
+from gaudi_lm.arguments.consistency import odd_stages
 from gaudi_lm.arguments.deepspeed_configs import check_deepspeed_config
+from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.arguments.ranges import RANGES, check_ranges
+from gaudi_lm.arguments.refusals import check_flags
 from gaudi_lm.errors import UserError
 
 # For every numeric flag some values outside of its range, and some within.
@@ -69,6 +72,29 @@ def test_defaults_and_shares_are_no_cause_for_a_word(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("steps", "kwargs", "words"),
+    [
+        (10, {"num_decay_steps": 8}, None),
+        (9, {"num_decay_steps": 8}, "2 steps of warm-up, 0 stable ones and 8 of decay (num_decay_steps) are 10, and"),
+        (10, {"num_decay_steps": 2, "num_stable_steps": 6}, None),
+        (11, {"num_decay_steps": 2, "num_stable_steps": 6}, "and the run has 11"),
+    ],
+)
+def test_a_schedule_in_stages_that_are_not_the_run_is_odd(steps, kwargs, words, tmp_path):
+    flags = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": json.dumps(kwargs), "warmup_steps": 2}
+    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True, **flags)
+    said = odd_stages(args, steps)
+    assert said is None if words is None else words in said
+    assert odd_stages(LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True), steps) is None
+
+
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "inverse_sqrt"])
+def test_a_schedule_without_settings(name, capsys):
+    check_flags({"lr_scheduler_type": name, "lr_scheduler_kwargs": '{"timescale": 9}'}, {"lr_scheduler_kwargs": {}})
+    assert f"--lr_scheduler_kwargs changes nothing: --lr_scheduler_type is {name}" in capsys.readouterr().err
+
+
 # By the words that the line must have.
 REFUSED = {
     "--optim nonsense": ["--optim nonsense", "unknown", "sgd"],
@@ -91,6 +117,7 @@ REFUSED = {
     '--lr_scheduler_kwargs {"foo":1}': ["--lr_scheduler_kwargs", "foo", "linear"],
     '--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {"min_lr":"x"}': ["--lr_scheduler_kwargs", "min_lr"],
     "--lr_scheduler_type warmup_stable_decay": ["--lr_scheduler_kwargs", "num_decay_steps"],
+    '--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {"num_decay_steps":0.1}': ["num_decay_steps is"],
     "--lr_scheduler_kwargs text": ["--lr_scheduler_kwargs text", "JSON"],
     "--lr_scheduler_kwargs {": ["--lr_scheduler_kwargs", "not valid JSON"],
     "--lr_scheduler_type reduce_lr_on_plateau": ["reduce_lr_on_plateau", "--eval_strategy"],
