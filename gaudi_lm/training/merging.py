@@ -23,6 +23,12 @@ from gaudi_lm.training.trainer import LMTrainer
 
 logger = logging.getLogger("gaudi_lm")
 
+# Settings of peft's own adapters that no weights of the model can hold.
+UNMERGEABLE = {
+    "alora_invocation_tokens": "it changes only what follows these tokens, which no weight can hold",
+    "layer_replication": "its layers share weights, which the merged model would not",
+}
+
 
 def check_base_model(model_args, peft_type: str, training_args: LMTrainingArguments) -> None:
     """Before anything is trained: whether there is a model, and the adapter can be merged into it.
@@ -70,6 +76,9 @@ def check_base_model(model_args, peft_type: str, training_args: LMTrainingArgume
         raise UserError(f"--merge_adapter: {kind} adds tokens before each text, which no weight can hold")
     if kind in ("llama-adapter", "adaption_prompt"):
         raise UserError("--merge_adapter: a llama-adapter is a part of attention, which no weight can hold")
+    for setting, reason in UNMERGEABLE.items():
+        if getattr(saved, setting, None):
+            raise UserError(f"--merge_adapter: --adapter_name_or_path {name} has {setting}: {reason}")
 
 
 def save_merged(trainer: LMTrainer) -> None:
@@ -96,7 +105,12 @@ def _write_merged(adapted: PeftModel, folder: Path) -> None:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")  # peft's, of what is done here
-        adapted.merge_adapter()
+        try:
+            adapted.merge_adapter()
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            raise UserError(
+                f"--merge_adapter: peft cannot merge this adapter ({str(error).splitlines()[0]})"
+            ) from error
     weights = _without_adapter(model, adapted.active_adapter)
     came_apart = [names for names in tied if names <= weights.keys() and not _tie(weights, names)]
     configs = (model.config, model.config.get_text_config(decoder=True)) if came_apart else ()

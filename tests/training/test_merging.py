@@ -1,6 +1,7 @@
 """Adapters on embeddings, on a tied head, and beside layers that are trained whole, merged into the model."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,9 @@ from peft import LNTuningConfig, LoraConfig, get_peft_model
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from gaudi_lm.training.merging import save_merged
+from gaudi_lm.arguments.definitions import LMTrainingArguments
+from gaudi_lm.errors import UserError
+from gaudi_lm.training.merging import check_base_model, save_merged
 
 ATTENTION = ["q_proj", "v_proj"]
 ADAPTERS = {
@@ -26,6 +29,15 @@ ADAPTERS = {
 STAYS_TIED = {"whole norms", "tokens"}
 
 
+def trainer_of(adapted, folder: Path) -> SimpleNamespace:
+    """What `save_merged` asks of a trainer."""
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    return SimpleNamespace(
+        files_at_top=lambda: nullcontext(folder), whole_model=lambda: nullcontext(adapted),
+        is_world_process_zero=lambda: True, processing_class=tokenizer, args=SimpleNamespace(output_dir=folder),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_the_merged_model_computes_what_the_adapter_does(tmp_path, kind, tied):
@@ -39,12 +51,7 @@ def test_the_merged_model_computes_what_the_adapter_does(tmp_path, kind, tied):
                 weight += 0.1 * torch.randn_like(weight)
         expected = adapted(tokens).logits
     pointers = {weight.data_ptr() for weight in adapted.parameters()}
-    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
-    trainer = SimpleNamespace(
-        files_at_top=lambda: nullcontext(tmp_path), whole_model=lambda: nullcontext(adapted),
-        is_world_process_zero=lambda: True, processing_class=tokenizer, args=SimpleNamespace(output_dir=tmp_path),
-    )  # fmt: skip
-    save_merged(trainer)
+    save_merged(trainer_of(adapted, tmp_path))
 
     merged, found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(found.values())
@@ -55,3 +62,18 @@ def test_the_merged_model_computes_what_the_adapter_does(tmp_path, kind, tied):
     assert adapted.get_base_model().config.tie_word_embeddings == tied
     if tied:
         assert len(pointers) == len({weight.data_ptr() for weight in adapted.parameters()})
+
+
+@pytest.mark.parametrize("setting", [{"alora_invocation_tokens": [3, 4]}, {"layer_replication": [[0, 2], [1, 2]]}])
+def test_what_no_weights_can_hold_is_refused_before_training(setting, tmp_path):
+    LoraConfig(target_modules=ATTENTION, task_type="CAUSAL_LM", **setting).save_pretrained(tmp_path)
+    flags = {"model_name_or_path": "a", "adapter_name_or_path": str(tmp_path), "merge_adapter": True}
+    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True)
+    with pytest.raises(UserError, match=f"^--merge_adapter: --adapter_name_or_path .* has {next(iter(setting))}: "):
+        check_base_model(SimpleNamespace(**flags, load_meta_device=False), "lora", args)
+
+
+def test_an_adapter_that_peft_cannot_merge_is_one_line(tmp_path):
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=ATTENTION, lora_bias=True))
+    with pytest.raises(UserError, match="^--merge_adapter: peft cannot merge this adapter .*no bias"):
+        save_merged(trainer_of(adapted, tmp_path))
