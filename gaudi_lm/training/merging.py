@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -165,7 +166,17 @@ def _tie(weights: dict[str, torch.Tensor], names: set[str]) -> bool:
 
 
 def _name_in_model(name: str) -> str:
-    return plain_name(name).replace(".token_adapter.", ".").replace(".base_layer.", ".")
+    # Of a module several weights of which are adapted (`target_parameters`), each is wrapped in one more layer.
+    return re.sub(r"(\.base_layer)+\.", ".", plain_name(name).replace(".token_adapter.", "."))
+
+
+def _is_of_model(name: str, adapted: set[str]) -> bool:
+    """Whether a weight is the model's: what an adapted layer has beside its base layer is the adapter's."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if ".".join(parts[:end]) in adapted:
+            return parts[end] == "base_layer"
+    return True
 
 
 def _without_adapter(model: PreTrainedModel, adapter: str) -> dict[str, torch.Tensor]:
@@ -173,7 +184,7 @@ def _without_adapter(model: PreTrainedModel, adapter: str) -> dict[str, torch.Te
 
     Of a layer that was trained whole (peft's `modules_to_save`) the adapter's own weights count, not the original.
     """
-    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     state = dict(model.named_parameters(remove_duplicate=False))  # state_dict() is not for a gathered FSDP model
     for prefix, module in model.named_modules():
         buffers = dict(module.named_buffers(prefix, recurse=False))
@@ -182,6 +193,6 @@ def _without_adapter(model: PreTrainedModel, adapter: str) -> dict[str, torch.Te
     weights = {
         _name_in_model(name.replace(f".modules_to_save.{adapter}.", ".")): weight
         for name, weight in state.items()
-        if ".original_module." not in name and (".base_layer." in name or not name.startswith(adapted))
+        if ".original_module." not in name and _is_of_model(name, adapted)
     }
     return host_copies(weights)

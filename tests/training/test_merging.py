@@ -64,6 +64,21 @@ def test_the_merged_model_computes_what_the_adapter_does(tmp_path, kind, tied):
         assert len(pointers) == len({weight.data_ptr() for weight in adapted.parameters()})
 
 
+@pytest.mark.parametrize("parameters", [["gate_up_proj"], ["gate_up_proj", "down_proj"]])
+def test_experts_whose_weights_are_adapted(parameters, tmp_path):
+    """The file had them by other names: the merged model was loaded with random experts."""
+    targets = {"target_modules": ATTENTION, "target_parameters": [f"mlp.experts.{name}" for name in parameters]}
+    adapted = get_peft_model(tiny_model("gpt_oss"), LoraConfig(**targets, init_lora_weights=False)).eval()
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = adapted(tokens).logits
+        save_merged(trainer_of(adapted, tmp_path))
+        merged, found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+        assert not any(found.values())
+        torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(adapted(tokens).logits, expected)
+
+
 @pytest.mark.parametrize("setting", [{"alora_invocation_tokens": [3, 4]}, {"layer_replication": [[0, 2], [1, 2]]}])
 def test_what_no_weights_can_hold_is_refused_before_training(setting, tmp_path):
     LoraConfig(target_modules=ATTENTION, task_type="CAUSAL_LM", **setting).save_pretrained(tmp_path)
