@@ -19,14 +19,14 @@ DELIMITERS = (",", "\t", ";")  # that are recognised by a file's first line
 QUOTED = re.compile(r'(^|[,\t;\n])"(?:[^"]|"")*"')  # a field that may hold any of them
 
 
-def _endings(path: str) -> list[str]:
+def endings(path: str) -> list[str]:
     endings = path.lower().rsplit("/", 1)[-1].split(".")[1:]
     return endings[:-1] if endings and f".{endings[-1]}" in COMPRESSED else endings
 
 
 def kind_of(path: str) -> str | None:
     """``csv``, ``json``, ``text`` or ``parquet``, by a file's name; None where it is none of them."""
-    return KINDS.get((_endings(path) or [""])[-1])
+    return KINDS.get((endings(path) or [""])[-1])
 
 
 def _kind(flag: str, path: str) -> str:
@@ -134,7 +134,7 @@ def find_delimiter(path: str, given: str | None = None) -> str:
         if len(delimiter) != 1 or delimiter in '"\r\n':
             raise UserError(f"--csv_delimiter {given!r}: one character, such as ';', or \\t for a tab")
         return delimiter
-    if _endings(path)[-1] == "tsv":
+    if endings(path)[-1] == "tsv":
         return "\t"
     with open_bytes(path) as file:
         start = file.read(1 << 16).lstrip().decode("utf-8", "replace").removeprefix("\ufeff")

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from gaudi_lm.data.columns import holds
-from gaudi_lm.data.files import bad_line, open_bytes
+from gaudi_lm.data.conversations import is_conversation
+from gaudi_lm.data.files import bad_line, endings, open_bytes
 from gaudi_lm.errors import UserError
 
 BLOCK = 2**23  # bytes that are read at a time
@@ -25,16 +26,18 @@ def json_blocks(path: str) -> Iterator[tuple[str, int, bytes]]:
     number = 1
     with open_bytes(path) as file:
         block = file.read(BLOCK).removeprefix(b"\xef\xbb\xbf")
-        if block.lstrip()[:1] == b"[" or not _is_row(block.lstrip().split(b"\n", 1)[0]):
-            lines = _lines_of_value(path, block + file.read())
+        one_value = block.lstrip()[:1] == b"[" or not _is_row(block.lstrip().split(b"\n", 1)[0])
+        block, more = block + file.readline(), file.read(-1 if one_value else BLOCK)
+        # JSON lines of a single row have the ending jsonl.
+        if one_value or (endings(path)[-1:] == ["json"] and not more and b"\n" not in block.strip()):
+            lines = _lines_of_value(path, block + more)
             for first in range(0, len(lines), ROWS):
                 yield path, first + 1, b"\n".join(lines[first : first + ROWS])
             return
         while block:
-            block += file.readline()
             yield path, number, block
             number += block.count(b"\n")
-            block = file.read(BLOCK)
+            block, more = more + file.readline(), file.read(BLOCK)
 
 
 def _is_row(line: bytes) -> bool:
@@ -52,7 +55,8 @@ def _lines_of_value(path: str, content: bytes) -> list[bytes]:
         raise UserError(bad_line(path) or f"{path}: not UTF-8 text ({error.reason})") from error
     if isinstance(value, dict):
         lists = [rows for rows in value.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
-        value = lists[0] if len(lists) == 1 else [value]
+        is_row = "text" in value or any(map(is_conversation, lists))
+        value = lists[0] if len(lists) == 1 and not is_row else [value]
     rows = [{"text": row} if isinstance(row, str) else row for row in value]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):

@@ -254,9 +254,19 @@ def test_json_of_one_value(tmp_path, streaming):
     for name, value in {"list": rows, "texts": WORDS, "object": {"version": "1", "data": rows}}.items():
         for indent in (None, 2):
             (tmp_path / f"{name}{indent}.json").write_text(json.dumps(value, indent=indent))
-            if name != "object" or indent:
-                path = tmp_path / f"{name}{indent}.json"
-                assert train_texts(tmp_path, streaming, train_file=path) == WORDS, (name, indent)
+            path = tmp_path / f"{name}{indent}.json"
+            assert train_texts(tmp_path, streaming, train_file=path) == WORDS, (name, indent)
+
+
+def test_json_of_one_row(tmp_path):
+    """Its lists of objects are a part of it, not rows."""
+    messages = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "I"}]
+    for row in ({"messages": messages}, {"text": "words", "marks": [{"start": 1}]}):
+        for indent in (None, 2):
+            path = tmp_path / f"{len(row)}{indent}.json"
+            path.write_text(json.dumps(row, indent=indent))
+            (block,) = json_lines.json_blocks(str(path))
+            assert json_lines.parse_lines(*block) == [row]
 
 
 @both_ways
