@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn import Module
+from torch.nn import Embedding, Module
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import FSDPOption
 
 from gaudi_lm.errors import UserError
@@ -92,6 +93,18 @@ class FSDPTrainer(GaudiTrainer):
         if kind := state_dict_type(self.args):  # the one setting that transformers 4.55 does not pass on in this way
             os.environ["FSDP_STATE_DICT_TYPE"] = kind
         super().create_accelerator_and_postprocess()
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        embeddings = {id(one.weight) for one in self.model.modules() if isinstance(one, Embedding)}
+        weights = {id(weight): getattr(weight, "ds_numel", weight.numel()) for weight in self.model.parameters()}
+        self._whole_weights = sum(number for one, number in weights.items() if one not in embeddings)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """By transformers' estimate, 6 for a token and a weight, embeddings left out; of whole weights."""
+        if not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            return super().floating_point_ops(inputs)
+        return 6 * self.plain_model.estimate_tokens(inputs) * self._whole_weights
 
     @property
     def plain_model(self) -> Module:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from cards import card_environment
-from running import ROOT, losses, run, run_ranks
+from running import ROOT, losses, results, run, run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two cards")]
 
@@ -59,21 +59,21 @@ CONTEXT += ["--flash_attention_causal_mask", "True"]
 
 
 @pytest.fixture(scope="module", params=TASKS)
-def one_card(request, assets, instructions, tmp_path_factory) -> tuple[str, dict[int, list[float]]]:
-    """A task, and its losses on one card with the rows of two, by the number of layers."""
-    found = {}
+def one_card(request, assets, instructions, tmp_path_factory) -> tuple[str, dict[int, list[float]], dict[int, float]]:
+    """A task, and its losses and FLOP on one card with the rows of two, by the number of layers."""
+    found, flos = {}, {}
     for layers, model in ((1, instructions.shallow), (2, instructions.llama)):
         output = tmp_path_factory.mktemp("one_card") / "out"
         run(*command(request.param, model, assets, instructions, output, 4), env=card_environment(2))
-        found[layers] = losses(output)
+        found[layers], flos[layers] = losses(output), results(output)["total_flos"]
         assert len(found[layers]) == STEPS and found[layers][-1] < found[layers][0] - 0.05
-    return request.param, found
+    return request.param, found, flos
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("form", FORMS)
 def test_two_cards_give_the_losses_of_one(one_card, form, mode, assets, instructions, tmp_path):
-    task, wanted = one_card
+    task, wanted, flos = one_card
     layers, model = (1, instructions.shallow) if mode == "compile" else (2, instructions.llama)
     rows = 4 if form == "context" else 2  # both cards have a part of each of the four rows
     flags = command(task, model, assets, instructions, tmp_path / "out", rows) + settings(form, tmp_path)
@@ -81,3 +81,4 @@ def test_two_cards_give_the_losses_of_one(one_card, form, mode, assets, instruct
         flags += ["--torch_compile", "--torch_compile_backend", "hpu_backend"]
     run_ranks(2, *flags, env=card_environment(2, PT_HPU_LAZY_MODE=MODES[mode]))
     assert losses(tmp_path / "out") == pytest.approx(wanted[layers], abs=1e-5)
+    assert results(tmp_path / "out")["total_flos"] == pytest.approx(flos[layers])
