@@ -274,7 +274,7 @@ def _check_hub(args) -> None:
     if not (args.hub_token or get_token()):
         raise UserError("--push_to_hub: log in with `hf auth login`, or give --hub_token")
     if HF_HUB_OFFLINE:
-        warn("--push_to_hub: nothing will be uploaded with HF_HUB_OFFLINE=1")
+        warn("--push_to_hub: nothing will be uploaded with HF_HUB_OFFLINE=1 (or TRANSFORMERS_OFFLINE=1)")
 
 
 def _check_compile(args) -> None:

@@ -109,7 +109,8 @@ def _check_content(flag: str, path: str, kinds: set[str]) -> None:
         if not start.startswith(b"PAR1"):
             raise UserError(f"{flag} {path}: not a parquet file")
     elif b"\0" in start:
-        raise UserError(f"{flag} {path}: a binary file, not text")
+        kind = "UTF-16; convert it to UTF-8" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "a binary file, not text"
+        raise UserError(f"{flag} {path}: {kind}")
 
 
 def bad_line(path: str) -> str | None:

@@ -544,3 +544,13 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "a.txt").write_text("one\n")
     with pytest.raises(UserError, match=r"Not a directory: /dev/null/cache.*set HF_HOME or --cache_dir"):
         read_files(FileSet("text", (str(tmp_path / "a.txt"),)), "/dev/null/cache")
+
+
+def test_a_file_that_is_no_utf_8(tmp_path):
+    for name, content, words in (
+        ("a.txt", "words".encode("utf-16"), "a.txt: UTF-16; convert it to UTF-8"),
+        ("b.txt", b"a\0b", "b.txt: a binary file, not text"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"^--train_file .*{words}$"):
+            train_texts(tmp_path, False, train_file=tmp_path / name)
