@@ -313,7 +313,8 @@ def test_what_deepspeed_takes_is_not_refused():
 def test_that_nothing_is_uploaded_offline_is_said_at_the_start(offline, monkeypatch, capsys):
     monkeypatch.setattr(consistency, "HF_HUB_OFFLINE", offline)
     consistency._check_hub(SimpleNamespace(push_to_hub=True, hub_model_id="me/a", output_dir="o", hub_token="hf_x"))
-    said = "warning: --push_to_hub: nothing will be uploaded with HF_HUB_OFFLINE=1\n" if offline else ""
+    words = "nothing will be uploaded with HF_HUB_OFFLINE=1 (or TRANSFORMERS_OFFLINE=1)"
+    said = f"warning: --push_to_hub: {words}\n" if offline else ""
     assert capsys.readouterr().err == said
 
 
