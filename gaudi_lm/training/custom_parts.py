@@ -1,4 +1,4 @@
-"""What a copied script hands to `build_trainer`, checked before anything runs."""
+"""What a copied script hands to `build_trainer`: checked before anything runs, and fitted into the trainer."""
 
 from __future__ import annotations
 
