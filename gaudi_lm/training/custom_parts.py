@@ -57,10 +57,7 @@ def check_parts(
     if loss_func is not None and args.label_smoothing_factor:
         raise UserError("--label_smoothing_factor has no effect on a loss_func: leave it out, or smooth there")
     if loss_func is not None:
-        try:
-            inspect.signature(loss_func).bind(None, None, num_items_in_batch=None)
-        except TypeError as error:
-            raise UserError(f"loss_func takes outputs, labels and num_items_in_batch: {error}") from error
+        _check_signature(loss_func, "loss_func", "outputs, labels")
     name = trainer_class.__name__
     if not issubclass(trainer_class, base):
         raise UserError(f"trainer_class: {name} is no subclass of {base.__name__}: derive it from that")
@@ -68,6 +65,8 @@ def check_parts(
     for method, instead in NEVER_CALLED.items():
         if method in own:
             raise UserError(f"{name}.{method} is never called: give build_trainer {instead}")
+    if "compute_loss" in own:
+        _check_signature(functools.partial(trainer_class.compute_loss, None), f"{name}.compute_loss", "model, inputs")
     if "compute_loss" in own and eval_dataset is not None:
         logger.warning("evaluation does not call %s.compute_loss: give build_trainer a loss_func for both", name)
     for rows in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
@@ -78,6 +77,13 @@ def check_parts(
             )
     if isinstance(train_dataset, IterableDataset) and not hasattr(train_dataset, "__len__") and args.max_steps <= 0:
         raise UserError("--max_steps: the length of a stream is not known in advance; give the number of steps")
+
+
+def _check_signature(function: Callable, name: str, first: str) -> None:
+    try:
+        inspect.signature(function).bind(None, None, num_items_in_batch=None)
+    except TypeError as error:
+        raise UserError(f"{name} takes {first} and num_items_in_batch: {error}") from error
 
 
 def check_budget(budget: object, *collators: object) -> None:
@@ -151,13 +157,16 @@ def returning_loss(compute_loss: Callable, name: str) -> Callable:
 
 
 def is_mean(compute_loss: Callable) -> bool:
-    """Whether a trainer's ``compute_loss``, or a ``loss_func``, leaves its ``num_items_in_batch`` alone: then its loss
-    is a batch's own."""
+    """Whether a trainer's ``compute_loss``, or a ``loss_func``, leaves its ``num_items_in_batch`` alone, by itself or
+    among keywords: then its loss is a batch's own."""
     function = inspect.unwrap(compute_loss)
-    if not inspect.isfunction(function) or "num_items_in_batch" not in inspect.signature(function).parameters:
-        return False  # it passes on what it gets
+    if not inspect.isfunction(function):
+        return False
+    parameters = inspect.signature(function).parameters
+    others = {name for name, one in parameters.items() if one.kind is inspect.Parameter.VAR_KEYWORD}
+    where = {"num_items_in_batch"} if "num_items_in_batch" in parameters else others
     read = (step.argval for step in dis.get_instructions(function) if step.opname.startswith("LOAD"))
-    return not any("num_items_in_batch" in (names if isinstance(names, tuple) else (names,)) for names in read)
+    return not any(where.intersection(names if isinstance(names, tuple) else (names,)) for names in read)
 
 
 def share_of_step(mean: Tensor, labels: Tensor, trainer: LMTrainer) -> Tensor:

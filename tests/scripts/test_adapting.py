@@ -15,7 +15,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.errors import UserError
-from gaudi_lm.training.custom_parts import NEVER_CALLED, check_budget, own_figures, returning_loss
+from gaudi_lm.training.custom_parts import NEVER_CALLED, check_budget, is_mean, own_figures, returning_loss
 from gaudi_lm.training.trainer import LMTrainer, build_trainer
 
 from documentation import code_blocks  # isort: skip
@@ -136,6 +136,40 @@ def test_parts_that_return_or_take_something_else(tmp_path):
         load_script("run_clm").collate_blocks([{"tokens": [1]}])
 
 
+def test_a_compute_loss_of_an_older_transformers(tmp_path):
+    class Older(LMTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False):
+            return model(**inputs).loss
+
+    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True)
+    with pytest.raises(UserError, match="^Older.compute_loss takes model, inputs and num_items_in_batch: "):
+        build_trainer(None, "causal", args, None, None, trainer_class=Older)
+
+
+def test_what_is_a_mean():
+    """A loss that does not read the number of label tokens, named or among others."""
+
+    def named(outputs, labels, num_items_in_batch):
+        return outputs.sum()
+
+    def keywords(outputs, labels, **kwargs):
+        return outputs.sum()
+
+    def reads(outputs, labels, num_items_in_batch, **kwargs):
+        return outputs.sum() / num_items_in_batch
+
+    def reads_keywords(outputs, labels, **kwargs):
+        return outputs.sum() / kwargs["num_items_in_batch"]
+
+    assert [is_mean(one) for one in (named, keywords, reads, reads_keywords, print)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
 def test_label_smoothing_is_of_the_ordinary_loss(tmp_path):
     args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True, label_smoothing_factor=0.1)
     with pytest.raises(UserError, match="--label_smoothing_factor"):
@@ -144,7 +178,7 @@ def test_label_smoothing_is_of_the_ordinary_loss(tmp_path):
 
 def parts(tmp_path, *methods: str, **given) -> None:
     """`build_trainer` with a class that has these methods of its own, and nothing else that it could use."""
-    own = type("MyTrainer", (LMTrainer,), dict.fromkeys(methods, print))
+    own = type("MyTrainer", (LMTrainer,), dict.fromkeys(methods, lambda *args, **kwargs: None))
     args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True)
     build_trainer(None, "causal", args, None, None, trainer_class=own, **given)
 
