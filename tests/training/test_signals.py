@@ -1,5 +1,6 @@
 """A signal ends a run with a checkpoint, the next start resumes from it, and nothing of it is seen in the result."""
 
+import functools
 import os
 import pty
 import re
@@ -103,15 +104,21 @@ def test_what_a_signal_saves_is_whole(assets, masked_assets, instructions, tmp_p
 def test_a_run_whose_terminal_is_gone(assets, masked_assets, instructions, tmp_path):
     flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *LONG, *CPU, "--max_steps", 100_000]
     output, (ours, its) = tmp_path / "out", pty.openpty()
-    command = ["setsid", "--ctty", "--wait", sys.executable, "run_clm.py", *flags, *batch(1), "--output_dir", output]
+    command = ["setsid", "--ctty", sys.executable, "run_clm.py", *flags, *batch(1), "--output_dir", output]
     streams = {"stdin": its, "stdout": its, "stderr": its}
-    with subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), **streams) as process:
+    heed = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also where nohup runs the tests
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), preexec_fn=heed, **streams)
+    try:
         os.close(its)
         terminal = [ours]
         reading = threading.Thread(target=lambda: read_until_gone(terminal))
         reading.start()
         when_training(output, terminal.clear)
         reading.join()
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == 128 + signal.SIGHUP
     newest = max(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
     assert int(newest.name.rpartition("-")[2]) % WAIT_FOR and (newest / "manifest.json").is_file()
