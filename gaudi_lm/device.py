@@ -79,7 +79,8 @@ def _end_at_once(process: int, number: int, frame) -> None:
     signal.signal(number, signal.SIG_DFL)
     if os.getpid() == process:
         why = "training was not going on, or --save_on_signal is False"
-        os.write(2, f"{signal.Signals(number).name}: ended, nothing was saved: {why}\n".encode())
+        with suppress(OSError):  # nobody reads any more
+            os.write(2, f"{signal.Signals(number).name}: ended, nothing was saved: {why}\n".encode())
         sys.exit(128 + number)
     os.kill(os.getpid(), number)  # a process of a library's own, which has inherited this
 

@@ -7,12 +7,11 @@ terminal is gone with its connection (SIGHUP).
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import multiprocessing
 import os
+import select
 import signal
-import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,16 +45,15 @@ def begin_loading(stopping, worker: int) -> None:
     signal.signal(signal.SIGALRM, lambda *_: None if stopping.value else os._exit(0))
 
 
-def leave_terminal() -> None:
-    """Write to nowhere instead of to a terminal that is gone, where each write would be an error."""
+def drop_lost_streams() -> None:
+    """Write to nowhere instead of to a terminal that is gone or a pipe that nobody reads, where it is an error."""
     for stream in (1, 2):
-        try:
-            termios.tcgetattr(stream)
-        except termios.error as error:
-            if error.args[0] == errno.EIO:
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream)
-                os.close(nowhere)
+        state = select.poll()
+        state.register(stream, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in state.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
 
 
 class SaveOnSignal(TrainerCallback):
@@ -98,8 +96,7 @@ class SaveOnSignal(TrainerCallback):
         if number == signal.SIGINT:
             # The second one is the kernel's: it does not wait until Python's turn comes.
             signal.signal(number, signal.SIG_DFL)
-        if number == signal.SIGHUP:
-            leave_terminal()
+        drop_lost_streams()  # Ctrl-C ends a `tee` as well
         if self.received:
             return
         self.received = number
@@ -107,7 +104,8 @@ class SaveOnSignal(TrainerCallback):
         if self.main_rank:
             again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
             line = f"{signal.Signals(number).name}: finishing the step and saving a checkpoint{again}\n"
-            os.write(2, line.encode())  # a signal may have come while sys.stderr was being written to
+            with contextlib.suppress(OSError):
+                os.write(2, line.encode())  # a signal may have come while sys.stderr was being written to
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self._watching:
@@ -131,6 +129,7 @@ class SaveOnSignal(TrainerCallback):
         if self._watching and self.decided:
             name = signal.Signals(self.decided).name
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            drop_lost_streams()
             logger.info("%s: training ends after step %d; the checkpoint is %s", name, state.global_step, folder)
             self._end_children()
             raise SystemExit(128 + self.decided)
