@@ -180,7 +180,9 @@ def make_causal(auto_class: type, config: PretrainedConfig) -> None:
     if auto_class is not AutoModelForCausalLM:
         return
     if kind in SEE_ALL:
-        raise UserError(f"{kind}: no causal model, as each token sees those after it, which it would have to predict")
+        raise UserError(
+            f"{kind}: not a causal model: its tokens attend to those after them, which they are to predict"
+        )
     if kind in ENCODERS and not config.is_decoder and not config.is_encoder_decoder:
         config.is_decoder = True
         logger.info("%s: is_decoder is set, so that no token sees those after it, as in an encoder", kind)

@@ -78,7 +78,7 @@ def _end_at_once(process: int, number: int, frame) -> None:
     """On a signal that saves nothing: no traceback, and the status that the signal means."""
     signal.signal(number, signal.SIG_DFL)
     if os.getpid() == process:
-        why = "training was not going on, or --save_on_signal is False"
+        why = "no training was running, or --save_on_signal is False"
         with suppress(OSError):  # nobody reads any more
             os.write(2, f"{signal.Signals(number).name}: ended, nothing was saved: {why}\n".encode())
         sys.exit(128 + number)

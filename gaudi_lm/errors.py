@@ -27,9 +27,7 @@ def user_errors():
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
-        print(
-            "interrupted: nothing was saved: training was not going on, or --save_on_signal is False", file=sys.stderr
-        )
+        print("interrupted: nothing was saved: no training was running, or --save_on_signal is False", file=sys.stderr)
         sys.exit(130)
 
 

@@ -44,7 +44,9 @@ def check_context_parallel(args) -> None:
     if args.generate:
         raise UserError(f"{flag} cannot be combined with --generate")
     if args.neftune_noise_alpha:
-        raise UserError(f"{flag}: --neftune_noise_alpha scales noise by the length of a row, and would take a part's")
+        raise UserError(
+            f"{flag} cannot be combined with --neftune_noise_alpha: its noise depends on the length of a row"
+        )
     if not args.average_tokens_across_devices:
         raise UserError(f"{flag}: parts of a row have one loss; leave out --average_tokens_across_devices False")
     started = int(os.environ.get("WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))

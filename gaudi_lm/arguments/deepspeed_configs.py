@@ -101,14 +101,15 @@ def _check_optimizer(source: str, optimizer: dict, own: list[str]) -> None:
     import torch
 
     kind = str(optimizer.get("type", "AdamW"))
-    if kind.lower() not in own and not hasattr(torch.optim, kind):
+    known = getattr(torch.optim, kind, None)
+    if kind.lower() not in own and not (isinstance(known, type) and known is not torch.optim.Optimizer):
         raise UserError(f"{source}: optimizer.type is {kind}, which neither DeepSpeed nor torch.optim has")
     if kind.lower() in ("adam", "adamw"):
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
         kinds = (torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam)
-        known = {name for one in kinds for name in _parameters(one)}
-        _check_parameters(f"{source}: optimizer.params", optimizer, {"torch_adam", *known})
+        names = {name for one in kinds for name in _parameters(one)}
+        _check_parameters(f"{source}: optimizer.params", optimizer, {"torch_adam", *names})
 
 
 def _check_scheduler(source: str, scheduler: dict, warms_up: bool) -> None:
@@ -134,7 +135,10 @@ def _parameters(kind: type) -> list[str]:
 
 
 def _check_parameters(message: str, section: dict, known: Collection[str]) -> None:
-    for key in section.get("params") or ():
+    given = section.get("params") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"{message} is a mapping, from names to values")
+    for key in given:
         if key not in known:
             raise UserError(f"{message}.{key}: {unknown(key, sorted(known))}")
 

@@ -243,8 +243,8 @@ class PackedCollator:
             short = getattr(base.config, "original_max_position_embeddings", base.config.max_position_embeddings)
             if length > short:
                 raise UserError(
-                    f"--pack_sequences: {name} turns all texts of a row otherwise where one is longer than {short} "
-                    f"tokens (longrope), rows are of {length}: lower --max_seq_length"
+                    f"--pack_sequences: with longrope, a text of more than {short} tokens changes the rotary "
+                    f"frequencies of all texts in its row, and rows are of {length}: lower --max_seq_length"
                 )
         first = row.position_of_first_token(base.config)
         return cls(

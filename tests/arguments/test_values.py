@@ -255,6 +255,8 @@ ZERO_FAULTS = {
     "unknown key bf16.enable; did you mean enabled": {"bf16": {"enable": True}},
     "bf16 is a mapping": {"bf16": "true"},
     "optimizer.type is Adamm, which neither": {"optimizer": {"type": "Adamm"}},
+    "optimizer.type is lr_scheduler, which neither": {"optimizer": {"type": "lr_scheduler"}},
+    "scheduler.params is a mapping": {"scheduler": {"params": 7}},
     "optimizer.params.learning_rate: unknown; known are": {
         "optimizer": {"type": "AdamW", "params": {"learning_rate": 1e-3}}
     },

@@ -99,7 +99,7 @@ def test_an_encoder_that_is_a_causal_model_sees_no_token_that_follows(model_type
 
 
 def test_a_model_that_sees_all_tokens_is_no_causal_one():
-    with pytest.raises(UserError, match="^xlnet: no causal model"):
+    with pytest.raises(UserError, match="^xlnet: not a causal model"):
         make_causal(AutoModelForCausalLM, CONFIG_MAPPING["xlnet"]())
     make_causal(AutoModelForCausalLM, config := CONFIG_MAPPING["bart"]())  # whose decoder says so itself
     assert not config.is_decoder
