@@ -16,6 +16,7 @@ from gaudi_lm.errors import UserError
 KINDS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
 COMPRESSED = (".gz", ".zst")
 DELIMITERS = (",", "\t", ";")  # that are recognised by a file's first line
+SEPARATOR = re.compile(r"sep=(.)\r?\n")  # Excel's own line before the first, which tells the delimiter
 QUOTED = re.compile(r'(^|[,\t;\n])"(?:[^"]|"")*"')  # a field that may hold any of them
 
 
@@ -124,20 +125,24 @@ def bad_line(path: str) -> str | None:
     return None
 
 
-def find_delimiter(path: str, given: str | None = None) -> str:
-    """What separates the fields of a csv or tsv file: ``--csv_delimiter``, or a tab in a .tsv, or by the first line.
+def csv_format(path: str, given: str | None = None) -> tuple[str, int]:
+    """What separates the fields of a csv or tsv file: ``--csv_delimiter``, or a tab in a .tsv, or by the first line;
+    and how many lines stand before the names of its columns: one where Excel tells the delimiter, as ``sep=;``.
 
     Raises:
         UserError: ``--csv_delimiter`` is not a single character.
     """
+    with open_bytes(path) as file:
+        start = file.read(1 << 16).lstrip().decode("utf-8", "replace").removeprefix("\ufeff")
+    told = SEPARATOR.match(start)
     if given is not None:
         delimiter = {"\\t": "\t", "tab": "\t"}.get(given, given)
         if len(delimiter) != 1 or delimiter in '"\r\n':
             raise UserError(f"--csv_delimiter {given!r}: one character, such as ';', or \\t for a tab")
-        return delimiter
+        return delimiter, int(told is not None)
+    if told:
+        return told[1], 1
     if endings(path)[-1] == "tsv":
-        return "\t"
-    with open_bytes(path) as file:
-        start = file.read(1 << 16).lstrip().decode("utf-8", "replace").removeprefix("\ufeff")
+        return "\t", 0
     first = QUOTED.sub(r"\1", start).split("\n", 1)[0]
-    return max(DELIMITERS, key=first.count)
+    return max(DELIMITERS, key=first.count), 0

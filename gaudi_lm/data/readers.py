@@ -25,7 +25,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.table import table_cast
 
 from gaudi_lm.data.builder import FilesBuilder
-from gaudi_lm.data.files import bad_line, find_delimiter, open_bytes
+from gaudi_lm.data.files import bad_line, csv_format, open_bytes
 from gaudi_lm.data.fingerprints import fingerprint
 from gaudi_lm.data.json_lines import json_blocks, json_table, parse_lines
 from gaudi_lm.errors import UserError
@@ -58,7 +58,7 @@ class FileSet:
         if self.kind == "json":
             return (json_table(*block) for block in json_blocks(path))
         if self.kind == "csv":
-            return _csv_tables(path, find_delimiter(path, self.delimiter))
+            return _csv_tables(path, *csv_format(path, self.delimiter))
         return _parquet_tables(path) if self.kind == "parquet" else _text_tables(path, self.keep_linebreaks)
 
     def features(self) -> Features:
@@ -117,12 +117,12 @@ def _text_tables(path: str, keep_linebreaks: bool) -> Iterator[pa.Table]:
             raise UserError(bad_line(path) or f"{path}: not UTF-8 text ({error.reason})") from error
 
 
-def _csv_tables(path: str, delimiter: str) -> Iterator[pa.Table]:
+def _csv_tables(path: str, delimiter: str, skipped: int) -> Iterator[pa.Table]:
     """All columns are text as it is written; an empty field is a missing value, the words NA and null are words."""
-    options = {"sep": delimiter, "dtype": str, "keep_default_na": False, "na_values": [""], "index_col": False}
+    options = {"sep": delimiter, "skiprows": skipped, "dtype": str, "keep_default_na": False, "na_values": [""]}
     try:
         with open_bytes(path) as file:
-            frames = pandas.read_csv(file, encoding="utf-8-sig", chunksize=ROWS, **options)
+            frames = pandas.read_csv(file, encoding="utf-8-sig", index_col=False, chunksize=ROWS, **options)
             while (frame := _next_frame(frames)) is not None:
                 yield pa.table({str(name): pa.array(frame[name], pa.string(), from_pandas=True) for name in frame})
     except UnicodeDecodeError as error:

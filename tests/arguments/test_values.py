@@ -116,6 +116,8 @@ REFUSED = {
     "--report_to none wandb": ["none stands alone"],
     '--lr_scheduler_kwargs {"foo":1}': ["--lr_scheduler_kwargs", "foo", "linear"],
     '--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {"min_lr":"x"}': ["--lr_scheduler_kwargs", "min_lr"],
+    '--lr_scheduler_type polynomial --lr_scheduler_kwargs {"lr_end":-1}': ["--lr_scheduler_kwargs", "beyond 0 and"],
+    '--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {"min_lr_rate":2}': ["beyond 0 and --learning_rate"],
     "--lr_scheduler_type warmup_stable_decay": ["--lr_scheduler_kwargs", "num_decay_steps"],
     '--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {"num_decay_steps":0.1}': ["num_decay_steps is"],
     "--lr_scheduler_kwargs text": ["--lr_scheduler_kwargs text", "JSON"],

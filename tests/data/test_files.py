@@ -189,6 +189,17 @@ def test_delimiters(tmp_path, streaming, name, delimiter, flags):
 
 @both_ways
 @pytest.mark.parametrize("mark", ("", "\ufeff"))
+@pytest.mark.parametrize("end", ("\n", "\r\n"))
+def test_the_line_by_which_excel_tells_the_delimiter(tmp_path, streaming, mark, end):
+    lines = ["sep=|", "id|text, with commas", *(f"{number}|{text}" for number, text in enumerate(WORDS))]
+    (tmp_path / "a.csv").write_bytes((mark + end.join(lines) + end).encode())
+    flags = {"train_file": tmp_path / "a.csv", "text_column_name": "text, with commas"}
+    for more in ({}, {"csv_delimiter": "|"}):
+        assert train_texts(tmp_path, streaming, **flags, **more) == WORDS
+
+
+@both_ways
+@pytest.mark.parametrize("mark", ("", "\ufeff"))
 @pytest.mark.parametrize("name", ("of whom, when", 'a ""b"", c', "over, two\nlines"))
 def test_a_delimiter_within_a_name_is_none(tmp_path, streaming, name, mark):
     for number, head in enumerate((f'"{name}";text;source', f'id;"{name}";text', "id;text;source (book, page)")):
