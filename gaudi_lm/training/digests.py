@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import islice
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+
+from gaudi_lm.data.streams import StreamedRows
 
 ROWS_AT_ONCE, BLOCKS = 256, 64
 
 
 def data_digest(dataset) -> str | None:
-    """A digest of a dataset's rows, of evenly spread ones where there are many; None for a stream."""
+    """A digest of a dataset's rows, of evenly spread ones where there are many; of a stream's first ones, where these
+    are of files; None for a stream of one's own, which may give each row once."""
+    digest = hashlib.sha256()
+    if isinstance(dataset, StreamedRows):
+        for row in islice(dataset, ROWS_AT_ONCE):
+            digest.update(np.int64(len(row["input_ids"])).tobytes() + row["input_ids"].tobytes())
+        return digest.hexdigest()
     if not isinstance(dataset, datasets.Dataset):
         return None
-    digest, rows = hashlib.sha256(), len(dataset)
+    rows = len(dataset)
     step = max(1, -(-rows // (BLOCKS * ROWS_AT_ONCE))) * ROWS_AT_ONCE
     table = dataset.with_format("arrow")
     for start in range(0, rows, step):

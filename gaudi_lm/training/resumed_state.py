@@ -197,7 +197,8 @@ class Resumption:
     def _say_order(self, now: dict) -> None:
         then, step = self.run, self.step
         order = ORDER if now["rows"] is not None else {"ignore_data_skip"}  # a stream is read as it comes
-        if now["data"] != then["data"] or now["rows"] != then["rows"]:
+        shared_anew = now["rows"] is None and now["ranks"] != then["ranks"]
+        if (now["data"] != then["data"] and not shared_anew) or now["rows"] != then["rows"]:
             known = None not in (now["rows"], then["rows"])  # of a stream nobody knows
             rows = f" ({now['rows']} rows, {then['rows']} before)" if known and now["rows"] != then["rows"] else ""
             logger.warning(
@@ -205,7 +206,7 @@ class Resumption:
                 "step %d of %d of epoch %d", rows, step % now["steps_per_epoch"], now["steps_per_epoch"],
                 step // now["steps_per_epoch"] + 1,
             )  # fmt: skip
-        elif order.intersection(self.changed) or (now["rows"] is None and now["ranks"] != then["ranks"]):
+        elif order.intersection(self.changed) or shared_anew:
             logger.warning(
                 "the order of the data is another one than before: in this epoch, some rows come a second time and "
                 "others not at all"

@@ -121,7 +121,7 @@ def test_rows_of_an_epoch_that_begins_anew(base, whole, tmp_path):
     assert "--ignore_data_skip True (was False)" in said and "some rows come a second time" in said
 
 
-def test_a_stream_has_no_order_of_its_own(base, tmp_path):
+def test_a_stream_has_no_order_of_its_own(base, assets, tmp_path):
     """It is read as it comes, whatever the seed, and nobody knows its rows."""
     flags = [*base, "--streaming"]
     start("run_clm.py", 1, tmp_path / "stream", *flags, "--max_steps", 3)
@@ -130,6 +130,11 @@ def test_a_stream_has_no_order_of_its_own(base, tmp_path):
         (said,) = start("run_clm.py", 1, tmp_path / name, *more, "--max_steps", 4)
         assert ("the order of the data" in said, "None before" in said) == (False, False)
         assert ("the training data are not those of the checkpoint: " in said) == (name == "whole")
+    other = tmp_path / "train.txt"
+    other.write_text(assets.train.read_text().replace("the", "The"))
+    flags = [other if flag == assets.train else flag for flag in flags]
+    (said,) = start("run_clm.py", 1, tmp_path / "stream", *flags, "--max_steps", 4)
+    assert "the training data are not those of the checkpoint: " in said
 
 
 def test_a_schedule_by_the_metric_ends_no_other(base, tmp_path):
