@@ -169,13 +169,21 @@ def is_mean(compute_loss: Callable) -> bool:
     return not any(where.intersection(names if isinstance(names, tuple) else (names,)) for names in read)
 
 
-def share_of_step(mean: Tensor, labels: Tensor, trainer: LMTrainer) -> Tensor:
-    """What the mean of a batch adds to the loss of its step, which is the mean of the batches that have labels.
+def _has_labels(labels: Tensor, trainer: LMTrainer) -> Tensor:
+    return (labels[:, int(trainer.causal) :] != IGNORE_INDEX).any()
 
-    A batch whose rows only complete the step has none, and the mean of nothing may be NaN.
+
+def labels_of_mean(labels: Tensor, trainer: LMTrainer) -> Tensor:
+    """Labels for a loss that is a mean: all token 0 where a batch has none, as one whose rows only complete the step.
+
+    The mean of nothing is NaN, and so are the gradients of its share, which is 0.
     """
-    has_labels = (labels[:, int(trainer.causal) :] != IGNORE_INDEX).any()
-    return torch.where(has_labels, mean / trainer.batches_with_labels, 0.0)
+    return torch.where(_has_labels(labels, trainer), labels, 0)
+
+
+def share_of_step(mean: Tensor, labels: Tensor, trainer: LMTrainer) -> Tensor:
+    """What the mean of a batch adds to the loss of its step, which is the mean of the batches that have labels."""
+    return torch.where(_has_labels(labels, trainer), mean / trainer.batches_with_labels, 0.0)
 
 
 def own_compute_loss(trainer: LMTrainer) -> Callable:
@@ -183,11 +191,12 @@ def own_compute_loss(trainer: LMTrainer) -> Callable:
     :func:`share_of_step`. So does transformers' Trainer; that of optimum-habana would add up a step's means."""
     compute_loss = type(trainer).compute_loss
     checked = returning_loss(functools.partial(compute_loss, trainer), f"{type(trainer).__name__}.compute_loss")
-    mean = is_mean(compute_loss)
+    if not is_mean(compute_loss):
+        return checked
 
     def compute(model, inputs, *args, **kwargs):
-        labels = inputs["labels"]  # which compute_loss may take out
-        found = checked(model, inputs, *args, **kwargs)
-        return share_of_step(found, labels, trainer) if mean and isinstance(found, Tensor) else found
+        labels = inputs["labels"]
+        found = checked(model, {**inputs, "labels": labels_of_mean(labels, trainer)}, *args, **kwargs)
+        return share_of_step(found, labels, trainer) if isinstance(found, Tensor) else found
 
     return compute

@@ -147,10 +147,11 @@ class LMTrainer(EvaluatingTrainer):
         # A mean over the batch, so that what wrappers add to it (AdaLoRA) gets the batch's share of the step too.
         # Gradients are averaged over ranks, while label tokens are of all ranks.
         if self.compute_loss_func is not None:
-            labels = inputs.pop("labels")
+            labels, mean = inputs.pop("labels"), self._has_mean_loss
             outputs = model(**inputs)
-            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-            loss = custom_parts.share_of_step(loss, labels, self) if self._has_mean_loss else loss * self._ranks
+            targets = custom_parts.labels_of_mean(labels, self) if mean else labels
+            loss = self.compute_loss_func(outputs, targets, num_items_in_batch=num_items_in_batch)
+            loss = custom_parts.share_of_step(loss, labels, self) if mean else loss * self._ranks
             return (loss, outputs) if return_outputs else loss
         outputs = model(**inputs)
         loss = outputs["loss"]
