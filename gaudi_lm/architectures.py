@@ -24,6 +24,7 @@ ENCODERS = {
     *(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()),
 }
 SEE_ALL = ("cpmant", "mega", "xlm", "xlnet")  # and so they are whatever it has
+MIXED_UP = ("llama4", "llama4_text")
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def make_causal(auto_class: type, config: PretrainedConfig) -> None:
         auto_class: that makes the model; others than ``AutoModelForCausalLM`` have no need of it.
 
     Raises:
-        UserError: an architecture that has no setting for that.
+        UserError: an architecture that has no setting for that, or whose experts mix up tokens.
     """
     kind = config.model_type
     if auto_class is not AutoModelForCausalLM:
@@ -183,6 +184,8 @@ def make_causal(auto_class: type, config: PretrainedConfig) -> None:
         raise UserError(
             f"{kind}: not a causal model: its tokens attend to those after them, which they are to predict"
         )
+    if kind in MIXED_UP:
+        raise UserError(f"{kind}: the experts of transformers 4.55 scale a token by the scores of others: it is wrong")
     if kind in ENCODERS and not config.is_decoder and not config.is_encoder_decoder:
         config.is_decoder = True
         logger.info("%s: is_decoder is set, so that no token sees those after it, as in an encoder", kind)

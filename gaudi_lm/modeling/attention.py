@@ -104,6 +104,8 @@ def choose_attention(config: PretrainedConfig, training_args: LMTrainingArgument
     if config.model_type == "gpt2":  # whose sdpa, in transformers 4.55, scales by the width of a head alone
         lost += ["scale_attn_by_inverse_layer_idx"] * bool(config.scale_attn_by_inverse_layer_idx)
         lost += ["scale_attn_weights false"] * (not config.scale_attn_weights)
+    if config.model_type == "doge":  # whose sdpa lets tokens see those after them where there is an attention mask
+        lost.append("a dynamic mask")
     if wanted == "eager" or not lost:
         return wanted
     if "attn_implementation" in training_args.chosen:

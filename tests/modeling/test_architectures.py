@@ -105,6 +105,33 @@ def test_a_model_that_sees_all_tokens_is_no_causal_one():
     assert not config.is_decoder
 
 
+def sees_later_tokens(kind: str, attention: str, **settings) -> bool:
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = CONFIG_MAPPING[kind](**size, intermediate_size=48, vocab_size=64, head_dim=8, **settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    tokens = torch.arange(5, 29).view(2, 12)
+    tokens[1, :-1] = tokens[0, :-1]
+    with torch.no_grad():
+        one, other = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits[:, :-1]
+    return not torch.allclose(one, other, atol=1e-6)
+
+
+def test_a_mixture_of_experts_that_mixes_up_tokens_is_refused():
+    small = {"intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 16}
+    assert sees_later_tokens("llama4_text", "eager", **small), "transformers has mended it"
+    for kind in ("llama4", "llama4_text"):
+        with pytest.raises(UserError, match=f"^{kind}: the experts of transformers 4.55"):
+            make_causal(AutoModelForCausalLM, CONFIG_MAPPING[kind]())
+
+
+def test_doge_is_eager(tmp_path):
+    assert (sees_later_tokens("doge", "sdpa"), sees_later_tokens("doge", "eager")) == (True, False)
+    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_eval=True)
+    args.attn_implementation, args.chosen = "sdpa", set()
+    assert choose_attention(CONFIG_MAPPING["doge"](), args) == "eager"
+
+
 @pytest.mark.parametrize("wanted", [None, True, False])
 def test_modernbert_keeps_its_own_compilation_setting(wanted, tmp_path):
     model = tiny_model("modernbert", reference_compile=wanted)
