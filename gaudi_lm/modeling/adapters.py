@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -188,7 +189,9 @@ def add_adapter(
     if config.is_prompt_learning:
         check_virtual_tokens(model, config)
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft has set it right by then
+            adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"{flag}: {str(error).splitlines()[0]}; {there}") from error
     if args.prompt_tuning_init_text is not None:

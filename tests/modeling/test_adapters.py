@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from running import ROOT, losses, run, run_many
 from safetensors.torch import load_file
 from short_runs import ADAPTERS, common
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from gaudi_lm.arguments.adapters import AdapterArguments
 from gaudi_lm.arguments.deepspeed_configs import check_saved_form
 from gaudi_lm.errors import UserError
+from gaudi_lm.modeling.adapters import adapter_config, add_adapter
 from gaudi_lm.training import merging
 from gaudi_lm.training.merging import check_base_model
 
@@ -72,6 +76,14 @@ def test_a_saved_adapter_is_evaluated_trained_further_and_merged(instructions, t
 
 
 ADALORA = ["--do_train", "--use_cpu", "--peft_type", "adalora", "--adalora_init_r", 6, "--adalora_target_r", 2]
+
+
+def test_the_layers_of_gpt2_are_nothing_to_warn_of():
+    size = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 16, "n_positions": 8}
+    args = AdapterArguments(lora_target_modules=["c_attn"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_adapter(GPT2LMHeadModel(GPT2Config(**size)), adapter_config(args), args, tokenizer=None)
 
 
 def ranks(folder) -> list[int]:
