@@ -11,6 +11,7 @@ from gaudi_lm.errors import UserError, warn
 _NO_PREDICTIONS = "evaluation keeps sums over tokens, no predictions"
 _NO_CUDA = "it is for devices that are neither a Gaudi nor a CPU"
 _NO_FP16 = "fp16 does not exist on a Gaudi; bf16 does: --bf16"
+_FUSED = "attn_implementation gaudi_fused_sdpa"
 _OWN_BATCHES = "the scripts deal out batches to ranks themselves"
 
 # Flags inherited from transformers and optimum-habana that would do nothing here, or something wrong.
@@ -65,7 +66,7 @@ ALWAYS: dict[str, str] = {
     "remove_unused_columns": "the rows hold only what the model takes",
 }
 
-# Flags that do nothing unless another one is set.
+# Flags that do nothing unless another one is set, or has the value after its name.
 NEEDS: dict[str, str] = {
     "compile_dynamic": "torch_compile",
     "compile_from_sec_iteration": "torch_compile",
@@ -75,11 +76,16 @@ NEEDS: dict[str, str] = {
     "dataloader_prefetch_factor": "dataloader_num_workers",
     "card_memory_gb": "dry_run",
     "dataset_config_name": "dataset_name",
+    "disable_tensor_cache_hpu_graphs": "use_hpu_graphs_for_inference",
     "dry_run_cards": "dry_run",
     "eval_on_start": "do_eval",
     "feedforward_modules": "ia3_target_modules",
     "early_stopping_patience": "load_best_model_at_end",
     "push_to_hub": "do_train",
+    "flash_attention_causal_mask": _FUSED,
+    "flash_attention_fast_softmax": _FUSED,
+    "flash_attention_fp8": _FUSED,
+    "flash_attention_recompute": _FUSED,
     "fp8": "do_train",
     "fsdp_config": "fsdp",
     "fsdp_min_num_params": "fsdp",
@@ -92,6 +98,7 @@ NEEDS: dict[str, str] = {
     "hub_revision": "push_to_hub",
     "hub_strategy": "push_to_hub",
     "inline_inbuilt_nn_modules": "torch_compile",
+    "max_hpu_graphs": "use_hpu_graphs_for_inference",
     "minimize_memory": "fp8",
     "profiling_record_shapes": "profiling_steps",
     "profiling_warmup_steps": "profiling_steps",
@@ -207,6 +214,9 @@ def check_folders(values: dict) -> None:
 
 
 def _is_on(name: str, values: dict[str, object]) -> bool:
-    if name == "torch_compile":
-        return any(values.get(flag) for flag in ("torch_compile", "torch_compile_backend", "torch_compile_mode"))
-    return bool(values.get(name))
+    others = {
+        "torch_compile": ("torch_compile_backend", "torch_compile_mode"),
+        "use_hpu_graphs_for_inference": ("use_hpu_graphs_for_training",),
+    }
+    name, _, value = name.partition(" ")
+    return values.get(name) == value if value else any(values.get(flag) for flag in (name, *others.get(name, ())))

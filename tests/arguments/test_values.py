@@ -14,7 +14,7 @@ from gaudi_lm.arguments.consistency import odd_stages
 from gaudi_lm.arguments.deepspeed_configs import check_deepspeed_config
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.arguments.ranges import RANGES, check_ranges
-from gaudi_lm.arguments.refusals import check_flags
+from gaudi_lm.arguments.refusals import NEEDS, check_flags
 from gaudi_lm.errors import UserError
 
 # For every numeric flag some values outside of its range, and some within.
@@ -87,6 +87,15 @@ def test_a_schedule_in_stages_that_are_not_the_run_is_odd(steps, kwargs, words, 
     said = odd_stages(args, steps)
     assert said is None if words is None else words in said
     assert odd_stages(LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True), steps) is None
+
+
+@pytest.mark.parametrize(("name", "needed"), NEEDS.items())
+def test_a_flag_that_does_nothing_without_another(name, needed):
+    defaults = {name: None, "attn_implementation": "eager", "peft_type": "ia3"}
+    with pytest.raises(UserError, match=f"^--{name} needs --{needed}, which is not set$"):
+        check_flags({**defaults, name: 1}, defaults)
+    other, _, value = needed.partition(" ")
+    check_flags({**defaults, name: 1, other: value or 1}, {**defaults, other: value or 1})
 
 
 @pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "inverse_sqrt"])
