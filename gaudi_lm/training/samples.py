@@ -100,7 +100,8 @@ def generate(trainer: LMTrainer, task: str) -> list[tuple[str, str]]:
     generates = base.can_generate() and "past_key_values" in inspect.signature(base.forward).parameters
     on_cpu = trainer.args.device.type == "cpu" and not trainer.is_fsdp_enabled
     token_by_token = task != "fill-mask" and not (on_cpu and generates)
-    run = None if token_by_token else pipeline(task, model=model, tokenizer=tokenizer, device=trainer.args.device)
+    device = None if hasattr(base, "hf_device_map") else trainer.args.device  # of --load_meta_device: it is there
+    run = None if token_by_token else pipeline(task, model=model, tokenizer=tokenizer, device=device)
     for prompt in prompts:
         if run is None:
             end = getattr(base.generation_config, "eos_token_id", tokenizer.eos_token_id)

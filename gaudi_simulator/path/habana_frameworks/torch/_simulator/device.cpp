@@ -20,6 +20,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/distributed/c10d/reducer_timer.hpp>
 #include <torch/library.h>
 
 #include <array>
@@ -1569,7 +1570,22 @@ std::string escape(const std::string& text) {
   return escaped;
 }
 
+// Without one, DistributedDataParallel warns in each rank that it cannot time its steps.
+class StepTimer : public c10d::Timer {
+ public:
+  explicit StepTimer(c10::Device /*device*/) {}
+
+  std::optional<int64_t> measureDifference(Event start, Event end) override {
+    const auto from = getTimestamp(start), to = getTimestamp(end);
+    return from && to && *to >= *from ? std::optional<int64_t>(*to - *from) : std::nullopt;
+  }
+};
+
 } // namespace
+
+namespace c10d {
+C10_REGISTER_TYPED_CLASS(TimerRegistry, c10::kHPU, StepTimer)
+} // namespace c10d
 
 namespace at {
 using ::HPUHooks;
