@@ -171,6 +171,12 @@ def test_on_a_simulated_card(instructions, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_model_that_accelerate_has_placed_continues_prompts(instructions, tmp_path):
+    flags = ["--do_train", "--use_cpu", "--max_steps", "1", "--load_meta_device", "--generate", "What"]
+    assert "INFO 'What' -> '" in run("run_lora_clm.py", *common(instructions, tmp_path / "out", *flags)).stderr
+
+
+@pytest.mark.slow
 @pytest.mark.xdist_group("cards")
 def test_a_pretrained_model_learns(tmp_path):
     """The short form of `make demo-lora`: loss falls, adapter and merged model give it again to 1e-6."""
