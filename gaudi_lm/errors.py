@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import logging
 import os
 import sys
 from contextlib import contextmanager
+
+# Of the system, on a path that a user gave: whatever asks first whether it is there gets these.
+_OF_PATHS = (errno.EACCES, errno.ENAMETOOLONG)
 
 
 class UserError(Exception):
@@ -20,12 +25,21 @@ class UserError(Exception):
 
 @contextmanager
 def user_errors():
-    """Print a :class:`UserError` as one line on stderr and end with its exit code, without a traceback; Ctrl-C too."""
+    """Print a :class:`UserError` as one line on stderr and end with its exit code, without a traceback.
+
+    So it does a path that may not be looked at or has too long a name, and Ctrl-C.
+    """
     try:
         yield
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.status)
+    except OSError as error:
+        if error.errno not in _OF_PATHS or error.filename is None:
+            raise
+        logging.getLogger("gaudi_lm").debug("the error of the system", exc_info=error)
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(UserError.status)
     except KeyboardInterrupt:
         print("interrupted: nothing was saved: no training was running, or --save_on_signal is False", file=sys.stderr)
         sys.exit(130)

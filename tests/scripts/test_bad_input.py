@@ -1,5 +1,6 @@
 """What a user can mend: one line that names the flag or the file, exit code 2, nothing written."""
 
+import errno
 import gzip
 import json
 import os
@@ -10,6 +11,7 @@ import pytest
 from running import ROOT, run, run_many
 
 import gaudi_simulator
+from gaudi_lm.errors import user_errors
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,7 @@ def outcomes(assets, tmp_path_factory) -> dict[str, tuple[int, str]]:
         "not a boolean": ["--output_dir", at("out"), "--do_train", "--use_habana", "perhaps", *model, *text],
         "full directory": ["--output_dir", at("full"), "--use_cpu", "--do_train", *model, *text],
         "no checkpoint": [*base, *model, *text, "--resume_from_checkpoint", at("notes")],
+        "name too long": ["--output_dir", at("x" * 300), "--use_cpu", "--do_train", *model, *text],
         "unknown flag": [*base, *model, *text, "--blok_size", "8"],
         "stray word": [*base, *model, *text, "--streaming", "true", "oops"],
         "not a number": [*base, *model, *text, "--block_size", "many"],
@@ -157,6 +160,7 @@ WORDS = {
     "not a boolean": ["--use_habana", "perhaps"],
     "full directory": ["--output_dir", "full", "--overwrite_output_dir"],
     "no checkpoint": ["--resume_from_checkpoint", "notes"],
+    "name too long": ["xxx", "File name too long"],
     "unknown flag": ["--blok_size", "--block_size"],
     "stray word": ["oops"],
     "not a number": ["--block_size", "many"],
@@ -181,6 +185,16 @@ def test_one_clear_line(outcomes, case):
     assert stderr.splitlines()[-1] == lines[0], "the error is the last line"
     for word in WORDS[case]:
         assert word in lines[0]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG])
+def test_a_path_that_may_not_be_looked_at_is_one_line(number, capsys):
+    """As in the home of another user; root, as whom tests may run, may look everywhere."""
+    with pytest.raises(SystemExit, match="2"), user_errors():
+        raise OSError(number, os.strerror(number), "/home/other/model")
+    assert capsys.readouterr().err == f"error: /home/other/model: {os.strerror(number)}\n"
+    with pytest.raises(PermissionError), user_errors():  # no path: a port, perhaps
+        raise PermissionError(errno.EACCES, "denied")
 
 
 def test_every_case_is_checked(request):
