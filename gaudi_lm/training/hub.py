@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from transformers.trainer_utils import HubStrategy
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.arguments.model_files import first_line
+from gaudi_lm.training.resume import UNUSED
 
 logger = logging.getLogger("gaudi_lm")
 
 TO_RESUME = ["optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "manifest.json", "global_step*", "latest"]
-NOT_THE_RESULT = ["checkpoint-*", "incomplete-*", "complete-files", "_*", "logs"]
+CHECKPOINTS = ["checkpoint-*", f"{UNUSED}checkpoint-*"]
+NOT_THE_RESULT = [*CHECKPOINTS, "incomplete-*", "complete-files/*", "_*", "logs/*"]  # a pattern is of whole paths
 
 
 class HubUploads:
@@ -59,9 +62,12 @@ class HubUploads:
 
     def _report(self, errors: list[BaseException], what: str = "") -> None:
         if errors:
+            args, command = self.args, ["hf", "upload", self.name, str(self.folder)]
+            command += ["--private"] * bool(args.hub_private_repo)
+            command += ["--revision", args.hub_revision] if args.hub_revision else []
             logger.warning(
-                "--push_to_hub: %s%s was not uploaded (%s). All of it is on the disk: start the run again, or "
-                "`hf upload %s %s`", what, self.name, first_line(errors[0]), self.name, self.folder,
+                "--push_to_hub: %s%s was not uploaded (%s). All of it is on the disk: start the run again, or `%s`",
+                what, self.name, first_line(errors[0]), shlex.join([*command, "--exclude", *CHECKPOINTS]),
             )  # fmt: skip
 
     def _begin(self, folder: Path, message: str, ignored: list[str] | None, path_in_repo: str | None = None) -> Future:

@@ -1,5 +1,7 @@
 """--push_to_hub: nothing is lost where the hub fails, and the next start uploads."""
 
+import shutil
+
 import pytest
 from huggingface_hub import ModelCard
 from running import results, run
@@ -29,16 +31,17 @@ def test_what_fails_is_one_line_and_the_next_start_uploads(assets, tmp_path, upl
         log = start(assets, output, uploads)
         (line,) = [line for line in log.splitlines() if "--push_to_hub" in line]
         assert "WARNING --push_to_hub: tiny was not uploaded" in line and reason in line
-        assert f"`hf upload tiny {output}`" in line
+        assert f"`hf upload tiny {output} --exclude 'checkpoint-*' 'unused-checkpoint-*'`" in line
         assert log.index("Outputs saved to") < log.index("was not uploaded")
         assert {"model.safetensors", "README.md", "loss_curve.png"} <= {path.name for path in output.iterdir()}
         assert not uploads.files["me/tiny", "main"]
     uploads.fault = None
+    shutil.copytree(output / "checkpoint-2", output / "unused-checkpoint-3")
     assert "/me/tiny\n" in start(assets, output, uploads, "--hub_private_repo")
     files = uploads.files["me/tiny", "main"]
     assert {"config.json", "tokenizer.json", "loss_curve.png", "README.md", "all_results.json"} <= files.keys()
     assert files["model.safetensors"] == (output / "model.safetensors").read_bytes()
-    assert not any(name.startswith(("checkpoint", "optimizer")) for name in files)
+    assert not any(name.startswith(("checkpoint", "unused", "optimizer")) for name in files)
     assert uploads.created["me/tiny"]["private"] is True
     card = ModelCard(files["README.md"].decode())
     found = {one.metric_type: one.metric_value for one in card.data.eval_results}
