@@ -29,8 +29,9 @@ UNREADABLE = (UserError, OSError, ValueError, ImportError)  # of a command line 
 def run_script(main: Callable[[], object]) -> None:
     """Run ``main`` as the whole of this process: user errors in one line, and a sure end of several ranks.
 
-    Where ranks talk to each other, this does not return: they wait for each other, then the process ends as those of
-    `multiprocessing` do: threads, exit handlers, open streams, ``os._exit``. In torch 2.13 no other ending is sure.
+    Where ranks talk to each other, or for a signal, this does not return: ranks wait for each other, then the process
+    ends as those of `multiprocessing` do: threads, exit handlers, open streams, ``os._exit``. In torch 2.13 no other
+    ending of several ranks is sure.
     A thread of gloo that is done with a collective lets go of a Python object (what `torch.autograd` keeps for its
     threads), for which it needs the interpreter's lock. The group's destructor holds that lock while it waits for the
     thread: after `destroy_process_group` a deadlock, wherever DistributedDataParallel, a trainer or a traceback has
@@ -53,7 +54,8 @@ def run_script(main: Callable[[], object]) -> None:
             raise
         sys.excepthook(*sys.exc_info())
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
-    if not _has_process_group():
+    by_signal = isinstance(status, int) and status > 128  # whoever sent it waits for no upload in a thread
+    if not (_has_process_group() or by_signal):
         sys.exit(status)
     if status is not None and not isinstance(status, int):
         print(status, file=sys.stderr)
@@ -63,7 +65,8 @@ def run_script(main: Callable[[], object]) -> None:
         # rank has failed instead, there is nothing to wait for.
         with suppress(Exception):
             sys.modules["torch"].distributed.barrier()
-    threading._shutdown()  # type: ignore[attr-defined]
+    if not by_signal:
+        threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     gc.collect()  # closes forgotten files
     for stream in (sys.stdout, sys.stderr):
@@ -80,7 +83,7 @@ def _end_at_once(process: int, number: int, frame) -> None:
     if os.getpid() == process:
         why = "no training was running, or --save_on_signal is False"
         with suppress(OSError):  # nobody reads any more
-            os.write(2, f"{signal.Signals(number).name}: ended, nothing was saved: {why}\n".encode())
+            os.write(2, f"{signal.Signals(number).name}: ended, nothing more was saved: {why}\n".encode())
         sys.exit(128 + number)
     os.kill(os.getpid(), number)  # a process of a library's own, which has inherited this
 

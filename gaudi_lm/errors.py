@@ -41,7 +41,8 @@ def user_errors():
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(UserError.status)
     except KeyboardInterrupt:
-        print("interrupted: nothing was saved: no training was running, or --save_on_signal is False", file=sys.stderr)
+        why = "no training was running, or --save_on_signal is False"
+        print(f"interrupted: nothing more was saved: {why}", file=sys.stderr)
         sys.exit(130)
 
 

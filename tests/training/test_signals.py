@@ -175,7 +175,9 @@ def test_signals_can_be_left_alone(assets, masked_assets, instructions, tmp_path
     output = tmp_path / "out"
     (end,) = interrupted("run_clm.py", 1, output, [*flags, "--save_on_signal", "False"], signal.SIGTERM)
     assert end.returncode == 128 + signal.SIGTERM and "Traceback" not in end.stderr
-    assert "SIGTERM: ended, nothing was saved: no training was running, or --save_on_signal is False" in end.stderr
+    assert (
+        "SIGTERM: ended, nothing more was saved: no training was running, or --save_on_signal is False" in end.stderr
+    )
     assert {path.name for path in output.glob("checkpoint-*")} <= {f"checkpoint-{step}" for step in range(12, 61, 12)}
 
 
