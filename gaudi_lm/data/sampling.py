@@ -27,7 +27,7 @@ class TrainingRows(torch.utils.data.Dataset):
     """
 
     def __init__(self, dataset: Dataset):
-        self.dataset = dataset.with_format("numpy")
+        self.dataset = as_arrays(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -40,6 +40,11 @@ class TrainingRows(torch.utils.data.Dataset):
             if number < 0:
                 row[FILLER_SAMPLE] = True
         return rows
+
+
+def as_arrays(dataset: Dataset) -> Dataset:
+    """A dataset whose rows are numpy arrays, or what its ``set_transform`` makes, if it has one."""
+    return dataset if dataset.format["type"] == "custom" else dataset.with_format("numpy")
 
 
 def read_rows(dataset: Dataset, indices: list[int]) -> list[dict]:

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from gaudi_lm.data.blocks import cut
 from gaudi_lm.data.columns import batches_of_text
 from gaudi_lm.data.masking import encode_lines
+from gaudi_lm.data.sampling import SAMPLE_ID
 from gaudi_lm.data.tokenization import encode
 from gaudi_lm.errors import UserError
 
@@ -42,6 +44,34 @@ def rank_share(
     if limit < world_size:
         raise UserError(f"--max_train_samples {limit}: fewer than the {world_size} ranks that share the stream")
     return share, limit // world_size + (rank < limit % world_size)
+
+
+class RepeatedRows(torch.utils.data.IterableDataset):
+    """A stream over and over, its rows numbered under ``sample_id``.
+
+    The steps end a run, not the stream. A resumed run passes over the rows of the steps before, which may go round.
+    """
+
+    def __init__(self, rows: torch.utils.data.IterableDataset):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict]:
+        number, before = 0, -1
+        while number > before:  # a pass without rows ends it
+            before = number
+            for row in self.rows:
+                yield {SAMPLE_ID: number, **row}
+                number += 1
+
+
+def stream_batches(rows: torch.utils.data.IterableDataset, batch_size: int, options: dict) -> DataLoader:
+    """Batches of a stream to train on; one that knows its length ends with it.
+
+    Args:
+        options: of the ``DataLoader``. A second worker would read the same stream again: there is one at most.
+    """
+    rows = rows if hasattr(rows, "__len__") else RepeatedRows(rows)
+    return DataLoader(rows, batch_size, **{**options, "num_workers": min(options["num_workers"], 1)})
 
 
 class StreamedRows(torch.utils.data.IterableDataset):

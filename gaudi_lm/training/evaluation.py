@@ -21,6 +21,7 @@ from gaudi_lm.data.sampling import (
     FILLER_SAMPLE,
     REAL_SAMPLES,
     SAMPLE_ID,
+    as_arrays,
     count_tokens,
     ignore_filler_samples,
     loader_options,
@@ -71,7 +72,7 @@ class EvaluationRows(IterableDataset):
         """Of several worker processes each yields whole batches in its turn, so that their order does not change."""
         worker = get_worker_info()
         turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        rows = self.dataset.with_format("numpy")
+        rows = as_arrays(self.dataset)
         own = range(self.rank, self.rows_seen, self.world_size)
         for start in range(turn * self.batch_size, len(self), workers * self.batch_size):
             positions = range(start, start + self.batch_size)

@@ -19,6 +19,7 @@ from gaudi_lm.arguments.context_parallel import data_ranks, sequence_part
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.arguments.gaudi_configs import gaudi_config
 from gaudi_lm.data.sampling import TrainingBatches, TrainingRows, count_tokens, ignore_filler_samples, loader_options
+from gaudi_lm.data.streams import stream_batches
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import RankReduction
 from gaudi_lm.modeling.attention import check_model
@@ -98,9 +99,7 @@ class LMTrainer(EvaluatingTrainer):
             # They are started once in a whole run and again in a resumed one: dropout is not to depend on that.
             options["generator"] = torch.Generator().manual_seed(args.seed)
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
-            # A second worker would read the same stream again.
-            options["num_workers"] = min(options["num_workers"], 1)
-            return DataLoader(self.train_dataset, batch_size=args.per_device_train_batch_size, **options)
+            return stream_batches(self.train_dataset, args.per_device_train_batch_size, options)
         seed = args.seed if args.data_seed is None else args.data_seed
         order = {"drop_last": args.dataloader_drop_last, "group_by_length": args.group_by_length}
         sampler = TrainingBatches(self.train_dataset, self._train_batch_size, seed, *data_ranks(args), **order)

@@ -1,6 +1,7 @@
 """docs/adapting.md: each diff applies to its script, and the result does what the page says."""
 
 import json
+import shutil
 import subprocess
 from types import SimpleNamespace
 
@@ -359,6 +360,37 @@ def test_a_stream_of_ones_own(assets, tmp_path):
     assert "error: --max_steps: the length of a stream is not known" in run(script, *flags, code=2).stderr
     run(script, *flags, "--max_steps", 3)
     assert len(losses(tmp_path / "out")) == 3 and (tmp_path / "out" / "model.safetensors").exists()
+
+
+def go_on_from(checkpoint, folder) -> list:
+    """Flags of a run in a new folder that has this checkpoint alone."""
+    shutil.copytree(checkpoint, folder / checkpoint.name)
+    return ["--output_dir", folder]
+
+
+@pytest.mark.slow
+def test_a_stream_of_ones_own_that_ends(assets, tmp_path):
+    """It goes round until all steps are done, after a resume too."""
+    script = copy_elsewhere("run_clm.py", tmp_path / "mine")
+    before = "    # Trainer\n"
+    stream = '    blocks["train"] = blocks["train"].select(range(20)).to_iterable_dataset()\n'
+    script.write_text(script.read_text().replace(before, stream + before))
+    flags = scratch(assets, tmp_path / "whole", "--do_train", "--max_steps", 6, "--save_steps", 4)
+    run(script, *flags)
+    run(script, *flags, *go_on_from(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed"))
+    assert len(losses(tmp_path / "whole")) == 6 and losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_rows_that_a_transform_makes(assets, tmp_path):
+    """In training and evaluation: of blocks whose tokens are all the same, each is soon predicted."""
+    script = copy_elsewhere("run_clm.py", tmp_path / "mine")
+    before = "    # Trainer\n"
+    made = "lambda rows: {'input_ids': [[7] * 16 for _ in rows['input_ids']]}"
+    transform = f"    blocks = {{split: rows.with_transform({made}) for split, rows in blocks.items()}}\n"
+    script.write_text(script.read_text().replace(before, transform + before))
+    run(script, *scratch(assets, tmp_path / "out", *EVALUATE, "--learning_rate", 0.1, "--dataloader_num_workers", 1))
+    assert results(tmp_path / "out")["eval_accuracy"] == 1 and results(tmp_path / "out")["eval_tokens"] == 6 * 15
 
 
 def test_a_budget_belongs_to_its_collator(tmp_path):
