@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -62,12 +64,32 @@ def loader_options(args: LMTrainingArguments) -> dict:
     }
 
 
+@contextlib.contextmanager
+def draws_of(*numbers: int) -> Iterator[None]:
+    """What torch, NumPy and Python draw in here depends on these numbers alone, and what they draw later not on it."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
+
+
 def ignore_filler_samples(
-    collator: Callable[[list[dict]], dict], labels_from_inputs: bool = False, part: tuple[int, int] = (0, 1)
+    collator: Callable[[list[dict]], dict],
+    labels_from_inputs: bool = False,
+    part: tuple[int, int] = (0, 1),
+    seed: tuple[int, ...] = (),
 ) -> Callable[[list[dict]], dict]:
     """Any collator of ``transformers`` or of one's own, for the batches of a trainer.
 
-    - A row's ``sample_id`` reaches only a collator with a true attribute ``needs_sample_id``.
+    - A row's ``sample_id`` reaches only a collator with a true attribute ``needs_sample_id``. What others draw depends
+      on that of a batch's first row: a resumed run draws it again, in any number of worker processes.
     - Rows that only complete a batch get the labels -100, so that they add nothing to any sum; batches say under
       ``real_rows`` which are the others, bool of shape ``[rows]``.
     - Token ids and labels become int64.
@@ -75,8 +97,9 @@ def ignore_filler_samples(
     Args:
         labels_from_inputs: where the collator makes no labels, each token that is not padding is one.
         part: ``(k, n)`` takes the k-th of n parts of each row, see :func:`cut_rows`.
+        seed: numbers on which such draws depend as well.
     """
-    whole = partial(_collate, collator, labels_from_inputs)
+    whole = partial(_collate, collator, labels_from_inputs, seed)
     return whole if part[1] == 1 else partial(_collate_part, whole, part)
 
 
@@ -113,10 +136,14 @@ def _needs_sample_id(collator: Callable) -> bool:
     return getattr(collator, "needs_sample_id", False)
 
 
-def _collate(collator: Callable[[list[dict]], dict], labels_from_inputs: bool, rows: list[dict]) -> dict:
+def _collate(
+    collator: Callable[[list[dict]], dict], labels_from_inputs: bool, seed: tuple[int, ...], rows: list[dict]
+) -> dict:
     completing = torch.tensor([row.get(FILLER_SAMPLE, False) for row in rows])
+    seeds_itself = _needs_sample_id(collator) or SAMPLE_ID not in rows[0]
     hidden = {FILLER_SAMPLE} if _needs_sample_id(collator) else {FILLER_SAMPLE, SAMPLE_ID}
-    batch = dict(collator([{name: value for name, value in row.items() if name not in hidden} for row in rows]))
+    with contextlib.nullcontext() if seeds_itself else draws_of(*seed, int(rows[0][SAMPLE_ID])):
+        batch = dict(collator([{name: value for name, value in row.items() if name not in hidden} for row in rows]))
     if labels_from_inputs and batch.get("labels") is None:
         batch["labels"] = batch["input_ids"].clone()
         mask = batch.get("attention_mask")

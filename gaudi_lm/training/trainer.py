@@ -93,7 +93,8 @@ class LMTrainer(EvaluatingTrainer):
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
         options = {**loader_options(args), "worker_init_fn": self.worker_init}
-        options["collate_fn"] = ignore_filler_samples(self.data_collator, self.causal, sequence_part(args))
+        draws = args.seed, data_ranks(args)[0]
+        options["collate_fn"] = ignore_filler_samples(self.data_collator, self.causal, sequence_part(args), draws)
         if args.dataloader_persistent_workers:
             options["persistent_workers"] = True
             # They are started once in a whole run and again in a resumed one: dropout is not to depend on that.

@@ -1,5 +1,8 @@
 """Collators of transformers in place of the scripts' own: as they are, and with the same counts and losses."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from running import copy_elsewhere, load_script, losses, results, run
@@ -108,6 +111,21 @@ class Recorder:
     def __call__(self, rows):
         self.rows = rows
         return {"input_ids": torch.tensor([row["input_ids"] for row in rows], dtype=torch.int32)}
+
+
+def test_what_a_collator_draws_depends_on_the_batch_and_the_seed():
+    def draw(rows):
+        numbers = torch.rand(()), torch.tensor(np.random.rand()), torch.tensor(random.random())
+        return {"input_ids": torch.stack(numbers).mul(2**20)[None], "labels": None}
+
+    def drawn(sample_id: int, *seed: int) -> list[int]:
+        return ignore_filler_samples(draw, seed=seed)([{"input_ids": [1], SAMPLE_ID: sample_id}])["input_ids"].tolist()
+
+    torch.manual_seed(5)
+    after = torch.rand(())
+    torch.manual_seed(5)
+    assert drawn(3, 1) == drawn(3, 1) and len({str(drawn(*of)) for of in [(3, 1), (4, 1), (3, 2)]}) == 3
+    assert torch.rand(()) == after, "dropout does not depend on it"
 
 
 @pytest.mark.parametrize("needs", [False, True])

@@ -267,9 +267,13 @@ def test_another_collator(assets, masked_assets, tmp_path):
     script = adapted(tmp_path / "mine", "DataCollatorForWholeWordMask")
     texts = ["--train_file", assets.train, "--validation_file", assets.validation, "--max_seq_length", 32]
     flags = [*masked_assets.scratch("bert"), *texts, "--line_by_line", "--use_cpu", "--logging_steps", 1, *EVALUATE]
-    run(script, *flags, "--output_dir", tmp_path / "out")
+    run(script, *flags, "--save_steps", 2, "--output_dir", tmp_path / "out")
     assert len(losses(tmp_path / "out")) == 4
     assert 0 < results(tmp_path / "out")["eval_tokens"] < 6 * 32
+    more = go_on_from(tmp_path / "out" / "checkpoint-2", tmp_path / "resumed")
+    run(script, *flags, "--save_steps", 2, "--dataloader_num_workers", 1, *more)  # it draws masks as it did before
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "out")
+    assert results(tmp_path / "resumed")["eval_loss"] == results(tmp_path / "out")["eval_loss"]
 
 
 @pytest.mark.slow
