@@ -126,6 +126,12 @@ def check_shared_weights(model: PreTrainedModel | PeftModel, args) -> None:
             )
 
 
+def check_trained(model: torch.nn.Module, do_train: bool) -> None:
+    """Refuse to train a model of which no weight is trained, where a script has frozen them."""
+    if do_train and not any(weight.requires_grad for weight in model.parameters()):
+        raise UserError(f"--do_train: no weight of {type(model).__name__} has requires_grad: all of them are frozen")
+
+
 def own_figures(compute_metrics: Callable, predictions, labels) -> dict[str, float]:
     """What a ``compute_metrics`` of one's own makes of predictions; a UserError where that is no dict."""
     figures = compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))

@@ -277,6 +277,7 @@ def build_trainer(
     if compute_metrics is None:
         given = METRICS if loss_func is None else ("loss",)
         check_best_metric(training_args.metric_for_best_model, eval_dataset, given)
+    custom_parts.check_trained(model, training_args.do_train)
     custom_parts.check_shared_weights(model, training_args)
     check_prompts(training_args, objective == "causal", model.config, tokenizer)
     choose_layers(model, training_args)

@@ -16,7 +16,14 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.errors import UserError
-from gaudi_lm.training.custom_parts import NEVER_CALLED, check_budget, is_mean, own_figures, returning_loss
+from gaudi_lm.training.custom_parts import (
+    NEVER_CALLED,
+    check_budget,
+    check_trained,
+    is_mean,
+    own_figures,
+    returning_loss,
+)
 from gaudi_lm.training.trainer import LMTrainer, build_trainer
 
 from documentation import code_blocks  # isort: skip
@@ -395,6 +402,15 @@ def test_rows_that_a_transform_makes(assets, tmp_path):
     script.write_text(script.read_text().replace(before, transform + before))
     run(script, *scratch(assets, tmp_path / "out", *EVALUATE, "--learning_rate", 0.1, "--dataloader_num_workers", 1))
     assert results(tmp_path / "out")["eval_accuracy"] == 1 and results(tmp_path / "out")["eval_tokens"] == 6 * 15
+
+
+def test_a_model_that_is_frozen_is_not_trained():
+    model = torch.nn.Linear(2, 2).requires_grad_(False)
+    check_trained(model, do_train=False)
+    with pytest.raises(UserError, match="no weight of Linear has requires_grad"):
+        check_trained(model, do_train=True)
+    model.bias.requires_grad_(True)
+    check_trained(model, do_train=True)
 
 
 def test_a_budget_belongs_to_its_collator(tmp_path):
