@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def rank_share(
 
 
 class RepeatedRows(torch.utils.data.IterableDataset):
-    """A stream over and over, its rows numbered under ``sample_id``.
+    """A stream over and over, its rows numbered under ``sample_id``; one of ``datasets`` is shuffled anew each time.
 
     The steps end a run, not the stream. A resumed run passes over the rows of the steps before, which may go round.
     """
@@ -56,12 +56,16 @@ class RepeatedRows(torch.utils.data.IterableDataset):
         self.rows = rows
 
     def __iter__(self) -> Iterator[dict]:
-        number, before = 0, -1
-        while number > before:  # a pass without rows ends it
-            before = number
+        number = 0
+        for epoch in count():
+            first = number
+            if isinstance(self.rows, IterableDataset):
+                self.rows.set_epoch(epoch)
             for row in self.rows:
                 yield {SAMPLE_ID: number, **row}
                 number += 1
+            if number == first:
+                return
 
 
 def stream_batches(rows: torch.utils.data.IterableDataset, batch_size: int, options: dict) -> DataLoader:

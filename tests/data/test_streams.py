@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from itertools import islice
 
 import pytest
 from datasets import IterableDataset
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 from gaudi_lm.arguments.definitions import DataArguments, ModelArguments
 from gaudi_lm.data.loading import load_raw, split_stream
 from gaudi_lm.data.masking import MaskingCollator
-from gaudi_lm.data.streams import StreamedBlocks, StreamedLines, rank_share
+from gaudi_lm.data.streams import RepeatedRows, StreamedBlocks, StreamedLines, rank_share
 from gaudi_lm.errors import UserError
 from gaudi_lm.training.evaluation import EvaluationRows
 
@@ -227,3 +228,14 @@ def test_a_line_that_cannot_be_read_loses_no_step(workers, assets, tmp_path):
     run("run_clm.py", *flags, "--output_dir", tmp_path / "out")
     run("run_clm.py", *flags, "--output_dir", tmp_path / "whole")
     assert losses(tmp_path / "out") == losses(tmp_path / "whole") and len(losses(tmp_path / "out")) == 40
+
+
+def test_a_stream_of_datasets_is_shuffled_anew_each_time():
+    rows = IterableDataset.from_generator(lambda: ({"input_ids": [n]} for n in range(50))).shuffle(
+        seed=1, buffer_size=50
+    )
+    first, second = (list(islice(RepeatedRows(rows), 100)) for _ in range(2))
+    order = [row["input_ids"][0] for row in first]
+    assert first == second and [row["sample_id"] for row in first] == list(range(100))
+    assert sorted(order[:50]) == sorted(order[50:]) == list(range(50)) and order[:50] != order[50:]
+    assert list(RepeatedRows(rows.take(0))) == []
