@@ -110,6 +110,16 @@ def claim_port(wanted: int | None, tries: int = 100) -> socket.socket:
     return claim
 
 
+def hold_output() -> None:
+    """Read the pipes that this process prints to: Ctrl-C ends a `tee` as well, and mpirun without a reader the ranks.
+
+    What is printed while a checkpoint is saved goes into the pipe, or to another reader that is still there.
+    """
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # not ours to read, or closed
+            os.open(f"/proc/self/fd/{stream}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+
+
 def make_folder(flag: str, path: str, without: str = "") -> None:
     """Make a folder that a flag names; a :class:`UserError` where that cannot be, or its path has one ``without``."""
     if found := set(path) & set(without):

@@ -139,7 +139,7 @@ def run(job: plan.Plan) -> int:
         except BaseException:
             sys.excepthook(*sys.exc_info())
             os._exit(1)
-    processes.on_signals(lambda number: os.kill(supervisor, number))
+    processes.on_signals(lambda number: (host.hold_output(), os.kill(supervisor, number)))  # type: ignore
     signal.pthread_sigmask(signal.SIG_UNBLOCK, processes.STOP_SIGNALS)
     while not (ended := os.waitpid(supervisor, os.WNOHANG))[0]:
         time.sleep(supervise.PAUSE)  # a signal right before a call without end would be served after it

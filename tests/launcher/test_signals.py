@@ -14,7 +14,7 @@ import pytest
 
 from launcher.spawning import BACKENDS, RANKS, Launch, last_line, log_of
 
-ACT = str(RANKS / "act.py")
+ACT, SAVING = str(RANKS / "act.py"), str(RANKS / "saving.py")
 ROUNDS = int(os.environ.get("STRESS_ROUNDS", "2"))
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
 GRACE = 2.0
@@ -114,6 +114,34 @@ def test_a_second_ctrl_c_does_not_wait():
     job.process.send_signal(signal.SIGINT)
     assert job.finish(30).returncode == 130
     assert job.survivors(5.0) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_save_though_nobody_reads_what_they_print(backend, tmp_path):
+    """Ctrl-C ends a `tee` behind the launcher as well, and mpirun would end the ranks for want of a reader."""
+    job = Launch(*BACKENDS[backend], "--world_size", "2", SAVING, str(tmp_path), stderr=subprocess.STDOUT)
+    for _ in range(2):
+        job.wait_for(b"is here")
+    job.process.stdout.close()
+    job.process.send_signal(signal.SIGINT)
+    assert job.process.wait(60) == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    assert job.survivors(5.0) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_up_to_the_very_end(number, tmp_path):
+    """Ctrl-C that is held down: no traceback, and no file that is left."""
+    for _ in range(4):
+        job = Launch("--use_mpi", "--grace", "1", ACT, "0", "wait", environ={"TMPDIR": str(tmp_path)})
+        job.wait_for(b"is here")
+        while job.process.poll() is None:
+            job.process.send_signal(number)
+            time.sleep(0.002)
+        assert job.process.returncode in (-number, 128 + number)  # Python's own end heeds none
+        done = job.finish()
+        assert last_line(done).startswith(f"gaudi_spawn: stopped by {number.name}")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_nohup_is_respected():

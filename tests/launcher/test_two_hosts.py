@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 
 import psutil
@@ -11,7 +12,7 @@ from running import environment, losses
 from launcher.hosts import two_hosts
 from launcher.spawning import HOSTILE, OPTIONS, RANKS, ROOT, Launch, clm_flags, dumped, last_line, log_of, spawn
 
-DUMP, ACT = str(RANKS / "dump.py"), str(RANKS / "act.py")
+DUMP, ACT, SAVING = (str(RANKS / name) for name in ("dump.py", "act.py", "saving.py"))
 BACKENDS = {"mpi": "--use_mpi", "deepspeed": "--use_deepspeed"}
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("hosts")]
 
