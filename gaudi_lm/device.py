@@ -120,7 +120,7 @@ def simulated_cards() -> int:
     text = os.environ.get("GAUDI_SIMULATOR", "")
     if not text:
         return 0
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UserError(f"GAUDI_SIMULATOR is {text!r}: it holds the number of simulated cards, at least 1")
     return int(text)
 
