@@ -116,6 +116,7 @@ def run(job: plan.Plan) -> int:
     if problem := job.check_hosts():
         supervise.say(f"error: {problem}")
         return 1
+    signal.pthread_sigmask(signal.SIG_BLOCK, processes.STOP_SIGNALS)  # until somebody removes the folder after one
     folder = tempfile.mkdtemp(prefix="gaudi_spawn-")
     order, others = job.orders(folder, processes.python("rank.main"))
     Path(folder, "hosts").write_text(json.dumps(others))
@@ -126,14 +127,13 @@ def run(job: plan.Plan) -> int:
     for name in [name for name in os.environ if matches(name, STALE)]:
         os.environ.pop(name)
     processes.adopt_orphans()
-    signal.pthread_sigmask(signal.SIG_BLOCK, processes.STOP_SIGNALS)
     launcher, supervisor = os.getpid(), os.fork()
     if supervisor == 0:
         try:
             os.setsid()  # a terminal's Ctrl-C goes to the launcher alone
-            processes.die_with_parent(processes.PARENT_ENDED)
             own = supervise.Host(order)
             own.signals += [processes.PARENT_ENDED] * (os.getppid() != launcher)  # killed before it was watched
+            processes.die_with_parent(processes.PARENT_ENDED)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, processes.STOP_SIGNALS)
             os._exit(own.run())
         except BaseException:
@@ -141,14 +141,14 @@ def run(job: plan.Plan) -> int:
             os._exit(1)
     processes.on_signals(lambda number: (host.hold_output(), os.kill(supervisor, number)))  # type: ignore
     signal.pthread_sigmask(signal.SIG_UNBLOCK, processes.STOP_SIGNALS)
-    while not (ended := os.waitpid(supervisor, os.WNOHANG))[0]:
+    while not (ended := os.waitid(os.P_PID, supervisor, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
         time.sleep(supervise.PAUSE)  # a signal right before a call without end would be served after it
-    code = os.waitstatus_to_exitcode(ended[1])
+    status = ended.si_status + 128 * (ended.si_code != os.CLD_EXITED)  # a zombie: it takes further signals
     processes.kill_descendants()
     shutil.rmtree(folder, ignore_errors=True)
-    if code < 0:
-        supervise.say(f"error: the supervisor of the job was killed, {processes.named(128 - code)}")
-    return code if code >= 0 else 128 - code
+    if status != ended.si_status:
+        supervise.say(f"error: the supervisor of the job was killed, {processes.named(status)}")
+    return status
 
 
 def main(description: str | None = None) -> int:
