@@ -159,5 +159,6 @@ def main(description: str | None = None) -> int:
     with claim:
         if not options.dry_run:
             return run(job)
-    sys.stdout.buffer.write(job.describe(cards).encode(errors="surrogateescape") + b"\n")
+    with contextlib.suppress(BrokenPipeError), open(1, "wb", closefd=False) as output:  # as before `head`
+        output.write(job.describe(cards).encode(errors="surrogateescape") + b"\n")
     return 0

@@ -126,6 +126,37 @@ def test_another_mpi_is_refused(tmp_path):
     refused(run("--use_mpi", DUMP, PATH=f"{tmp_path}:{os.environ['PATH']}"), "names no Open MPI 4 or 5")
 
 
+def test_a_plan_that_is_not_read_to_its_end_is_no_error():
+    """As before `head` or `grep -q`."""
+    ours, its = os.pipe()
+    os.close(ours)
+    command = [sys.executable, str(ROOT / "gaudi_spawn.py"), "--dry_run", DUMP]
+    done = subprocess.run(command, stdout=its, stderr=subprocess.PIPE, check=False)
+    os.close(its)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+STOPPED = """
+import os, signal, sys, tempfile
+from gaudi_lm.launcher import launch
+make = tempfile.mkdtemp
+def stopped(**how):
+    folder = make(**how)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return folder
+tempfile.mkdtemp = stopped
+sys.exit(launch.main())
+"""
+
+
+def test_a_signal_right_after_the_folder_is_made_leaves_none(tmp_path):
+    environ = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", STOPPED, DUMP]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_needs_no_torch():
     done = run("--help", PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0
