@@ -57,15 +57,14 @@ class Plan:
         by = ("package" if new else "socket") if self.map_by == "socket" else "slot"
         bind = {"socket": by, "slot": "core", "none": "none"}[self.map_by]
         root = ["--allow-run-as-root"] * (os.geteuid() == 0)
-        words = [self.mpirun, *root, "-n", str(sum(host.slots for host in self.hosts))]
+        words = [self.mpirun, *root, "--leave-session-attached", "-n", str(sum(host.slots for host in self.hosts))]
         # More ranks than cores is the user's decision.
         words += ["--bind-to", bind if bind == "none" else f"{bind}:overload-allowed"]
         words += ["--map-by", f"{by}:oversubscribe"] if new else ["--map-by", by, "--oversubscribe"]
         if self.log_dir:
             words += ["--output", f"dir={self.log_dir},merge"] if new else ["--output-filename", self.log_dir]
-        if not all(self.local):
-            words += ["--leave-session-attached", "--hostfile", f"{folder}/hostfile"]
-        return words + program
+        where = ["--host", f"localhost:{slots}"] if all(self.local) else ["--hostfile", f"{folder}/hostfile"]
+        return [*words, *where, *program]
 
     def orders(self, folder: str, program: list[str]) -> tuple[dict, dict[str, dict]]:
         """For :class:`supervise.Host`: the order of this host, and those of the others by name."""
@@ -100,10 +99,9 @@ class Plan:
         command = ["sh", "-c", CHECK, "sh", os.getcwd(), sys.executable, processes.__file__, self.script[0]]
         how: dict = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         others = [host for host, here in zip(self.hosts, self.local, strict=True) if not here]
-        checks = [(host, subprocess.Popen(over_ssh(host.login, command), **how)) for host in others]
-        answers = [(host, check.communicate()[0].decode(errors="replace"), check.returncode) for host, check in checks]
-        failed = [(host, answer.strip().split("\n")[-1], status) for host, answer, status in answers if status]
-        return next((f"host {host.name}: {line or f'ssh ended with {status}'}" for host, line, status in failed), None)
+        checks = [(one, subprocess.Popen(over_ssh(one.login, command), errors="replace", **how)) for one in others]
+        answers = [(one.name, ssh.communicate()[0].strip().split("\n")[-1], ssh.returncode) for one, ssh in checks]
+        return next((f"host {name}: {line or f'ssh ended with {code}'}" for name, line, code in answers if code), None)
 
     def describe(self, cards: int) -> str:
         """The plan as text, one fact a line, with secrets hidden; the commands are those without this launcher."""

@@ -83,6 +83,20 @@ def test_own_choices_are_kept(backend, tmp_path):
     assert set(got["cpus"]) == os.sched_getaffinity(0)
 
 
+@pytest.mark.parametrize("backend", ["mpi", "torch"])
+def test_settings_of_a_job_around_do_not_send_ranks_to_its_hosts(backend, tmp_path):
+    """Slurm's allocation, the hostfile of an MPIJob, and the options for torchrun of a PyTorchJob."""
+    (tmp_path / "hosts").write_text("no-such-host.invalid slots=8\n")
+    hosts = f"{socket.gethostname()},no-such-host"
+    environ = {"SLURM_JOBID": "7", "SLURM_NODELIST": hosts, "SLURM_JOB_NODELIST": hosts, "SLURM_JOB_NUM_NODES": "2"}
+    environ |= {"SLURM_JOB_ID": "7", "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_NNODES": "2", "PET_NNODES": "2"}
+    for one in (environ, {"PRTE_MCA_prte_default_hostfile": str(tmp_path / "hosts")}):
+        job = Launch(*BACKENDS[backend], "--world_size", "2", DUMP, environ=one)
+        done = job.finish(60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count('"arguments"') == 2
+
+
 def test_fewer_cpus_are_shared_out_as_they_are():
     cpu = min(os.sched_getaffinity(0))
     done = spawn("--use_mpi", "--world_size", "1", DUMP, inside=["taskset", "-c", str(cpu)])

@@ -150,7 +150,7 @@ def test_mpi_command_on_one_host(version, words):
     assert whole[0] == "/opt/bin/mpirun" and "-n 2" in shlex.join(whole)
     assert whole[-2:] == PROGRAM
     assert shlex.join(words) in shlex.join(whole)
-    assert "--hostfile" not in whole
+    assert "--hostfile" not in whole and whole[whole.index("--host") + 1] == "localhost:2"
     assert ("--allow-run-as-root" in whole) == (os.geteuid() == 0)
 
 
