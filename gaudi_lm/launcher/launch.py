@@ -120,8 +120,9 @@ def run(job: plan.Plan) -> int:
     folder = tempfile.mkdtemp(prefix="gaudi_spawn-")
     order, others = job.orders(folder, processes.python("rank.main"))
     Path(folder, "hosts").write_text(json.dumps(others))
-    Path(folder, "ssh").write_text(f'exec {shlex.join(processes.python("supervise.connect", folder))} "$@"\n')
-    Path(folder, "hostfile").write_text("".join(f"{one.login} slots={one.slots}\n" for one in job.hosts))
+    Path(folder, "ssh").write_text(f'exec {shlex.join(processes.python("supervise.connect", folder))} "$0" "$@"\n')
+    names = ["localhost" if here else one.login for one, here in zip(job.hosts, job.local, strict=True)]  # no alias
+    Path(folder, "hostfile").write_text("".join(map("{} slots={.slots}\n".format, names, job.hosts)))
     for command in order["commands"]:
         supervise.say(f"command: {shlex.join(command)}")
     for name in [name for name in os.environ if matches(name, STALE)]:
@@ -132,8 +133,8 @@ def run(job: plan.Plan) -> int:
         try:
             os.setsid()  # a terminal's Ctrl-C goes to the launcher alone
             own = supervise.Host(order)
-            own.signals += [processes.PARENT_ENDED] * (os.getppid() != launcher)  # killed before it was watched
             processes.die_with_parent(processes.PARENT_ENDED)
+            own.signals += [processes.PARENT_ENDED] * (os.getppid() != launcher)  # killed before it was watched
             signal.pthread_sigmask(signal.SIG_UNBLOCK, processes.STOP_SIGNALS)
             os._exit(own.run())
         except BaseException:

@@ -148,11 +148,11 @@ class Host:
 def other_host() -> int:
     """The supervisor on another host than the launcher's."""
     with open(0, "rb", buffering=0, closefd=False) as orders:
-        order = json.loads(orders.readline())
+        text = orders.readline().decode()
     os.set_blocking(0, False)
     # mpirun hands the place of its files on to other hosts, where nobody would remove them.
-    order = json.loads(json.dumps(order).replace(order["folder"], tempfile.mkdtemp(prefix="gaudi_spawn-")))
-    return Host(order, remote=True).run()
+    there, here = json.loads(text)["folder"], tempfile.mkdtemp(prefix="gaudi_spawn-")
+    return Host(json.loads(text.replace(json.dumps(there)[1:-1], json.dumps(here)[1:-1])), remote=True).run()
 
 
 def over_ssh(login: str, command: list[str]) -> list[str]:

@@ -81,6 +81,35 @@ def test_addresses_of_version_6_and_unequal_hosts(backend, hosts, tmp_path):
     assert {one["environment"]["MASTER_ADDR"] for one in got} == {hosts[1].address6}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_names_of_hosts_and_folders_that_mpirun_does_not_take(backend, hosts, tmp_path):
+    """Its own host by another name, and a temporary directory with blanks and colons, or with more than ASCII."""
+    (tmp_path / "hosts").write_text("HOSTA slots=1\nHostB slots=1\n")
+    for name in ("a b:c", "t\u00fcr '\""):
+        (place := tmp_path / name).mkdir()
+        options = ["--hostfile", str(tmp_path / "hosts"), "--log_dir", str(tmp_path / f"logs {len(name)}")]
+        done = spawn(BACKENDS[backend], *options, DUMP, inside=hosts[0].inside(), environ={"TMPDIR": str(place)})
+        assert done.returncode == 0, done.stderr
+        got = [dumped(log_of(tmp_path / f"logs {len(name)}", rank))["host"] for rank in range(2)]
+        assert got == ["hosta", "hostb"]
+        assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_save_on_both_hosts_though_nobody_reads_what_they_print(backend, hosts, tmp_path):
+    (tmp_path / "hosts").write_text("hosta slots=1\nhostb slots=1\n")
+    (tmp_path / "saved").mkdir()
+    options = ["--hostfile", str(tmp_path / "hosts"), SAVING, str(tmp_path / "saved")]
+    how = {"inside": ["env", *hosts[0].inside()], "stderr": subprocess.STDOUT}
+    job = Launch(BACKENDS[backend], *options, **how)
+    for _ in range(2):
+        job.wait_for(b"is here")
+    job.process.stdout.close()
+    job.process.send_signal(signal.SIGINT)
+    assert job.process.wait(60) == 130
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["0", "1"]
+
+
 @pytest.mark.parametrize(("backend", "action"), [("mpi", "exit7"), ("mpi", "killwatcher"), ("deepspeed", "exit7")])
 def test_the_first_rank_to_fail_is_named_on_whatever_host(backend, action, hosts, hostfile, tmp_path):
     together = f"together={tmp_path / 'lock'}"
