@@ -15,6 +15,7 @@ SECRET = ["*TOKEN", "*_KEY", "*PASSWORD*", "*SECRET*"]
 # Left over from a job around this one, these would give the ranks wrong places.
 STALE = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK", "ROLE_RANK", "CROSS_*"]
 STALE += ["MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_*", "OMPI_COMM_WORLD_*", "PMIX_*", "PMI_*", "GAUDI_SPAWN_JOB"]
+STALE += ["PET_*"]  # options of torchrun, as a PyTorchJob of Kubernetes sets them
 
 
 def matches(name: str, patterns: list[str]) -> bool:

@@ -285,6 +285,7 @@ def test_an_outer_jobs_places_are_dropped():
     assert not any(variables.matches(name, variables.STALE) for name in ENVIRON)
 
 
+    outer |= {"PET_NNODES"}
 def test_simulated_cards_put_the_stand_in_last():
     got = variables.rank_environment({"GAUDI_SIMULATOR": "2", "PYTHONPATH": "/mine"}, {}, on_cpu=False)
     first, last = got["PYTHONPATH"].split(":")
