@@ -44,6 +44,8 @@ def named_variables(options: list[str], environ: dict) -> dict[str, str]:
     for name, equals, value in (option.partition("=") for option in options):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise UserError(f"--env {name!r}: not the name of an environment variable")
+        if matches(name, STALE):
+            raise UserError(f"--env {name}: the launcher places the ranks; --master_port and --world_size are options")
         if equals and is_secret(name):
             raise UserError(f"--env {name}=...: ps shows it to everybody; export {name} and give --env {name}")
         if not equals and name not in environ:

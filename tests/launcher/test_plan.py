@@ -274,6 +274,8 @@ def test_named_variables_are_forwarded_secret_or_not():
         ("", "not the name"),
     ],
 )
+        ("RANK=3", "the launcher places the ranks"),
+        ("MASTER_ADDR=10.0.0.1", "the launcher places the ranks"),
 def test_bad_env_options(option, words):
     with pytest.raises(UserError, match=words):
         variables.named_variables([option], ENVIRON)
