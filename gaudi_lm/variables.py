@@ -24,7 +24,7 @@ def matches(name: str, patterns: list[str]) -> bool:
 
 def is_secret(name: str) -> bool:
     """Whether a variable or flag of this name may hold a token, a key or a password."""
-    return matches(name.upper(), SECRET)
+    return matches(name.upper().replace("-", "_"), SECRET)
 
 
 def hide(words: tuple[str, ...]) -> list[str]:

@@ -216,8 +216,9 @@ def test_commands_over_ssh_survive_the_other_shell(arguments):
 
 
 def test_shown_commands_hide_secrets():
-    words = ["--hub_token", "hf_abc", "--api_key=k1", "--token", "--lr", "1", "--tokens", "5"]
-    assert variables.hide(words) == ["--hub_token", "***", "--api_key=***", "--token", "--lr", "1", "--tokens", "5"]
+    words = ["--hub_token", "hf_abc", "--api_key=k1", "--token", "--lr", "1", "--tokens", "5", "--api-key", "k2"]
+    shown = ["--hub_token", "***", "--api_key=***", "--token", "--lr", "1", "--tokens", "5", "--api-key", "***"]
+    assert variables.hide(words) == shown
 
 
 # Environment
