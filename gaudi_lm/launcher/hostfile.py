@@ -47,9 +47,9 @@ def parse_hostfile(text: str, path: str) -> tuple[Host, ...]:
                 ipaddress.ip_address(name)
             except ValueError:
                 raise UserError(f"{where}: {words[0]!r} is neither a host name nor an IP address") from None
-        if name in found:
-            raise UserError(f"{where}: host {name!r} is already on line {found[name][0]}")
-        found[name] = number, Host(name, int(count), user)
+        if name.lower() in found:
+            raise UserError(f"{where}: host {name!r} is already on line {found[name.lower()][0]}")
+        found[name.lower()] = number, Host(name, int(count), user)
     if not found:
         raise UserError(f"--hostfile {path}: names no host; expected lines of 'HOST slots=N'")
     return tuple(host for _, host in found.values())

@@ -89,6 +89,7 @@ BAD_HOSTFILES = [
     ("a slots=\u0668\n", "line 1: slots=\u0668:"),
     ("a slots=99999999999\n", "line 1: slots=99999999999:"),
     ("a slots=8\na slots=8\n", "line 2: host 'a' is already on line 1"),
+    ("a slots=8\nA slots=8\n", "line 2: host 'A' is already on line 1"),
     ("a slots=8\nroot@a slots=8\n", "line 2: host 'a' is already on line 1"),
     ("fd00::1 slots=1\n[fd00::1] slots=1\n", "line 2: host 'fd00::1' is already on line 1"),
     ("@a slots=8\n", "line 1: '@a': '' is not a user name"),
@@ -273,10 +274,10 @@ def test_named_variables_are_forwarded_secret_or_not():
         ("=x", "not the name"),
         ("A B=1", "not the name"),
         ("", "not the name"),
-    ],
-)
         ("RANK=3", "the launcher places the ranks"),
         ("MASTER_ADDR=10.0.0.1", "the launcher places the ranks"),
+    ],
+)
 def test_bad_env_options(option, words):
     with pytest.raises(UserError, match=words):
         variables.named_variables([option], ENVIRON)
@@ -284,11 +285,11 @@ def test_bad_env_options(option, words):
 
 def test_an_outer_jobs_places_are_dropped():
     outer = {"RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "TORCHELASTIC_RUN_ID", "GAUDI_SPAWN_JOB"}
+    outer |= {"PET_NNODES"}
     assert all(variables.matches(name, variables.STALE) for name in outer)
     assert not any(variables.matches(name, variables.STALE) for name in ENVIRON)
 
 
-    outer |= {"PET_NNODES"}
 def test_simulated_cards_put_the_stand_in_last():
     got = variables.rank_environment({"GAUDI_SIMULATOR": "2", "PYTHONPATH": "/mine"}, {}, on_cpu=False)
     first, last = got["PYTHONPATH"].split(":")
