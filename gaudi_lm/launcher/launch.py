@@ -123,8 +123,6 @@ def run(job: plan.Plan) -> int:
     Path(folder, "ssh").write_text(f'exec {shlex.join(processes.python("supervise.connect", folder))} "$0" "$@"\n')
     names = ["localhost" if here else one.login for one, here in zip(job.hosts, job.local, strict=True)]  # no alias
     Path(folder, "hostfile").write_text("".join(map("{} slots={.slots}\n".format, names, job.hosts)))
-    for command in order["commands"]:
-        supervise.say(f"command: {shlex.join(command)}")
     for name in [name for name in os.environ if matches(name, STALE)]:
         os.environ.pop(name)
     processes.adopt_orphans()

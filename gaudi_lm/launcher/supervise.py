@@ -61,6 +61,8 @@ class Host:
             how = {"start_new_session": True, "preexec_fn": processes.die_with_parent, "cwd": self.order["cwd"]}
             backends: dict[int, int | None] = {}
             for command in self.order["commands"]:
+                if not self.remote:
+                    say(f"command: {shlex.join(command)}")
                 process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, **how)
                 backends[process.pid] = None
                 process.returncode = 0  # `reap` waits for it

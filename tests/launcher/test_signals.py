@@ -95,14 +95,15 @@ def test_signals_before_anything_is_started(number):
         assert job.survivors(GRACE + 5.0) == []
 
 
-def test_a_launcher_that_is_killed_while_it_starts_the_job_leaves_nothing():
+def test_a_launcher_that_is_killed_while_it_starts_the_job_leaves_nothing(tmp_path):
     for step in range(12):
-        job = Launch("--use_mpi", "--grace", str(GRACE), ACT, "0", "wait")
-        job.process.stderr.readline()  # "command: ", then the supervisor is started
+        job = Launch("--use_mpi", "--grace", str(GRACE), ACT, "0", "wait", environ={"TMPDIR": str(tmp_path)})
+        job.process.stderr.readline()  # "command: " of the supervisor, which then starts the job
         time.sleep(step % 4 * 0.0005)
         job.process.kill()
         assert job.finish().returncode == -signal.SIGKILL
         assert job.survivors(GRACE + 5.0) == []
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_ctrl_c_does_not_wait():
