@@ -67,6 +67,8 @@ class SavingSteps(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.loading.close()
+        if args.should_save:  # now that trackers have begun, whose servers may not answer
+            clear_the_way(Path(args.output_dir), self.trainer.resumption, remove=args.overwrite_output_dir)
         # Those of the checkpoint would win over the flags of this start.
         state.compute_steps(args, state.max_steps)
         self.trainer.resumption.restore(self.trainer)
@@ -111,9 +113,8 @@ class ResumableTrainer(FSDPTrainer):
         }
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        output = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = next(map(str, checkpoints.checkpoints_in(output)), True)
+            resume_from_checkpoint = next(map(str, checkpoints.checkpoints_in(Path(self.args.output_dir))), True)
         self.resumption = Resumption.of(
             self, None if resume_from_checkpoint in (True, False) else resume_from_checkpoint
         )
@@ -122,8 +123,6 @@ class ResumableTrainer(FSDPTrainer):
                 "--fp8: its scales are not in a checkpoint; losses will be near those of a whole run, not equal"
             )
         _ = self.digests
-        if self.args.should_save:
-            clear_the_way(output, self.resumption, remove=self.args.overwrite_output_dir)
         with self.signals.watching() if self.args.save_on_signal else contextlib.nullcontext():
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)

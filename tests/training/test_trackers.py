@@ -84,9 +84,11 @@ def test_a_tracker_without_a_server(assets, tmp_path):
     nowhere = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     line = rf"^error: --report_to mlflow: .*127.0.0.1.*{WAY_OUT}$"
     assert re.search(line, run("run_clm.py", *flags, env=nowhere, code=2).stderr, re.M)
+    (earlier := tmp_path / "out" / "checkpoint-9").mkdir(parents=True, exist_ok=True)
     with pytest.raises(AssertionError) as ended:  # two ranks, of which one has the tracker
         run_ranks(2, "run_clm.py", *flags, "--overwrite_output_dir", env=nowhere)
     assert len(re.findall(line, str(ended.value), re.M)) == 2 and "Traceback" not in str(ended.value)
+    assert earlier.is_dir(), "no run has begun that could overwrite it"
 
 
 @pytest.mark.slow
