@@ -63,6 +63,8 @@ def check_base_model(model_args, peft_type: str, training_args: LMTrainingArgume
         raise UserError(f"--context_parallel_size: {kind} puts its tokens before every part of a row")
     if kind in VIRTUAL_TOKENS and (is_deepspeed_zero3_enabled() or training_args.fsdp):
         raise UserError(f"--peft_type {kind}: not with ZeRO-3 or FSDP, which divide virtual tokens; use ZeRO-1 or 2")
+    if kind in VIRTUAL_TOKENS and training_args.neftune_noise_alpha is not None:
+        raise UserError(f"--neftune_noise_alpha: not with {kind}, where transformers does not find the embeddings")
     if kind == "adalora" and training_args.fsdp:
         raise UserError("--peft_type adalora: not with FSDP, which divides the ranks it reduces; leave --fsdp out")
     if kind == "ln_tuning" and training_args.do_train and is_deepspeed_zero3_enabled():

@@ -167,6 +167,7 @@ def test_what_virtual_tokens_cannot_do_is_refused(instructions, tmp_path):
         "merged": ([*prompt, "--merge_adapter"], "error: --merge_adapter: prompt_tuning adds tokens"),
         "none": ([*prompt, "--num_virtual_tokens", 0], "error: --num_virtual_tokens 0"),
         "positions": ([*prompt, "--num_virtual_tokens", 100000], "error: --num_virtual_tokens 100000: "),
+        "noise": ([*prompt, "--neftune_noise_alpha", 5], "error: --neftune_noise_alpha: not with prompt_tuning"),
         "text": ([*prompt, "--prompt_tuning_init_text", ""], "error: --prompt_tuning_init_text ''"),
         "text of others": (
             ["--do_train", "--prompt_tuning_init_text", "a"], "--prompt_tuning_init_text: only with --peft_type prompt"
@@ -185,8 +186,9 @@ def test_divided_weights_and_causal_masks_of_a_card_are_refused(kind):
     """With ZeRO-3 two ranks waited for each other in the first step; with FSDP nothing could be saved."""
     model_args = SimpleNamespace(model_name_or_path="a", adapter_name_or_path=None, merge_adapter=False)
     training_args = SimpleNamespace(
-        fsdp="", gradient_checkpointing=False, context_parallel_size=1, flash_attention_causal_mask=True, use_cpu=False
-    )
+        fsdp="", gradient_checkpointing=False, context_parallel_size=1, flash_attention_causal_mask=True, use_cpu=False,
+        neftune_noise_alpha=None,
+    )  # fmt: skip
     if kind == "prefix_tuning":
         with pytest.raises(UserError, match="^--flash_attention_causal_mask: .*prefix_tuning adds keys"):
             check_base_model(model_args, kind, training_args)
