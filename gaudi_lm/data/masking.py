@@ -36,15 +36,17 @@ def sequence_ends(
 def encode_lines(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each text a row with the tokenizer's start and end, at most ``max_length`` tokens; blank texts are left out.
+    """Each text a row with the tokenizer's start and end, at most ``max_length`` tokens; texts that are blank, also to
+    the tokenizer, are left out.
 
     Returns:
         ``(tokens, lengths)``, int32 of shape ``[sum(lengths)]`` and int64 of shape ``[rows]``.
     """
     texts = [text.rstrip("\r\n") for text in texts if not text.isspace() and text]
     start, end = special_ends(tokenizer)
-    content = encode(tokenizer, texts, add_special_tokens=False)
-    return join_rows(start, shorten_rows(*content, max_length - len(start) - len(end)), end)
+    tokens, lengths = encode(tokenizer, texts, add_special_tokens=False)
+    lengths = lengths[lengths > 0]  # of characters that a normalizer drops, there is nothing to learn
+    return join_rows(start, shorten_rows(tokens, lengths, max_length - len(start) - len(end)), end)
 
 
 @dataclass

@@ -20,13 +20,14 @@ from running import (
     run,
     run_several,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gaudi_lm.data.masked_token_budget import default_budget
 from gaudi_lm.data.masking import MaskingCollator, encode_lines, sequence_ends
 from gaudi_lm.data.ragged import bucket_lengths, join_rows, pad_rows, shorten_rows
 from gaudi_lm.data.tokenization import special_ends, vocabulary_size
+from gaudi_lm.errors import UserError
 from gaudi_lm.training.evaluation import evaluation_loader
 
 MLM = load_script("run_mlm")
@@ -166,6 +167,21 @@ def test_lines_are_whole_sequences(tokenizer):
     assert tokens.tolist() == [0, *tokenizer("x", add_special_tokens=False)["input_ids"], 2] and lengths.tolist() == [
         3
     ]
+
+
+def test_lines_without_a_token_are_no_rows():
+    """A normalizer drops characters that are no white space; without special tokens such a row would be empty."""
+    backend = Tokenizer(models.WordLevel({"[PAD]": 0, "[MASK]": 1, "word": 2}))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.WhitespaceSplit()
+    bare = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", mask_token="[MASK]")
+    backend.post_processor = processors.TemplateProcessing(single="[MASK] $A", special_tokens=[("[MASK]", 1)])
+    ended = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", mask_token="[MASK]")
+    texts = ["\u200b", "word word", "\u200b \u200b", "word\u200b", "\ufeff"]
+    assert [part.tolist() for part in encode_lines(texts, bare, 9)] == [[2, 2, 2], [2, 1]]
+    assert [part.tolist() for part in encode_lines(texts, ended, 9)] == [[1, 2, 2, 1, 2], [3, 2]]
+    assert [len(part) for part in encode_lines(["\u200b"], bare, 9)] == [0, 0]
+    with pytest.raises(UserError, match="only blank rows"):
+        MLM.make_lines(Dataset.from_dict({"text": ["\u200b"]}), bare, "text", 9, None, "train")
 
 
 lists = st.lists(st.lists(st.integers(-9, 99), max_size=5), min_size=1, max_size=6)
