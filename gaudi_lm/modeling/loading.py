@@ -26,6 +26,7 @@ from gaudi_lm.device import parse_bool
 from gaudi_lm.errors import UserError, nearest
 from gaudi_lm.modeling.activations import fuse_activations
 from gaudi_lm.modeling.attention import check_attention, choose_attention, hand_over_flags
+from gaudi_lm.modeling.embeddings import enlarge_embeddings
 from gaudi_lm.modeling.patches import restore_own_model
 
 logger = logging.getLogger("gaudi_lm")
@@ -241,12 +242,7 @@ def load_model(
     except Exception as error:  # likewise; nothing has been written yet
         source = f"--model_name_or_path {name}" if name else config.model_type
         raise UserError(f"{source}: {first_line(error)}") from error
-    embedding = model.get_input_embeddings().weight
-    # Under ZeRO-3 a rank holds a part of the weight; ds_shape is the whole.
-    rows = getattr(embedding, "ds_shape", embedding.shape)[0]
-    if (size := vocabulary_size(tokenizer)) > rows:
-        logger.info("embedding: resized from %d to the tokenizer's %d tokens", rows, size)
-        model.resize_token_embeddings(size, mean_resizing=not training_args.dry_run)
+    enlarge_embeddings(model, vocabulary_size(tokenizer), mean_resizing=not training_args.dry_run)
     hand_over_flags(model, model_args, training_args)
     fuse_activations(model)
     if not name:
