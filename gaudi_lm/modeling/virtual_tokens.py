@@ -125,7 +125,9 @@ def begin_with_text(model: PeftModel, text: str, tokenizer: PreTrainedTokenizerB
 
 
 def install_virtual_tokens(model: PeftModel) -> None:
-    """Replace the forward pass that has labels; without labels, as in generation, peft's own runs.
+    """Replace peft's forward pass; it still runs where keys and values of earlier tokens are given, in generation.
+
+    Logits that are made, where there are no labels, are those of the text, as those of other adapters.
 
     Raises:
         UserError: a prefix for a model whose keys have another shape.
@@ -138,12 +140,13 @@ def install_virtual_tokens(model: PeftModel) -> None:
     cached = prefix and is_patched(base)  # optimum-habana's causal mask forgets the keys that are there already
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, position_ids=None, **kwargs):
-        if labels is None:
-            kwargs |= {} if position_ids is None else {"position_ids": position_ids}
+        if input_ids is None or kwargs.get("past_key_values") is not None:
+            kwargs |= {"labels": labels} | ({} if position_ids is None else {"position_ids": position_ids})
             return original(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         batch, number = len(input_ids), self.active_peft_config.num_virtual_tokens
-        labels = labels.clone()
-        labels[:, 0] = IGNORE_INDEX
+        if labels is not None:
+            labels = labels.clone()
+            labels[:, 0] = IGNORE_INDEX
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if cached:
@@ -159,6 +162,8 @@ def install_virtual_tokens(model: PeftModel) -> None:
         if prefix:
             length = input_ids.shape[1] + number
             kwargs["past_key_values"] = self.get_prompt(batch, max_cache_len=length)
+            if cached:
+                kwargs["use_cache"] = True  # otherwise that model passes over them
             if position_ids is not None:
                 kwargs["position_ids"] = position_ids + number
             return self.base_model(input_ids=input_ids, labels=labels, **kwargs)
@@ -167,8 +172,13 @@ def install_virtual_tokens(model: PeftModel) -> None:
         if position_ids is not None:
             first = torch.arange(number, device=position_ids.device).expand(batch, number) + position_ids[:, :1]
             kwargs["position_ids"] = torch.cat([first, position_ids + number], dim=1)
-        labels = torch.cat([labels.new_full((batch, number), IGNORE_INDEX), labels], dim=1)
-        return self.base_model(inputs_embeds=torch.cat([virtual, embedded], dim=1), labels=labels, **kwargs)
+        inputs = torch.cat([virtual, embedded], dim=1)
+        if labels is not None:
+            labels = torch.cat([labels.new_full((batch, number), IGNORE_INDEX), labels], dim=1)
+            return self.base_model(inputs_embeds=inputs, labels=labels, **kwargs)
+        outputs = self.base_model(inputs_embeds=inputs, **kwargs)
+        outputs.logits = outputs.logits[:, number:]
+        return outputs
 
     model.forward = MethodType(forward, model)
 

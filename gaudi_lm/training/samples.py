@@ -76,8 +76,7 @@ def most_probable_tokens(model: PreTrainedModel, input_ids: list[int], new_token
         inputs = {"input_ids": row, "attention_mask": (torch.arange(row.shape[1]) < position).long()[None]}
         on_card = {name: value.to(model.device) for name, value in inputs.items()}
         logits = model(**on_card, use_cache=False).logits
-        # From the end: virtual tokens may come before.
-        token = int(logits[0, position - 1 - row.shape[1]].argmax())
+        token = int(logits[0, position - 1].argmax())
         if token in end:
             return row[0, len(input_ids) : position].tolist()
         row[0, position] = token

@@ -12,7 +12,7 @@ from resuming import CARD, CPU, essence, script_flags, start, zero
 from running import check_refused, log_history, losses, run
 from short_runs import common
 from simulator.cards import card_environment
-from tiny_models import CAUSAL, VOCABULARY, tiny_model
+from tiny_models import CAUSAL, VOCABULARY, make_batch, tiny_model
 
 from gaudi_lm.architectures import packable
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
@@ -114,6 +114,34 @@ def test_each_packed_text_has_the_loss_and_gradient_it_has_alone(kind, model_typ
     assert output.loss_sum.item() == pytest.approx(total, rel=1e-5)
     (one,), (other,) = (list(model.prompt_encoder.parameters()) for model in models)
     assert other.grad.norm() > 0 and (one.grad - other.grad).norm() <= 1e-4 * other.grad.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_the_text(kind):
+    """Without labels, as for metrics and losses of one's own, padded and packed: the loss is that with labels."""
+    model = get_peft_model(tiny_model("llama"), virtual_token_config(kind, 5, 32)).eval()
+    install_virtual_tokens(model)
+    install_token_loss(model, "causal")
+    texts = [list(range(3, 3 + length)) for length in (9, 17, 4, 23)]
+    packed = pack_sequences(Dataset.from_dict({"input_ids": texts}), 40)
+    batches = [PackedCollator.for_model(model, 1, 40)(list(packed.with_format("numpy"))), make_batch("causal")]
+    for batch in batches:
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            logits, wanted = model(**batch, use_cache=False).logits, model(**batch, labels=labels)
+        assert logits.shape[:2] == labels.shape
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
+        assert loss.item() == pytest.approx(wanted.loss.item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_prefix_continues_a_prompt_on_a_card(instructions, tmp_path):
+    """With optimum-habana's Llama, which passes over keys of a cache that it is not to use."""
+    more = [*flags("prefix_tuning", *SHORT), "--generate", "Explain the for statement.", "--use_cache", "False"]
+    ends = [run_and_read(tmp_path / "cpu", instructions, *more, *CPU)[2]]
+    ends.append(run_and_read(tmp_path / "card", instructions, *more, *CARD, env=card_environment())[2])
+    found = [[line.partition(" -> ")[2] for line in log.splitlines() if "statement.' -> " in line] for log in ends]
+    assert len(found[0]) == 1 and found[0] == found[1]
 
 
 PLACES = {"cpu": (1, CPU), "two cards": (2, CARD), "zero": (2, [*CARD, *zero(2)])}
