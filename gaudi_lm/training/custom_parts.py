@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import json
 import logging
 import re
 from collections import defaultdict
@@ -132,12 +133,22 @@ def check_trained(model: torch.nn.Module, do_train: bool) -> None:
         raise UserError(f"--do_train: no weight of {type(model).__name__} has requires_grad: all of them are frozen")
 
 
-def own_figures(compute_metrics: Callable, predictions, labels) -> dict[str, float]:
-    """What a ``compute_metrics`` of one's own makes of predictions; a UserError where that is no dict."""
-    figures = compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+def own_figures(compute_metrics: Callable, predictions, labels) -> dict[str, Any]:
+    """What a ``compute_metrics`` of one's own makes of predictions, as JSON has it: arrays are lists.
+
+    One for ``--batch_eval_metrics`` gets all predictions as its last batch.
+
+    Raises:
+        UserError: it returns no dict, or what no file of metrics can hold.
+    """
+    last = {"compute_result": True} if "compute_result" in inspect.signature(compute_metrics).parameters else {}
+    figures = compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels), **last)
     if not isinstance(figures, dict):
         raise UserError(f"compute_metrics returns a dict of figures by name, not {figures!r:.80}")
-    return denumpify_detensorize(figures)
+    try:
+        return json.loads(json.dumps(denumpify_detensorize(figures), default=lambda value: value.tolist()))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"compute_metrics returns figures that JSON can hold, not {figures!r:.80}: {error}") from error
 
 
 def returning_loss(compute_loss: Callable, name: str) -> Callable:

@@ -162,6 +162,8 @@ class EvaluatingTrainer(BestModelTrainer):
         added; with a loss function of one's own there is its loss, but no perplexity and no accuracy.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):  # one of those that the trainer has by name
+            dataset = self.eval_dataset[dataset]
         if isinstance(dataset, dict):
             metrics = {}
             for name, part in dataset.items():

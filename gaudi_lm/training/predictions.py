@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gaudi_lm.errors import UserError
 from gaudi_lm.training.agreement import gather
 
 PADDING = -100  # where batches differ in length, as in transformers
@@ -29,6 +30,9 @@ class Predictions:
         Args:
             labels: int64 ``[rows, length]``, or None.
             real: bool ``[rows]``, on the host: the rows that count.
+
+        Raises:
+            UserError: predictions that are not one or more for each row.
         """
         self._samples += int(real.sum())
         self._batches.append(_to_host((predictions, labels), real.numpy()))
@@ -64,7 +68,14 @@ def _each(function, value: Any, *args) -> Any:
 
 
 def _to_host(value: Any, real: np.ndarray) -> Any:
-    return as_float(value).cpu().numpy()[real] if isinstance(value, Tensor) else _each(_to_host, value, real)
+    if not isinstance(value, Tensor):
+        return _each(_to_host, value, real)
+    if value.shape[:1] != real.shape:
+        raise UserError(
+            f"predictions of shape {tuple(value.shape)} for {len(real)} rows: preprocess_logits_for_metrics keeps the "
+            "rows apart, since some may only complete a batch"
+        )
+    return as_float(value).cpu().numpy()[real]
 
 
 def _select(value: Any, index: np.ndarray) -> Any:

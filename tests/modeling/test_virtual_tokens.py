@@ -214,8 +214,8 @@ def test_divided_weights_and_causal_masks_of_a_card_are_refused(kind):
     """With ZeRO-3 two ranks waited for each other in the first step; with FSDP nothing could be saved."""
     model_args = SimpleNamespace(model_name_or_path="a", adapter_name_or_path=None, merge_adapter=False)
     training_args = SimpleNamespace(
-        fsdp="", gradient_checkpointing=False, context_parallel_size=1, flash_attention_causal_mask=True, use_cpu=False,
-        neftune_noise_alpha=None,
+        fsdp="", gradient_checkpointing=False, context_parallel_size=1, flash_attention_causal_mask=True,
+        use_cpu=False, neftune_noise_alpha=None,
     )  # fmt: skip
     if kind == "prefix_tuning":
         with pytest.raises(UserError, match="^--flash_attention_causal_mask: .*prefix_tuning adds keys"):

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -24,6 +25,7 @@ from gaudi_lm.training.custom_parts import (
     own_figures,
     returning_loss,
 )
+from gaudi_lm.training.predictions import Predictions
 from gaudi_lm.training.trainer import LMTrainer, build_trainer
 
 from documentation import code_blocks  # isort: skip
@@ -210,6 +212,33 @@ def test_a_loss_of_training_alone_is_said(tmp_path, caplog):
         assert ("evaluation does not call MyTrainer.compute_loss" in caplog.text) == said
 
 
+def test_figures_of_a_metric_are_what_json_holds():
+    """Arrays, such as one figure for each class, are lists in the files; transformers' savers fail on them."""
+    seen = []
+
+    def batches(prediction, compute_result):
+        seen.append(compute_result)
+        return {
+            "shares": np.array([0.5, 1], np.float32),
+            "loss": torch.tensor(2.0),
+            7: {"all": np.int64(3)},
+            "no": None,
+        }
+
+    figures = own_figures(batches, np.zeros(2), np.zeros(2))
+    assert figures == {"shares": [0.5, 1.0], "loss": 2.0, "7": {"all": 3}, "no": None} and seen == [True]
+    for value in (object(), {3, 4}, {(1, 2): 3}):
+        with pytest.raises(UserError, match="^compute_metrics returns figures that JSON can hold, not "):
+            own_figures(lambda prediction, value=value: {"a": value}, None, None)
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (6, 5)])
+def test_predictions_keep_rows_apart(shape):
+    real = torch.tensor([True, True, False])
+    with pytest.raises(UserError, match="for 3 rows: preprocess_logits_for_metrics keeps the rows apart"):
+        Predictions().add((torch.zeros(3, 2), torch.zeros(shape)), None, real)
+
+
 @pytest.mark.parametrize("where", ["train_dataset", "eval_dataset"])
 def test_rows_that_are_no_dataset_are_refused(tmp_path, where):
     with pytest.raises(UserError, match=r"not a list: datasets.Dataset.from_list\(rows\)"):
@@ -292,6 +321,12 @@ def test_another_trainer_and_several_evaluation_sets(assets, tmp_path):
     figures = results(tmp_path / "own")
     assert figures["eval_seen_samples"] == 4 and figures["eval_unseen_samples"] == 6
     assert 0 < figures["eval_seen_loss"] != figures["eval_unseen_loss"] > 0
+    code = script.read_text()
+    by_name = code.replace("trainer.evaluate()", 'trainer.evaluate("unseen")')
+    assert code.count("trainer.evaluate()") == 1
+    (script.parent / "by_name.py").write_text(by_name)
+    run(script.parent / "by_name.py", *scratch(assets, tmp_path / "named", *EVALUATE, *decay))
+    assert results(tmp_path / "named")["eval_loss"] == figures["eval_unseen_loss"]
     assert "eval_loss" not in figures
     card = (tmp_path / "own" / "README.md").read_text()
     for name in ("seen", "unseen"):
