@@ -21,8 +21,14 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import FSDPOption
 
 from gaudi_lm.arguments.context_parallel import check_context_parallel
-from gaudi_lm.arguments.deepspeed_configs import check_deepspeed_config
-from gaudi_lm.arguments.optional_packages import check_optimizer, check_reporters, is_importable, require
+from gaudi_lm.arguments.deepspeed_configs import check_deepspeed_config, divides
+from gaudi_lm.arguments.optional_packages import (
+    check_optimizer,
+    check_optimizer_of_shares,
+    check_reporters,
+    is_importable,
+    require,
+)
 from gaudi_lm.errors import UserError, nearest, unknown, warn
 
 # Figures of an evaluation, by which a best model can be told.
@@ -185,6 +191,8 @@ def _check_deepspeed(args, config: dict | None) -> None:
     named = isinstance(args.deepspeed, str) and not args.deepspeed.lstrip().startswith("{")
     warms_up = bool(args.warmup_steps or args.warmup_ratio)
     check_deepspeed_config(f"--deepspeed {args.deepspeed}" if named else "--deepspeed", config, warms_up)
+    if "optimizer" not in config and divides(config):
+        check_optimizer_of_shares("--optim", args.optim, zero=True)
 
 
 def _check_fsdp(args, config: dict) -> None:
@@ -196,6 +204,8 @@ def _check_fsdp(args, config: dict) -> None:
             raise UserError(f"--fsdp {word}: {unknown(word, options)}")
     if not args.fsdp:
         return
+    if FSDPOption.NO_SHARD.value not in args.fsdp.split():
+        check_optimizer_of_shares("--optim", args.optim, zero=False)
     config = {name.removeprefix("fsdp_"): value for name, value in config.items()}
     truth = {"true": True, "false": False}
     for name in [name for name, allowed in _FSDP_SETTINGS.items() if allowed == _BOOLEAN and name in config]:

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
+from gaudi_lm.arguments.optional_packages import check_optimizer_of_shares
 from gaudi_lm.errors import UserError, nearest, unknown
 from gaudi_lm.optimum_imports import import_deepspeed
 
@@ -25,6 +26,8 @@ SECTIONS = (
     *("scheduler", "tensor_parallel", "tensorboard", "torch_autocast"),
 )
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+UNTESTED = "zero_allow_untested_optimizer"
+NOT_ON_CARDS = ("lamb", "lion")  # DeepSpeed's own kernels, none of which its HPU backend has
 # The names of one setting of DeepSpeed.
 GATHERED = (
     "stage3_gather_16bit_weights_on_model_save",
@@ -54,7 +57,7 @@ def check_deepspeed_config(source: str, config: dict, warms_up: bool = True) -> 
         if key not in BATCH and (key in SECTIONS or value != "auto"):  # transformers fills in, and holds against flags
             _check_entry(source, key, value)
     _check_names(source, config, deepspeed_config)
-    _check_optimizer(source, config.get("optimizer", {}), deepspeed_config.DEEPSPEED_OPTIMIZERS)
+    _check_optimizer(source, config, deepspeed_config.DEEPSPEED_OPTIMIZERS)
     _check_scheduler(source, config.get("scheduler", {}), warms_up)
     parallel = config.get("tensor_parallel", {}).get("autotp_size", 0)
     if parallel not in (0, 1, "auto"):
@@ -75,7 +78,7 @@ def _check_entry(source: str, key: str, value: Any) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
     from pydantic import ValidationError
 
-    if key in SECTIONS and not isinstance(value, (dict, bool) if key == ZERO else dict):
+    if key in SECTIONS and not isinstance(value, dict):
         raise UserError(f"{source}: {key} is a mapping, from names to values")
     try:
         DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, key: _without_auto(value)})
@@ -97,13 +100,25 @@ def _check_entry(source: str, key: str, value: Any) -> None:
         raise UserError(f"{source}: {key}: {error}") from error
 
 
-def _check_optimizer(source: str, optimizer: dict, own: list[str]) -> None:
+def divides(config: dict) -> bool:
+    """Whether ZeRO divides the optimizer's state among ranks, by DeepSpeed's configuration."""
+    return bool(config.get(ZERO, {}).get("stage", 0))
+
+
+def _check_optimizer(source: str, config: dict, own: list[str]) -> None:
     import torch
 
+    optimizer = config.get("optimizer", {})
     kind = str(optimizer.get("type", "AdamW"))
     known = getattr(torch.optim, kind, None)
     if kind.lower() not in own and not (isinstance(known, type) and known is not torch.optim.Optimizer):
         raise UserError(f"{source}: optimizer.type is {kind}, which neither DeepSpeed nor torch.optim has")
+    if kind.lower() in NOT_ON_CARDS:
+        raise UserError(f"{source}: optimizer.type {kind}: DeepSpeed has no {kind} for a Gaudi; use AdamW")
+    if divides(config):
+        check_optimizer_of_shares(f"{source}: optimizer.type", kind, zero=True)
+        if kind.lower() not in own and config.get(UNTESTED) is not True:
+            raise UserError(f'{source}: optimizer.type {kind}: ZeRO takes it only with "{UNTESTED}": true in the file')
     if kind.lower() in ("adam", "adamw"):
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 

@@ -37,6 +37,8 @@ _OPTIMIZER_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "stable_adamw": (("optimi",), "torch-optimi"),
 }
 _OTHER_DEVICES = {"adamw_torch_xla": "TPUs", "adamw_torch_npu_fused": "Ascend NPUs", "adamw_apex_fused": "CUDA"}
+# They look at rows, columns or norms of a whole weight, and ZeRO and FSDP leave a card flat shares.
+_OF_WHOLE_WEIGHTS = ("adafactor", "adalomo", "apollo", "galore", "lomo", "stable_adamw")
 # These take neither --optim_args nor --optim_target_modules.
 PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 
@@ -81,6 +83,24 @@ def check_optimizer(optim: str, optim_args: str | None, optim_target_modules: st
     for pair in (optim_args or "").replace(" ", "").split(",") if optim_args else ():
         if pair.count("=") != 1:
             raise UserError(f"--optim_args: {pair!r} is not of the form key=value")
+
+
+def check_optimizer_of_shares(source: str, optimizer: str, zero: bool) -> None:
+    """Refuse an optimizer that would train something else on the shares of several cards than on one card.
+
+    Args:
+        zero: whether DeepSpeed's ZeRO divides the weights, instead of FSDP.
+
+    Raises:
+        UserError: see above.
+    """
+    by = "ZeRO" if zero else "FSDP"
+    if optimizer.lower().startswith(_OF_WHOLE_WEIGHTS):
+        raise UserError(
+            f"{source} {optimizer}: not with {by}, of which it would see shares for weights; use adamw_torch"
+        )
+    if zero and optimizer.lower() == "adagrad":  # DeepSpeed 0.19 makes it anew: no schedule, no decay of the groups
+        raise UserError(f"{source} {optimizer}: not with ZeRO, under which it loses its schedule; use adamw_torch")
 
 
 def check_reporters(report_to: list[str] | str | None) -> None:

@@ -184,6 +184,7 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
     from gaudi_lm.arguments.consistency import _check_deepspeed, _check_fsdp, read_mapping
 
     class Flags:
+        optim = "adamw_torch"
         deepspeed, fsdp, save_only_model, gradient_checkpointing = "zero.json", "", False, True
         warmup_steps = warmup_ratio = 0
 
@@ -245,6 +246,34 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
             read_mapping("deepspeed", str(config), is_file=True)
 
 
+@pytest.mark.parametrize("optim", ["adafactor", "galore_adamw", "adagrad", "sgd"])
+def test_an_optimizer_that_looks_at_whole_weights_gets_no_shares_of_them(monkeypatch, optim):
+    """On two cards its result would be another one than on one; DeepSpeed makes Adagrad anew, without its schedule."""
+    flags = SimpleNamespace(
+        optim=optim, deepspeed="zero.json", fsdp="", gradient_checkpointing=False, save_only_model=False,
+        warmup_steps=0, warmup_ratio=0,
+    )  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def refused(check, *args) -> bool:
+        try:
+            check(flags, *args)
+        except UserError as error:
+            assert str(error).startswith(f"--optim {optim}: not with ")
+            return True
+        return False
+
+    own = {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3}}
+    assert [refused(consistency._check_deepspeed, {"zero_optimization": {"stage": stage}}) for stage in range(4)] == [
+        False, *[optim != "sgd"] * 3,
+    ]  # fmt: skip
+    assert not refused(consistency._check_deepspeed, own)
+    flags.fsdp = "full_shard auto_wrap"
+    assert refused(consistency._check_fsdp, {}) == (optim not in ("adagrad", "sgd"))
+    flags.fsdp = "no_shard"
+    assert not refused(consistency._check_fsdp, {})
+
+
 ZERO_FAULTS = {
     "unknown key zero_optimization.contigous_gradients; did you mean contiguous_gradients": {
         "zero_optimization": {"contigous_gradients": True, "stage": 4}
@@ -256,7 +285,7 @@ ZERO_FAULTS = {
         "zero_optimization": {"offload_optimizer": {"devise": "cpu"}}
     },
     "zero_optimization.stage is 4: Input should be 0, 1, 2": {"zero_optimization": {"stage": 4}},
-    "zero_optimization is a mapping": {"zero_optimization": 2},
+    "zero_optimization is a mapping": {"zero_optimization": True},  # transformers looks for its stage
     "zero_optimization: Cannot provide deprecated parameter 'cpu_offload'": {
         "zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "cpu"}}
     },
@@ -267,6 +296,17 @@ ZERO_FAULTS = {
     "bf16 is a mapping": {"bf16": "true"},
     "optimizer.type is Adamm, which neither": {"optimizer": {"type": "Adamm"}},
     "optimizer.type is lr_scheduler, which neither": {"optimizer": {"type": "lr_scheduler"}},
+    "optimizer.type Lion: DeepSpeed has no Lion for a Gaudi": {"optimizer": {"type": "Lion"}},
+    "optimizer.type Adagrad: not with ZeRO": {"optimizer": {"type": "Adagrad"}, "zero_optimization": {"stage": 1}},
+    "optimizer.type Adafactor: not with ZeRO": {
+        "optimizer": {"type": "Adafactor"},
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+    },
+    'optimizer.type SGD: ZeRO takes it only with "zero_allow_untested_optimizer": true': {
+        "optimizer": {"type": "SGD"},
+        "zero_optimization": {"stage": 2},
+    },
     "scheduler.params is a mapping": {"scheduler": {"params": 7}},
     "optimizer.params.learning_rate: unknown; known are": {
         "optimizer": {"type": "AdamW", "params": {"learning_rate": 1e-3}}
@@ -300,7 +340,11 @@ def test_a_schedule_of_deepspeed_without_warm_up():
 def test_what_deepspeed_takes_is_not_refused():
     zero, half = {"stage": 2, "overlap_comm": "auto"}, {"enabled": "auto", "loss_scale": 0}
     check_deepspeed_config("--deepspeed", {"zero_optimization": zero, "bf16": {"enabled": "auto"}})
-    check_deepspeed_config("--deepspeed", {"zero_optimization": True, "fp16": half})
+    check_deepspeed_config("--deepspeed", {"zero_optimization": zero, "fp16": half})
+    for kind, stage in (("SGD", 0), ("Adagrad", 0), ("Adafactor", 0), ("Muon", 1), ("Adam", 3)):
+        check_deepspeed_config("--deepspeed", {"optimizer": {"type": kind}, "zero_optimization": {"stage": stage}})
+    untested = {"optimizer": {"type": "SGD"}, "zero_allow_untested_optimizer": True}
+    check_deepspeed_config("--deepspeed", {**untested, "zero_optimization": {"stage": 1}})
     adam = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
     warmup = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto", "total_num_steps": "auto"}
     several = {
