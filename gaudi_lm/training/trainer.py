@@ -26,6 +26,7 @@ from gaudi_lm.modeling.attention import check_model
 from gaudi_lm.modeling.loss import install_token_loss
 from gaudi_lm.modeling.patches import average_gradients, complete_generation_config, repair_gradient_checkpointing
 from gaudi_lm.training import custom_parts
+from gaudi_lm.training.deepspeed_engine import EngineFigures
 from gaudi_lm.training.device_metrics import DeviceMetrics
 from gaudi_lm.training.dry_run import dry_run
 from gaudi_lm.training.evaluation import EvaluatingTrainer
@@ -76,7 +77,8 @@ class LMTrainer(EvaluatingTrainer):
         self.progress = Progress(bars=not self.args.disable_tqdm)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         early = EarlyStopping(self.args.early_stopping_patience) if self.args.early_stopping_patience else None
-        own = (StepClock(self), self.device_metrics, loss, self.rank_reduction, self.progress, early)
+        self.engine = EngineFigures(self) if self.is_deepspeed_enabled else None
+        own = (StepClock(self), self.device_metrics, loss, self.rank_reduction, self.progress, early, self.engine)
         for callback in filter(None, own):
             self.add_callback(callback)
         average_gradients(self.accelerator)
@@ -189,8 +191,8 @@ class LMTrainer(EvaluatingTrainer):
         if self.control.should_log and self.training_loss.steps:
             tr_loss.zero_()
             logs = self.training_loss.take()
-            if self.is_deepspeed_enabled:
-                grad_norm = model.get_global_grad_norm()
+            if self.engine is not None:
+                grad_norm, learning_rate = model.get_global_grad_norm(), self.engine.learning_rate
             if grad_norm is not None:
                 logs["grad_norm"] = float(grad_norm)
             logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cards import card_environment
-from running import ROOT, losses, run, run_ranks
+from running import ROOT, log_history, losses, run, run_ranks
 from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM, MixtralConfig, MixtralForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two cards")]
@@ -121,6 +121,31 @@ def test_falcon_zero_3_with_the_optimizer_of_deepspeed(instructions, tmp_path):
     command = lora(instructions, tmp_path / "one", *common, "--per_device_train_batch_size", 4, **options)
     run(*command, env=card_environment(2, **LAZY))
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_log_of_deepspeed_has_the_figures_of_one_card(instructions, tmp_path, stage):
+    """Its engine steps the schedule with its own optimizer, and forgets the norm by which it clips without ZeRO."""
+    common = ["--max_grad_norm", 0.3, "--lr_scheduler_type", "linear", "--warmup_steps", 2]
+    auto = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+    optimizer = {"type": "AdamW", "params": {**auto, "torch_adam": True}}
+    command = lora(instructions, tmp_path / "out", *common, *zero(tmp_path, stage, optimizer=optimizer))
+    run_ranks(2, *command, env=card_environment(2, **LAZY))
+    run(*lora(instructions, tmp_path / "one", *common, "--per_device_train_batch_size", 4),
+        env=card_environment(2, **LAZY))  # fmt: skip
+    for figure in ("loss", "grad_norm", "learning_rate"):
+        found, wanted = (
+            [row[figure] for row in log_history(tmp_path / one) if "loss" in row] for one in ("out", "one")
+        )
+        assert found == pytest.approx(wanted, abs=1e-5), figure
+
+
+def test_in_bf16_without_zero_the_first_step_is_the_first(instructions, tmp_path):
+    """DeepSpeed takes one on gradients of zero before: Adam's steps were a quarter too short, and weights decayed."""
+    for stage in (0, 1):
+        command = lora(instructions, tmp_path / f"{stage}", "--bf16", *zero(tmp_path, stage, bf16={"enabled": True}))
+        run_ranks(2, *command, env=card_environment(2, **LAZY))
+    assert losses(tmp_path / "0") == pytest.approx(losses(tmp_path / "1"), abs=1e-4)
 
 
 def test_mixtral_zero_3(instructions, tmp_path):
