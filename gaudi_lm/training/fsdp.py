@@ -96,6 +96,11 @@ class FSDPTrainer(GaudiTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._tied: dict[str, str] = {}  # names of weights that have gone by another one before
+        first: dict[int, str] = {}
+        for name, weight in self.model.named_parameters(remove_duplicate=False):
+            if (other := first.setdefault(id(weight), name)) != name:
+                self._tied[name] = other
         embeddings = {id(one.weight) for one in self.model.modules() if isinstance(one, Embedding)}
         weights = {id(weight): getattr(weight, "ds_numel", weight.numel()) for weight in self.model.parameters()}
         self._whole_weights = sum(number for one, number in weights.items() if one not in embeddings)
@@ -154,6 +159,10 @@ class FSDPTrainer(GaudiTrainer):
     def _save(self, output_dir=None, state_dict=None):
         if self.is_fsdp_enabled:
             state_dict = {plain_name(name): value for name, value in state_dict.items()}
+        for name, other in self._tied.items() if state_dict else ():
+            # Gathered apart, a tied weight would be written twice.
+            if name in state_dict and other in state_dict and torch.equal(state_dict[name], state_dict[other]):
+                state_dict[name] = state_dict[other]
         super()._save(output_dir, state_dict)
 
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from resuming import CARD, essence, script_flags, start
+from resuming import CARD, essence, script_flags, start, zero
 from running import ROOT, log_history, results, run
 from safetensors.torch import load_file
 from simulator.cards import card_environment
@@ -123,6 +123,18 @@ def test_layers_are_found_by_the_names_of_transformers(assets, masked_assets, in
     start(script, 2, tmp_path / "own", *divided(*ours), *short, env=env)
     start(script, 2, tmp_path / "theirs", *divided(*ours, transformer_layer_cls_to_wrap=named), *short, env=env)
     assert essence(tmp_path / "theirs") == essence(tmp_path / "own")
+
+
+@pytest.mark.parametrize("form", ["FSDP", "ZeRO-1"])
+def test_a_tied_head_is_saved_once(assets, masked_assets, instructions, tmp_path, form):
+    """As on one card; gathered weights have no storage in common, by which transformers would know."""
+    ours = ("run_clm.py", WHOLE, tmp_path, assets, masked_assets, instructions)
+    flags = divided(*ours) if form == "FSDP" else [*script_flags("run_clm.py", *ours[3:]), *zero(1)]
+    start("run_clm.py", 2, tmp_path / "out", *flags, *CARD, "--max_steps", 3, "--eval_strategy", "no")
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-3"):
+        assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()) and model.lm_head.weight is model.transformer.wte.weight
 
 
 @pytest.mark.parametrize("planned", [False, True])
