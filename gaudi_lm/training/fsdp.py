@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ from transformers.trainer_utils import FSDPOption
 
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.layer_names import classes_on_card, layer_classes, plain_name
+
+logger = logging.getLogger("gaudi_lm")
 
 
 def state_dict_type(training_args: TrainingArguments) -> str | None:
@@ -74,6 +77,10 @@ def choose_layers(model: Module, training_args: TrainingArguments) -> None:
             "norms would decay too; leave that setting out"
         )
     by_name = adapted or (FSDPOption.AUTO_WRAP in training_args.fsdp and not by_size)
+    reason = "an adapter is divided by layers" if adapted else "--fsdp has no auto_wrap"
+    for setting, used in (("min_num_params", by_size), ("transformer_layer_cls_to_wrap", by_name)):
+        if config.get(setting) and not used:
+            logger.warning("--fsdp_config: %s changes nothing: %s", setting, reason)
     names = classes_on_card(model, config.get("transformer_layer_cls_to_wrap") or layer_classes(model))
     config["transformer_layer_cls_to_wrap"] = names if by_name else None
     if by_name:

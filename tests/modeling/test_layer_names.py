@@ -64,3 +64,25 @@ def test_what_fsdp_would_train_otherwise_is_refused(monkeypatch):
         choose_layers(apart, flat)
     flat.weight_decay = 0
     choose_layers(apart, flat)
+
+
+def test_settings_of_fsdp_that_are_not_used_are_named(monkeypatch, caplog):
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "before")
+    llama, adapted = tiny_model("llama"), get_peft_model(tiny_model("llama"), LoraConfig())
+    layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    for model, option, config, words in (
+        (
+            adapted,
+            "auto_wrap",
+            {"min_num_params": 9},
+            "min_num_params changes nothing: an adapter is divided by layers",
+        ),
+        (llama, "full_shard", {"min_num_params": 9}, "min_num_params changes nothing: --fsdp has no auto_wrap"),
+        (llama, "full_shard", layers, "transformer_layer_cls_to_wrap changes nothing: --fsdp has no auto_wrap"),
+        (llama, "auto_wrap", {"min_num_params": 9}, ""),
+        (llama, "auto_wrap", layers, ""),
+        (adapted, "full_shard", layers, ""),
+    ):
+        caplog.clear()
+        choose_layers(model, training_args(option, **config))
+        assert caplog.messages == ([f"--fsdp_config: {words}"] if words else [])
