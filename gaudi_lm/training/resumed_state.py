@@ -241,6 +241,8 @@ class Resumption:
             )
         self._check_groups(getattr(optimizer, "param_groups", []))
         names = ("lr", "weight_decay", "betas", "eps")
+        # Under ZeRO a schedule is there already, which has set the learning rate of the first step.
+        groups = [{**group, "lr": group["initial_lr"]} if "initial_lr" in group else group for group in groups]
         self._noted = [{name: group[name] for name in names if name in group} for group in groups]
 
     def _check_groups(self, groups: list[dict]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from resuming import CARD, CPU, essence, script_flags, start, zero
-from running import losses
+from running import ROOT, losses
 
 pytestmark = [pytest.mark.slow]
 SCRIPTS = ["run_clm.py", "run_mlm.py", "run_lora_clm.py"]
@@ -50,6 +50,23 @@ def test_accumulation_resumes_exactly(script, case, assets, masked_assets, instr
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", again / f"checkpoint-{step}")
         start(script, ranks, again, *flags)
         assert essence(again) == whole, step
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_schedule_with_warm_up_resumes_exactly_with_deepspeed(stage, assets, masked_assets, instructions, tmp_path):
+    """The rate of the first step of warm-up, which is 0, was taken for --learning_rate: nothing was trained any more.
+
+    Without ZeRO, one file of a checkpoint has the optimizer of all ranks.
+    """
+    flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *CARD, "--warmup_steps", 2]
+    config = json.loads((ROOT / "configs" / "deepspeed" / f"zero_{max(stage, 1)}.json").read_text())
+    config["zero_optimization"]["stage"] = stage
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    flags += ["--deepspeed", tmp_path / "zero.json"]
+    start("run_clm.py", 2, tmp_path / "whole", *flags)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    start("run_clm.py", 2, tmp_path / "again", *flags)
+    assert essence(tmp_path / "again") == essence(tmp_path / "whole")
 
 
 def test_processes_that_stay_resume_exactly(assets, masked_assets, instructions, tmp_path):
