@@ -200,7 +200,7 @@ def faults(folder: Path) -> list[str]:
                 found.append(f"{name} has {path.stat().st_size} bytes, not {wanted['size']}")
             elif _digest(path) != wanted["sha256"]:
                 found.append(f"{name} is damaged: its checksum differs")
-    return found or _missing(folder) + _unreadable(folder, verified=manifest is not None) or _renamed(folder)
+    return found or _missing(folder, manifest) + _unreadable(folder, verified=manifest is not None) or _renamed(folder)
 
 
 def _renamed(folder: Path) -> list[str]:
@@ -209,7 +209,8 @@ def _renamed(folder: Path) -> list[str]:
     return [] if named in (None, step) else [f"{STATE} is of step {step}, which is not that of the folder's name"]
 
 
-def _missing(folder: Path) -> list[str]:
+def _missing(folder: Path, manifest: dict | None) -> list[str]:
+    divided = manifest is None or manifest["run"].get("zero_stage") != 0  # else one file has the optimizer too
     names = {str(path.relative_to(folder)) for path in _files(folder)}
     deepspeed = [path for path in folder.glob("global_step*") if path.is_dir()]
     found = [] if STATE in names else [f"{STATE} is missing"]
@@ -219,17 +220,16 @@ def _missing(folder: Path) -> list[str]:
         latest = (folder / "latest").read_text(errors="replace").strip() if "latest" in names else None
         if latest not in [path.name for path in deepspeed]:
             found.append("latest is missing, or names no folder that is there")
-        for kind in ("model_states", "optim_states"):
+        for kind in ("model_states", *["optim_states"] * divided):
             if not any(deepspeed[-1].glob(f"*{kind}.pt")):
                 found.append(f"{deepspeed[-1].name}/*_{kind}.pt is missing")
     elif not names & {"optimizer.pt", "optimizer.bin", "optimizer_0/.metadata"}:  # the latter two are of FSDP
         found.append("optimizer.pt is missing")
     if not deepspeed and "scheduler.pt" not in names:
         found.append("scheduler.pt is missing")
-    states = sum(name.startswith("rng_state") for name in names)
-    if not states:
+    if not (states := sum(name.startswith("rng_state") for name in names)):
         found.append("rng_state.pth is missing")
-    elif deepspeed and states != (optimizers := len(list(deepspeed[-1].glob("*optim_states.pt")))):
+    elif deepspeed and divided and states != (optimizers := len(list(deepspeed[-1].glob("*optim_states.pt")))):
         found.append(f"there are {states} rng_state_*.pth and {optimizers} *_optim_states.pt: ranks are missing")
     return found
 
