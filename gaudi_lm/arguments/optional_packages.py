@@ -94,13 +94,11 @@ def check_optimizer_of_shares(source: str, optimizer: str, zero: bool) -> None:
     Raises:
         UserError: see above.
     """
-    by = "ZeRO" if zero else "FSDP"
+    by, other = "ZeRO" if zero else "FSDP", "adamw_torch" if source == "--optim" else "AdamW"
     if optimizer.lower().startswith(_OF_WHOLE_WEIGHTS):
-        raise UserError(
-            f"{source} {optimizer}: not with {by}, of which it would see shares for weights; use adamw_torch"
-        )
+        raise UserError(f"{source} {optimizer}: not with {by}, of which it would see shares for weights; use {other}")
     if zero and optimizer.lower() == "adagrad":  # DeepSpeed 0.19 makes it anew: no schedule, no decay of the groups
-        raise UserError(f"{source} {optimizer}: not with ZeRO, under which it loses its schedule; use adamw_torch")
+        raise UserError(f"{source} {optimizer}: not with ZeRO, under which it loses its schedule; use {other}")
 
 
 def check_reporters(report_to: list[str] | str | None) -> None:
