@@ -104,15 +104,18 @@ def check_budget(budget: object, *collators: object) -> None:
             )
 
 
-def check_shared_weights(model: PreTrainedModel | PeftModel, args) -> None:
-    """Refuse to train a model whose shared weights its class does not declare: in the end it could not be saved.
+def check_weights(model: PreTrainedModel | PeftModel, args) -> None:
+    """Refuse to train a model whose weights are all frozen, or whose class does not declare those that it shares: in
+    the end it could not be saved.
 
     Args:
         args: the training arguments.
 
     Raises:
-        UserError: names the weights.
+        UserError: names the model, or the weights that it shares.
     """
+    if args.do_train and not any(weight.requires_grad for weight in model.parameters()):
+        raise UserError(f"--do_train: no weight of {type(model).__name__} has requires_grad: all of them are frozen")
     if not (args.do_train and args.save_safetensors) or isinstance(model, PeftModel):
         return
     declared, names = _get_tied_weight_keys(model) or [], defaultdict[int, list[str]](list)
@@ -125,12 +128,6 @@ def check_shared_weights(model: PreTrainedModel | PeftModel, args) -> None:
                 f"{type(model).__name__}: {' and '.join(shared)} are one tensor, which safetensors saves once: give "
                 f'the class _tied_weights_keys = ["{shared[-1]}"], or the run --save_safetensors False'
             )
-
-
-def check_trained(model: torch.nn.Module, do_train: bool) -> None:
-    """Refuse to train a model of which no weight is trained, where a script has frozen them."""
-    if do_train and not any(weight.requires_grad for weight in model.parameters()):
-        raise UserError(f"--do_train: no weight of {type(model).__name__} has requires_grad: all of them are frozen")
 
 
 def own_figures(compute_metrics: Callable, predictions, labels) -> dict[str, Any]:

@@ -98,9 +98,8 @@ class LMTrainer(EvaluatingTrainer):
         draws = args.seed, data_ranks(args)[0]
         options["collate_fn"] = ignore_filler_samples(self.data_collator, self.causal, sequence_part(args), draws)
         if args.dataloader_persistent_workers:
-            options["persistent_workers"] = True
             # They are started once in a whole run and again in a resumed one: dropout is not to depend on that.
-            options["generator"] = torch.Generator().manual_seed(args.seed)
+            options |= {"persistent_workers": True, "generator": torch.Generator().manual_seed(args.seed)}
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             return stream_batches(self.train_dataset, args.per_device_train_batch_size, options)
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -279,8 +278,7 @@ def build_trainer(
     if compute_metrics is None:
         given = METRICS if loss_func is None else ("loss",)
         check_best_metric(training_args.metric_for_best_model, eval_dataset, given)
-    custom_parts.check_trained(model, training_args.do_train)
-    custom_parts.check_shared_weights(model, training_args)
+    custom_parts.check_weights(model, training_args)
     check_prompts(training_args, objective == "causal", model.config, tokenizer)
     choose_layers(model, training_args)
     trainer = trainer_class(

@@ -13,14 +13,14 @@ from documentation import REPOSITORY
 from optimum.habana.transformers.trainer import GaudiTrainer
 from running import copy_elsewhere, load_script, log_history, losses, results, run, run_ranks
 from short_runs import common, scratch
-from transformers import DataCollatorForLanguageModeling, Trainer
+from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, Trainer
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.errors import UserError
 from gaudi_lm.training.custom_parts import (
     NEVER_CALLED,
     check_budget,
-    check_trained,
+    check_weights,
     is_mean,
     own_figures,
     returning_loss,
@@ -440,12 +440,13 @@ def test_rows_that_a_transform_makes(assets, tmp_path):
 
 
 def test_a_model_that_is_frozen_is_not_trained():
-    model = torch.nn.Linear(2, 2).requires_grad_(False)
-    check_trained(model, do_train=False)
-    with pytest.raises(UserError, match="no weight of Linear has requires_grad"):
-        check_trained(model, do_train=True)
-    model.bias.requires_grad_(True)
-    check_trained(model, do_train=True)
+    model = BertForMaskedLM(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=16))
+    args = SimpleNamespace(do_train=True, save_safetensors=True)
+    check_weights(model.requires_grad_(False), SimpleNamespace(do_train=False))
+    with pytest.raises(UserError, match="no weight of BertForMaskedLM has requires_grad"):
+        check_weights(model, args)
+    model.cls.predictions.bias.requires_grad_(True)
+    check_weights(model, args)
 
 
 def test_a_budget_belongs_to_its_collator(tmp_path):
