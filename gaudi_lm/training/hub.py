@@ -7,7 +7,8 @@ import shlex
 from concurrent.futures import Future
 from pathlib import Path
 
-from huggingface_hub import HfApi
+import requests
+from huggingface_hub import HfApi, configure_http_backend, constants
 from transformers.trainer_utils import HubStrategy
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
@@ -20,6 +21,22 @@ TO_RESUME = ["optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "ma
 CHECKPOINTS = ["checkpoint-*", f"{UNUSED}checkpoint-*"]
 NOT_THE_RESULT = [*CHECKPOINTS, "incomplete-*", "complete-files/*", "_*", "logs/*"]  # a pattern is of whole paths
 
+PATIENCE = 10, 300  # seconds until a connection is there, and until more of an answer is
+
+
+class _Patience(requests.adapters.HTTPAdapter):
+    """huggingface_hub 0.36 would wait for a hub that does not answer, and a run that is done with it, without end."""
+
+    def send(self, request, stream=False, timeout=None, verify=True, cert=None, proxies=None):
+        return super().send(request, stream, timeout or PATIENCE, verify, cert, proxies)
+
+
+def _session() -> requests.Session:
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, _Patience())
+    return session
+
 
 class HubUploads:
     """Uploads of the main rank to the repository of ``--hub_model_id``, one after the other, in a thread."""
@@ -29,6 +46,8 @@ class HubUploads:
         self.name = args.hub_model_id or self.folder.name
         self._api = HfApi(token=args.hub_token)
         self._running: list[tuple[Future, Path]] = []
+        if args.push_to_hub and not constants.HF_HUB_OFFLINE:
+            configure_http_backend(_session)
 
     def checkpoint(self, folder: Path, step: int) -> None:
         """Begin to upload a checkpoint, as ``--hub_strategy`` says; none while an earlier one is still under way."""

@@ -6,10 +6,12 @@ import signal
 import time
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, configure_http_backend, constants
 from running import results, run, run_interrupted
 from short_runs import scratch
 
+from gaudi_lm.arguments.definitions import LMTrainingArguments
+from gaudi_lm.training import hub
 from hub.uploads import UploadHub
 
 
@@ -99,3 +101,20 @@ def test_a_signal_does_not_wait_for_an_upload(assets, tmp_path, uploads, steps):
     assert end.returncode == 128 + signal.SIGTERM and not uploads.commits, end.stderr
     words = "Outputs saved to" if steps == 2 else "SIGTERM: training ends after step"
     assert words in end.stderr
+
+
+def test_a_hub_that_does_not_answer(tmp_path, uploads, monkeypatch, caplog):
+    monkeypatch.setattr(constants, "ENDPOINT", uploads.environment["HF_ENDPOINT"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "PATIENCE", (5, 0.2))
+    uploads.delay = 3
+    (tmp_path / "config.json").write_text("{}")
+    args = LMTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, do_train=True, push_to_hub=True, hub_token="hf_writer"
+    )
+    try:
+        hub.HubUploads(args).result("End of training")
+    finally:
+        configure_http_backend()
+    assert f"--push_to_hub: {tmp_path.name} was not uploaded (" in caplog.text and "timed out" in caplog.text
+    assert uploads.created and not uploads.commits
