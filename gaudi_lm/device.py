@@ -283,6 +283,8 @@ def set_up_logging(main_rank: bool, level: int | None = None, bars: bool = True)
         library.setLevel(libraries)
         library.propagate = True
         library.handlers.clear()
+    # It warns of each function that DeepSpeed's Muon compiles, whatever the optimizer.
+    logging.getLogger("transformers.utils.import_utils").setLevel(level or logging.ERROR)
     if not (main_rank and bars):
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()

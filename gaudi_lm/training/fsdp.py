@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from optimum.habana.transformers.trainer import GaudiTrainer
+from optimum.utils.logging import disable_default_handler
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from torch.distributed import checkpoint as distributed_checkpoint
@@ -103,6 +104,7 @@ class FSDPTrainer(GaudiTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        disable_default_handler()  # which GaudiTrainer has added, beside that of all libraries
         self._tied: dict[str, str] = {}  # names of weights that have gone by another one before
         first: dict[int, str] = {}
         for name, weight in self.model.named_parameters(remove_duplicate=False):

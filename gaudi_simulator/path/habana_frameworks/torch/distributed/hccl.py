@@ -30,6 +30,6 @@ def _process_group(store, rank: int, size: int, timeout) -> dist.ProcessGroupGlo
 
 
 if _simulator.CARDS:
-    # accelerate gathers by it in every rank, and torch 2.13 has another name for it.
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor.* is deprecated", FutureWarning)
+    # accelerate and DeepSpeed call collectives that torch 2.13 has other names for: a word in every rank.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+. is deprecated", FutureWarning)
     dist.Backend.register_backend("hccl", _process_group, devices=["hpu", "cpu"])
