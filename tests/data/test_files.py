@@ -235,10 +235,13 @@ def test_types_of_parquet(tmp_path, streaming):
         "dictionary": pa.array(WORDS).dictionary_encode(),
         "large": pa.array(WORDS, pa.large_string()),
     }.items():
-        views = pa.array([["a"], ["b"], None], pa.list_(pa.string_view()))
-        table = pa.table(
-            {"n": number, "text": column, "tags": views, "map": pa.array([[("a", 1)]] * 3, pa.map_("string", "int8"))}
-        )
+        more = {
+            "tags": pa.array([["a"], ["b"], None], pa.list_(pa.string_view())),
+            "views": pa.array([["a"], ["b"], None], pa.list_view(pa.string())),
+            "struct": pa.array([{"a": b"x"}, {"a": None}, None], pa.struct([("a", pa.binary_view())])),
+            "map": pa.array([[("a", 1)]] * 3, pa.map_("string", "int8")),
+        }
+        table = pa.table({"n": number, "text": column, **more})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
         assert train_texts(tmp_path, streaming, train_file=tmp_path / f"{name}.parquet") == WORDS
     assert train_texts(tmp_path, streaming, train_file=tmp_path / "*.parquet") == 3 * WORDS
