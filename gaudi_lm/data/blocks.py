@@ -62,7 +62,7 @@ def map_rows(
     def encode_and_forget(table: pa.Table) -> pa.Table:
         nonlocal read
         read += table.nbytes
-        if files and read > MAPPED_BYTES:
+        if read > MAPPED_BYTES:
             read = 0
             forget_mapped_pages(files)
         return encode_rows(table)

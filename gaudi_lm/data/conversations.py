@@ -159,7 +159,7 @@ def read_messages(value: Any, role: str | None = None) -> list[dict[str, Any]]:
     Raises:
         ConversationError: there is no conversation, or a message cannot be read.
     """
-    value = value if role and isinstance(value, str) and not is_conversation(value) else from_json(value)
+    value = value if role and not is_conversation(value) else from_json(value)
     if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
         nested = next((value[key] for key in ("messages", "conversations", "conversation") if key in value), None)
         columns = zip(*value.values(), strict=False)

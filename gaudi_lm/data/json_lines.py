@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -140,10 +141,10 @@ def _column(values: list) -> pa.Array:
     return pa.array([None if value is None else json.dumps(value) for value in values], pa.json_())
 
 
-def _is_widened(value: object, kept: object) -> bool:
+def _is_widened(value: Any, kept: Any) -> bool:
     """Whether a whole number was made a float, as pyarrow does where a column has both."""
-    if isinstance(value, dict) and isinstance(kept, dict):
+    if isinstance(kept, dict):
         return any(_is_widened(part, kept[name]) for name, part in value.items())
-    if isinstance(value, list) and isinstance(kept, list):
+    if isinstance(kept, list):
         return any(map(_is_widened, value, kept))
     return isinstance(value, int) and isinstance(kept, float)

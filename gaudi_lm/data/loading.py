@@ -44,14 +44,15 @@ def _read(files: FileSet, data_args: DataArguments, model_args: ModelArguments) 
 
 
 def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDict | IterableDatasetDict | dict:
-    if kind_of(data_args.dataset_name or "") and Path(data_args.dataset_name or "").is_file():
+    folder = Path(data_args.dataset_name or "")
+    if kind_of(str(folder)) and folder.is_file():
         raise UserError(f"--dataset_name {data_args.dataset_name}: is a file; give it by --train_file")
-    if all(Path(data_args.dataset_name or "", name).is_file() for name in ("dataset_info.json", "state.json")):
+    if all((folder / name).is_file() for name in ("dataset_info.json", "state.json")):
         saved = load_from_disk(data_args.dataset_name)  # of `save_to_disk`: rows of one split
         return {"train": saved.to_iterable_dataset() if data_args.streaming else saved}
     source = {"path": data_args.dataset_name, "name": data_args.dataset_config_name, "token": model_args.token}
     try:
-        if Path(data_args.dataset_name or "").is_dir():
+        if folder.is_dir():
             config = load_dataset_builder(**source, cache_dir=model_args.cache_dir).config
             files = {split: _files_of_folder(config, split, data_args) for split in ("train", "validation")}
             if any(files.values()):

@@ -42,7 +42,7 @@ def encode_lines(
     Returns:
         ``(tokens, lengths)``, int32 of shape ``[sum(lengths)]`` and int64 of shape ``[rows]``.
     """
-    texts = [text.rstrip("\r\n") for text in texts if not text.isspace() and text]
+    texts = [text.rstrip("\r\n") for text in texts if text.strip()]
     start, end = special_ends(tokenizer)
     tokens, lengths = encode(tokenizer, texts, add_special_tokens=False)
     lengths = lengths[lengths > 0]  # of characters that a normalizer drops, there is nothing to learn
