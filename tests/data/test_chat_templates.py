@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from gaudi_lm.data.chat_templates import ChatTemplate
 from gaudi_lm.data.completions import encode_with_offsets
-from gaudi_lm.data.conversations import ConversationError, read_messages
+from gaudi_lm.data.conversations import ConversationError, read_messages, read_tools
 from gaudi_lm.errors import UserError
 
 EOS = "<|endoftext|>"
@@ -157,6 +157,37 @@ CASES = {
             ("assistant", "«\nbye<|im_end|>»"),
         ),
     ),
+    "two ends": (
+        CHATML.replace("<|im_end|>", "<|end|><|im_end|>"),
+        TWO,
+        2 * chatml(("user", "hi<|end|><|im_end|>"), ("assistant", "«hello<|end|><|im_end|>»")),
+    ),
+    "no end but a head": (
+        END_OF_LAST.replace("<|' + m.role + '|>", "<|im_start|>' + m.role + ' ").replace(
+            "<|assistant|>", "<|im_start|>assistant "
+        ),
+        TWO,
+        "<|im_start|>user hi<|im_start|>assistant «hello»"
+        f"<|im_start|>user hi<|im_start|>assistant «hello{EOS}»",
+    ),
+    "an empty one is written otherwise": (
+        CHATML.replace("m.content", "(m.content or '-')"),
+        [user("hi"), assistant(""), user("hi"), assistant("hello")],
+        chatml(
+            ("user", "hi<|im_end|>"), ("assistant", "«-<|im_end|>»"), ("user", "hi<|im_end|>"),
+            ("assistant", "«hello<|im_end|>»"),
+        ),
+    ),
+    "one turn at most": (
+        "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + CHATML,
+        ONE,
+        chatml(("user", "hi<|im_end|>"), ("assistant", "«hello<|im_end|>»")),
+    ),
+    "no question alone": (
+        "{% if messages | length < 2 %}{{ raise_exception('no answer') }}{% endif %}" + CHATML,
+        ONE,
+        chatml(("user", "hi<|im_end|>"), ("assistant", "«hello<|im_end|>»")),
+    ),
     "an end of all": (
         END_OF_ALL,
         TWO,
@@ -240,6 +271,11 @@ CASES = {
             ("user", "!ab<|im_end|>"), ("assistant", "«!ab<|im_end|>»"), ("user", "?x<|im_end|>"),
             ("assistant", "«?cd<|im_end|>»"),
         ),
+    ),
+    "peculiar, and nothing around it": (
+        "{% for m in messages %}{{ ('!' if m.content[:1] == 'a' else '?') + m.content + '\n' }}{% endfor %}",
+        [user("x"), assistant("ab")],
+        "?x\n!«ab»\n",
     ),
 }  # fmt: skip
 
@@ -333,6 +369,7 @@ def test_tools_reach_the_template(tokenizer):
             [user("x"), assistant("ab")],
             "changes what message 2 says",
         ),
+        (PECULIAR, [user("x"), assistant("ab", tool_calls=[CALL])], "changes what message 2 says"),
         (CHATML.replace("m.content", "m.content + m.missing.more"), ONE, "cannot render it"),
     ],
 )
@@ -454,6 +491,8 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
         [USER, ASSISTANT],
         json.dumps([USER, ASSISTANT]),
         {"messages": [USER, ASSISTANT]},
+        {"id": 5, "messages": [USER, ASSISTANT]},
+        json.dumps({"messages": [USER, ASSISTANT]}),
         {"role": ["user", "assistant"], "content": ["a", "b"]},
         [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
         [{"role": "User", "content": "a", "name": None}, {"role": "model", "text": "b"}],
@@ -466,27 +505,42 @@ def test_conversations_as_people_store_them(value):
     assert read_messages(value) == [USER, ASSISTANT]
 
 
+@pytest.mark.parametrize("value", [[USER], USER, ["a"], "a", {"content": "a"}, json.dumps([USER])])
+def test_prompts_as_people_store_them(value):
+    assert read_messages(value, "user") == [USER]
+
+
 def test_parts_of_other_kinds():
     thought = [{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "b"}]
     assert read_messages([{"role": "assistant", "content": thought}])[0]["reasoning_content"] == "t"
     for value, words in [
         ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "message 1 has a part of type 'image'"),
+        ([{"role": "user", "content": [{"type": "image", "text": "x"}]}], "message 1 has a part of type 'image'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "message 1 has a part of type 'text'"),
         ([USER, {"content": "b"}], "message 2 has no role"),
         ([USER, {"role": "assistant", "content": None}], "message 2 has no content"),
         ([USER, 5], "message 2 is a int"),
         ([USER, {**ASSISTANT, "weight": 0.5}], "message 2 has weight 0.5, not 0 or 1"),
+        ([USER, {**ASSISTANT, "tool_calls": "get"}], "the tool_calls of message 2 are no list of objects"),
+        ([USER, {**ASSISTANT, "tool_calls": ["get"]}], "the tool_calls of message 2 are no list of objects"),
         ("no JSON", "no list of messages"),
+        ("17", "a str that is no list of messages"),
         ([], "there is no conversation"),
         (None, "there is no conversation"),
     ]:
         with pytest.raises(ConversationError, match=words):
             read_messages(value)
+    for tools in ({"name": "get"}, ["get"]):
+        with pytest.raises(ConversationError, match="the tools are no list of JSON schemas"):
+            read_tools(tools)
 
 
 @pytest.mark.parametrize("content", [{"temperature": 17, "unit": "°C"}, [{"temperature": 17}, {"wind": 3}], [3, 4]])
 def test_results_of_tools_may_be_objects(content):
     (message,) = read_messages([{"role": "tool", "content": content}])
     assert json.loads(message["content"]) == content
+    parts = [{"type": "text", "text": json.dumps(content, ensure_ascii=False)}]
+    assert read_messages([{"role": "tool", "content": parts}]) == [message], "the parts of a text are no object"
 
 
 @pytest.mark.parametrize("content", ["", None])

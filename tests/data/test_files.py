@@ -162,6 +162,8 @@ def test_the_column_by_default(tmp_path, streaming):
     assert train_texts(tmp_path, streaming, train_file=tmp_path / "a.csv") == WORDS
     assert train_texts(tmp_path, streaming, "id", train_file=path) == ["0", "1", "2"]
     path = write_jsonl(tmp_path / "numbers.jsonl", [{"a": 1, "b": 2}])
+    with pytest.raises(UserError, match="the dataset has no columns, or no rows"):
+        text_column(IterableDataset.from_generator(lambda: iter(())) if streaming else Dataset.from_dict({}), None)
     with pytest.raises(UserError, match="none of a, b holds words; --text_column_name takes one of a, b"):
         train_texts(tmp_path, streaming, train_file=path)
 
@@ -275,7 +277,11 @@ def test_json_of_one_value(tmp_path, streaming):
 def test_json_of_one_row(tmp_path):
     """Its lists of objects are a part of it, not rows."""
     messages = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "I"}]
-    for row in ({"messages": messages}, {"text": "words", "marks": [{"start": 1}]}):
+    for row in (
+        {"messages": messages},
+        {"text": "words", "marks": [{"start": 1}]},
+        {"number": 1, "left": [{"a": 1}], "right": [{"b": 2}]},
+    ):
         for indent in (None, 2):
             path = tmp_path / f"{len(row)}{indent}.json"
             path.write_text(json.dumps(row, indent=indent))
@@ -305,8 +311,11 @@ def test_a_stream_that_cannot_be_read_on():
         yield {"text": "a"}
         raise pa.ArrowInvalid("Couldn't cast\ntext: int64")
 
+    stream = IterableDataset.from_generator(rows)
     with pytest.raises(UserError, match="cannot be read on after row 1 .*Couldn't cast text: int64"):
-        list(batches_of_text(IterableDataset.from_generator(rows), "text", 1))
+        list(batches_of_text(stream, "text", 1))
+    with pytest.raises(UserError, match="the stream cannot be read .Couldn't cast text: int64"):
+        text_column(stream, None)
 
 
 @both_ways
@@ -357,7 +366,7 @@ def test_a_long_text_is_cut_between_words(assets, tokenizer, special, monkeypatc
     monkeypatch.setattr(tokenization, "PIECE", 500)
     monkeypatch.setattr(tokenization, "WINDOW", 250)
     monkeypatch.setattr(tokenization, "CHARACTERS", 2000)
-    text = assets.train.read_text()[:20_000]
+    text = " " + assets.train.read_text()[:20_000]
     texts = ["before", text, "", "after", text[:700], "x" * 499, *(["and", "more"] * 300)]
     tokens, lengths = tokenization.encode(tokenizer, texts, special)
     expected = [tokenizer(one, add_special_tokens=special)["input_ids"] for one in texts]
@@ -370,14 +379,14 @@ def test_no_more_than_so_many_characters_at_a_time(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenization, "PIECE", 100)
     monkeypatch.setattr(tokenization, "WINDOW", 50)
     monkeypatch.setattr(tokenization, "CHARACTERS", 1000)
-    seen, original = [], tokenization._encode_at_once
+    seen, longest, original = [], [], tokenization._encode_at_once
     monkeypatch.setattr(
         tokenization,
         "_encode_at_once",
-        lambda t, texts, s: (seen.append(sum(map(len, texts))), original(t, texts, s))[1],
+        lambda t, texts, s: (seen.append(sum(map(len, texts))), longest.extend(texts), original(t, texts, s))[2],
     )
-    tokenization.encode(tokenizer, ["word " * 5000, *["some words"] * 1000, "a" * 5000, "\n" * 300])
-    assert max(seen) <= 1000 + 100
+    tokenization.encode(tokenizer, ["word " * 5000, *["some words"] * 1000, "a" * 300, "a" * 5000, "\n" * 300])
+    assert max(seen) <= 1000 + 100 and max(map(len, longest)) <= 100
 
 
 @pytest.mark.slow
@@ -467,6 +476,13 @@ def test_numbers_stay_as_they_are_written(tmp_path, streaming, monkeypatch):
     assert train_texts(tmp_path, streaming, "text", train_file=tmp_path / "*.parquet") == ["2.5", "5"]
 
 
+def test_floats_among_other_numbers_are_floats():
+    block = b'{"a": 1.5, "b": {"n": 1, "x": 2.0}, "c": [0.5, 2.0]}\n{"a": 2.0, "b": {"n": 2, "x": 1.5}, "c": []}\n'
+    schema = json_lines.json_table("a.jsonl", 1, block).schema
+    assert str(schema.field("a").type) == "double" and str(schema.field("b").type) == "struct<n: int64, x: double>"
+    assert str(schema.field("c").type) == "list<item: double>"
+
+
 def test_numbers_within_json_stay_as_they_are_written(tmp_path):
     rows = [f'{{"a": [{{"n": {number}}}], "b": {{"of": {number}}}}}\n' for number in [*NUMBERS, '"word"']]
     for name, lines in {"numbers": rows[:-1], "words": rows}.items():
@@ -512,12 +528,25 @@ def test_texts_of_a_folder(tmp_path, streaming):
 
 
 @both_ways
+def test_a_folder_says_how_it_is_read(tmp_path, streaming):
+    (tmp_path / "train.txt").write_text("a\nb\n\nc\n")
+    settings = "config_name: default\n  data_files: train.txt\n  sample_by: paragraph"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- {settings}\n---\n")
+    raw = read(tmp_path, streaming, train_file="", dataset_name=tmp_path)
+    assert [row["text"].rstrip() for row in raw["train"]] == ["a\nb", "c"]
+
+
+@both_ways
 def test_rows_that_datasets_has_saved(tmp_path, streaming):
     Dataset.from_dict({"text": WORDS}).save_to_disk(tmp_path / "saved")
     raw = read(tmp_path, streaming, train_file="", dataset_name=tmp_path / "saved")
     assert [row["text"] for row in raw["train"]] == WORDS
     raw = read(tmp_path, streaming, True, train_file="", dataset_name=tmp_path / "saved")
     assert [row["text"] for row in raw["validation"]] == WORDS[:1]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "saved/data-00000-of-00001.arrow").rename(tmp_path / "folder/train.arrow")
+    raw = read(tmp_path, streaming, train_file="", dataset_name=tmp_path / "folder")
+    assert [row["text"] for row in raw["train"]] == WORDS
 
 
 def test_a_glob_over_folders(tmp_path):

@@ -18,7 +18,7 @@ from gaudi_lm.data.instructions import (
     show_targets,
 )
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
-from gaudi_lm.data.prompts import find_format, log_formats
+from gaudi_lm.data.prompts import ExampleFormat, check_tokenizer, find_format, log_formats
 from gaudi_lm.errors import UserError
 
 CHAT = "<bos> {% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {{ eos_token }} {% endfor %}" + (
@@ -103,9 +103,12 @@ def test_padded(pad):
         assert batch["attention_mask"][index].tolist() == [1] * used + [0] * (40 - used)
     longest = collate_examples(list(rows), padding, lengths=[])
     assert longest["input_ids"].shape[1] == max(len(row.split()) for row in EXPECTED)
+    assert longest["attention_mask"].sum(1).tolist() == [len(row.split()) for row in EXPECTED]
     # Where all is learnt, the first token still is no target: nothing predicts it.
     whole = collate_examples([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 2, padding, lengths=[])
     assert whole["labels"].tolist() == [[-100, 6, 7]] * 2 and "attention_mask" not in whole
+    whole = collate_examples([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}], padding, lengths=[3])
+    assert whole["attention_mask"].tolist() == [[1, 1, 1]], "batches of chosen lengths have the same inputs"
 
 
 @pytest.mark.parametrize("made", [None, "text", ("a", 7), ("a",), ("a", "b", "c"), {"prompt": "a"}])
@@ -241,18 +244,27 @@ def test_formats():
         return find_format(Dataset.from_dict({name: ["a"] for name in names}), **flags).style
 
     assert columns("instruction", "input", "output", "text") == "instruction"
-    assert columns("text", "id") == "text"
+    assert columns("text", "id") == columns("text", "instruction") == columns("text", "output") == "text"
+    assert columns("words", text_column="words") == "text"
+    assert columns("messages", "question", "context", "answer", sql_prompt=True) == "sql"
+    assert find_format(Dataset.from_dict({"dialog": [["a"]], "text": ["a"]})).style == "text"
+    assert columns("messages", "text") == "messages", "whatever the first of them looks like"
+    for part in ("instruction", "input", "output"):
+        assert columns("instruction", "input", "output", "messages", **{part: part}) == "instruction"
     assert columns("instruction", "output", chat_prompt=True) == "chat"
     assert columns("question", "context", "answer", sql_prompt=True) == "sql"
     for names, flags, message in [
         (["a", "b"], {}, "no columns instruction and output"),
         (["instruction", "b"], {"instruction": "instruction"}, "--output_column_name output"),
         (["question", "answer"], {"sql_prompt": True}, "--input_column_name context"),
+        (["a", "text"], {"chat_prompt": True}, "--instruction_column_name instruction"),
         (["text"], {"text_column": "words"}, "--text_column_name words"),
         (["text", "q"], {"text_column": "text", "instruction": "q"}, "--text_column_name excludes"),
     ]:
         with pytest.raises(UserError, match=message):
             columns(*names, **flags)
+    with pytest.raises(UserError, match="no columns instruction and output"):
+        find_format(Dataset.from_dict({"prompt": [[{"role": "user", "content": "a"}]]}))
     assert columns("instruction", "context", "response", "category") == "instruction"
     for names in (["prompt", "completion"], ["prompt", "response"], ["question", "answer"], ["query", "response"]):
         example_format = find_format(Dataset.from_dict({name: ["a"] for name in [*names, "text", "id"]}))
@@ -262,6 +274,13 @@ def test_formats():
     for value, kind in (["a"], "list"), ({"a": 1}, "dict"), (b"a", "bytes"):
         with pytest.raises(UserError, match=f"--output_column_name output, row 2: a {kind}, not text"):
             find_format(Dataset.from_dict({"instruction": ["a", "b"], "output": [None, value]}))
+
+
+def test_answers_need_a_token_that_ends_them():
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="the tokenizer has no end-of-sequence token"):
+        check_tokenizer(ExampleFormat("text", {"text": "text"}), tokenizer, train_on_inputs=True)
 
 
 @given(data=st.data(), limit=st.none() | st.integers(2, 8), inputs=st.booleans())
