@@ -59,7 +59,7 @@ class TrainingLoss(TrainerCallback, ExportableState):
     that a resumed run logs and reports what an uninterrupted one does.
 
     Args:
-        skip_nan: a step that is not finite counts like the steps before it (``--logging_nan_inf_filter``).
+        skip_nan: a batch that is not finite counts as the mean of those before it (``--logging_nan_inf_filter``).
         adds_orthogonality: the model is one of AdaLoRA, which adds `orthogonality_loss`.
     """
 
@@ -68,7 +68,7 @@ class TrainingLoss(TrainerCallback, ExportableState):
         self.adds_orthogonality = adds_orthogonality
         self._names: list[str] = []
         self._window: Tensor | None = None  # float32 [names], of this rank
-        self._steps = 0  # in the window
+        self._steps = self._window_batches = 0  # in the window
         self.batches = 0  # added by this process
         self._added: Tensor | None = None  # the last one's loss, all together
         self._ranks: list[list[float]] = []  # the window at the last checkpoint
@@ -99,7 +99,8 @@ class TrainingLoss(TrainerCallback, ExportableState):
         values = torch.stack([figure.float() for figure in figures.values()])
         if self.skip_nan:
             before = torch.zeros_like(values) if self._window is None else self._window
-            values = torch.where(values.isfinite(), values, before / (1 + self._steps))
+            values = torch.where(values.isfinite(), values, before / max(self._window_batches, 1))
+        self._window_batches += 1
         self._window = values if self._window is None else self._window + values
         self._added = loss
 
@@ -119,7 +120,7 @@ class TrainingLoss(TrainerCallback, ExportableState):
         """The means over ranks and over the steps since the last call, by name; they join the run's total."""
         ranks, steps = self._over_ranks(), self._steps
         sums = [math.fsum(column) / len(ranks) for column in zip(*ranks, strict=True)]
-        self._window, self._steps = None, 0
+        self._window, self._steps, self._window_batches = None, 0, 0
         if not sums or not steps:
             return {}
         self.total += sums[0]
@@ -136,7 +137,7 @@ class TrainingLoss(TrainerCallback, ExportableState):
         self._ranks = self._over_ranks()
 
     def state(self) -> dict:
-        names = ("_names", "_steps", "_ranks", "total", "total_steps")
+        names = ("_names", "_steps", "_window_batches", "_ranks", "total", "total_steps")
         args = {"skip_nan": self.skip_nan, "adds_orthogonality": self.adds_orthogonality}
         return {"args": args, "attributes": {name: getattr(self, name) for name in names}}
 
@@ -146,6 +147,7 @@ class TrainingLoss(TrainerCallback, ExportableState):
         )
         self.total, self.total_steps = noted.get("total", 0.0), noted.get("total_steps", 0)
         self._names, self._steps, self._window = noted.get("_names", []), noted.get("_steps", 0), None
+        self._window_batches = noted.get("_window_batches", self._steps)
         ranks = noted.get("_ranks", [])
         if self._steps and ranks:
             mean = [math.fsum(column) / len(ranks) for column in zip(*ranks, strict=True)]

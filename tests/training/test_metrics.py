@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import sysconfig
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from running import ROOT
 from gaudi_lm.data.sampling import FILLER_SAMPLE, count_tokens, ignore_filler_samples
 from gaudi_lm.training import metrics, outputs
 from gaudi_lm.training.metrics import Throughput, save_loss_curve, token_metrics
-from gaudi_lm.training.sums import TokenSums
+from gaudi_lm.training.sums import TokenSums, TrainingLoss
 
 
 @given(
@@ -55,6 +56,57 @@ def test_counts_beyond_float32_are_exact():
     for _ in range(2):
         sums.add(torch.tensor(1.0), many, many)
     assert sums.over_ranks() == {"loss_sum": [2.0], "correct": [2**25 + 2], "count": [2**25 + 2]}
+
+
+def add_steps(loss: TrainingLoss, *steps: list[float]) -> TrainingLoss:
+    """Steps of some batches each, whose losses are parts of their step's."""
+    for batches in steps:
+        for batch in batches:
+            loss.add(torch.tensor(batch))
+        loss.on_step_end(None, None, None)
+    return loss
+
+
+def test_the_training_loss_is_the_mean_over_steps():
+    loss = add_steps(TrainingLoss(), [1.0, 2.0], [3.0])
+    assert loss.take() == {"loss": 3.0} and loss.take() == {} and loss.steps == 0
+    loss.add(torch.tensor(1.0))
+    loss.correct(torch.tensor(5.0))  # what a compute_loss of one's own made of it
+    loss.on_step_end(None, None, None)
+    assert loss.result() == {"train_loss": 11 / 3}
+    assert TrainingLoss().result() == {}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_batch_that_is_not_finite_counts_as_those_before_it(bad):
+    assert not math.isfinite(add_steps(TrainingLoss(), [2.0], [bad]).take()["loss"])
+    for steps in ([[2.0], [4.0], [bad]], [[1.0, 2.0], [1.5, bad]], [[3.0, bad]]):
+        steps = [[value / len(batches) for value in batches] for batches in steps]
+        known = [sum(batches) for batches in steps if math.isfinite(sum(batches))] or [3.0]
+        loss = add_steps(TrainingLoss(skip_nan=True), *steps)
+        assert loss.take() == {"loss": pytest.approx(sum(known) / len(known))}
+    loss = add_steps(TrainingLoss(skip_nan=True), [2.0])
+    loss.correct(torch.tensor(bad))
+    assert loss.take() == {"loss": 2.0}
+
+
+@pytest.mark.parametrize(("ranks", "own"), [(2, 5.0), (3, 3.0)])
+def test_the_training_loss_goes_on_from_a_checkpoint(ranks, own, monkeypatch):
+    """Each rank from its own sum, or from the mean where their number is another."""
+    loss = add_steps(TrainingLoss(), [7.0])
+    loss.take()
+    add_steps(loss, [1.0])
+    monkeypatch.setattr("gaudi_lm.training.sums.gather", lambda sums: [sums, [5.0]])
+    loss.keep()
+    state = SimpleNamespace(global_step=2, stateful_callbacks={"TrainingLoss": loss.state()})
+    resumed = TrainingLoss()
+    resumed.on_train_begin(SimpleNamespace(world_size=ranks, process_index=1, device="cpu"), state, None)
+    monkeypatch.setattr("gaudi_lm.training.sums.gather", lambda sums: [sums])
+    assert add_steps(resumed, [0.0]).take() == {"loss": own / 2}
+    assert resumed.result() == {"train_loss": (7.0 + own) / 3}
+    state.global_step = 0  # training begins anew
+    resumed.on_train_begin(None, state, None)
+    assert resumed.result() == {}
 
 
 def test_throughput_of_more_tokens_than_float32_counts(monkeypatch):
