@@ -178,10 +178,10 @@ CASES = {
             ("assistant", "«hello<|im_end|>»"),
         ),
     ),
-    "one turn at most": (
-        "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + CHATML,
-        ONE,
-        chatml(("user", "hi<|im_end|>"), ("assistant", "«hello<|im_end|>»")),
+    "no more than one answer": (
+        "{% if messages | length > 3 %}{{ raise_exception('one answer') }}{% endif %}" + CHATML,
+        TWO[:3],
+        chatml(("user", "hi<|im_end|>"), ("assistant", "«hello<|im_end|>»"), ("user", "hi<|im_end|>")),
     ),
     "no question alone": (
         "{% if messages | length < 2 %}{{ raise_exception('no answer') }}{% endif %}" + CHATML,

@@ -385,7 +385,7 @@ def test_no_more_than_so_many_characters_at_a_time(tokenizer, monkeypatch):
         "_encode_at_once",
         lambda t, texts, s: (seen.append(sum(map(len, texts))), longest.extend(texts), original(t, texts, s))[2],
     )
-    tokenization.encode(tokenizer, ["word " * 5000, *["some words"] * 1000, "a" * 300, "a" * 5000, "\n" * 300])
+    tokenization.encode(tokenizer, ["word " * 5000, *["some words"] * 1001, "a" * 300, "a" * 5000, "\n" * 300])
     assert max(seen) <= 1000 + 100 and max(map(len, longest)) <= 100
 
 

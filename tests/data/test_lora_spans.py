@@ -260,6 +260,7 @@ def test_formats():
         (["a", "text"], {"chat_prompt": True}, "--instruction_column_name instruction"),
         (["text"], {"text_column": "words"}, "--text_column_name words"),
         (["text", "q"], {"text_column": "text", "instruction": "q"}, "--text_column_name excludes"),
+        (["text"], {"text_column": "text", "chat_prompt": True}, "--text_column_name excludes"),
     ]:
         with pytest.raises(UserError, match=message):
             columns(*names, **flags)

@@ -73,6 +73,9 @@ def test_special_tokens_and_padding_are_never_masked(tokenizer):
         assert batch["attention_mask"][index].tolist() == [1] * (length + 2) + [0] * (19 - length)
         assert batch["input_ids"][index, 0] == 0 and batch["input_ids"][index, length + 1] == 2
         assert (batch["input_ids"][index, length + 2 :] == tokenizer.pad_token_id).all()
+    for lengths, masked in (([], False), ([40], True)):
+        batch = MaskingCollator(tokenizer, 1.0, seed=(1,), lengths=lengths)(rows_of(tokenizer, 2, 40))
+        assert ("attention_mask" in batch) == masked, "batches of chosen lengths have the same inputs"
 
 
 def test_a_mask_depends_on_seed_and_draw_alone(tokenizer):
