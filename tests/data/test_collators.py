@@ -1,6 +1,7 @@
 """Collators of transformers in place of the scripts' own: as they are, and with the same counts and losses."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from transformers import default_data_collator
 
 from gaudi_lm.data.sampling import FILLER_SAMPLE, REAL_SAMPLES, SAMPLE_ID, cut_rows, ignore_filler_samples
 from gaudi_lm.errors import UserError
+from gaudi_lm.training.trainer import LMTrainer
 
 TRAINING = ("--do_train", "--do_eval", "--max_steps", 3, "--gradient_accumulation_steps", 2, "--max_eval_samples", 6)
 
@@ -50,6 +52,13 @@ def test_standard_collators_of_blocks(assets, tmp_path, streaming):
         assert losses(tmp_path / name) == losses(tmp_path / "own")
         for figure in ("eval_loss", "eval_tokens", "eval_samples", "train_loss"):
             assert results(tmp_path / name)[figure] == results(tmp_path / "own")[figure]
+
+
+def test_a_masked_model_needs_a_collator_that_makes_labels():
+    trainer = SimpleNamespace(throughput=SimpleNamespace(begin_step=lambda: None))
+    for batch in ({"input_ids": torch.ones(1, 4)}, {"input_ids": torch.ones(1, 4), "labels": None}):
+        with pytest.raises(UserError, match="the collator makes no labels: a masked language model cannot be trained"):
+            LMTrainer.get_batch_samples_transformers(trainer, iter([batch]), 1, torch.device("cpu"))
 
 
 BLOCKS = "    model = load_model("

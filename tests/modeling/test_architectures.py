@@ -14,7 +14,7 @@ from gaudi_lm.architectures import ARCHITECTURES, ENCODERS, PADDING, make_causal
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.data.packing import PackedCollator
 from gaudi_lm.errors import UserError
-from gaudi_lm.modeling.attention import choose_attention
+from gaudi_lm.modeling.attention import check_model, choose_attention
 from gaudi_lm.modeling.loading import fit_vocabulary, length_limit
 from gaudi_lm.modeling.loss import install_token_loss
 
@@ -60,6 +60,23 @@ def test_positions_start_where_the_row_says(model_type):
         other = model(input_ids=input_ids, position_ids=torch.arange(first + 1, first + 13).expand(2, -1)).logits
     torch.testing.assert_close(own, given)
     assert not torch.allclose(own, other)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "size", "words"),
+    [
+        ("gpt2", 2, "gpt2 is not among llama, qwen2"),
+        ("llama", 3, "does not divide the 4 attention heads"),
+        ("llama", 4, "does not divide the 2 key value heads"),
+        ("llama", 2, "a loss_func or compute_metrics of a script's own would see parts of rows"),
+    ],
+)
+def test_models_whose_rows_cannot_be_divided(model_type, size, words):
+    model, args = tiny_model(model_type), SimpleNamespace(fp8=False, context_parallel_size=size)
+    with pytest.raises(UserError, match=f"--context_parallel_size {size}.* {words}"):
+        check_model(model, args, own_figures=True)
+    args.context_parallel_size = 1
+    check_model(model, args, own_figures=True)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

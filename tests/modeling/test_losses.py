@@ -35,6 +35,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from gaudi_lm.architectures import ARCHITECTURES
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, default_budget, limit_predictions, select_targets
 from gaudi_lm.device import run_script
+from gaudi_lm.errors import UserError
 from gaudi_lm.modeling import cross_entropy, patches
 from gaudi_lm.modeling.cross_entropy import _highest, chunked_cross_entropy
 from gaudi_lm.modeling.loss import TokenLossOutput, install_token_loss
@@ -491,6 +492,14 @@ def _own_forward_in_peft(monkeypatch):
     model, reason = _own_forward(monkeypatch)
     adapters = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     return get_peft_model(model, adapters), reason
+
+
+def test_the_weight_of_a_router_loss_must_be_known():
+    model = tiny_model("mixtral", output_router_logits=True)
+    install_token_loss(model, "causal")
+    del model.router_aux_loss_coef, model.config.router_aux_loss_coef
+    with pytest.raises(UserError, match="output_router_logits: the weight of mixtral's loss .* set it to false"):
+        model(**make_batch("causal"))
 
 
 @pytest.mark.parametrize("make", [_fsdp, _zero3, _unknown, _adapted_head, _own_forward, _own_forward_in_peft])

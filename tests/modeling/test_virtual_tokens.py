@@ -18,7 +18,13 @@ from gaudi_lm.architectures import packable
 from gaudi_lm.data.packing import PackedCollator, pack_sequences
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.loss import install_token_loss
-from gaudi_lm.modeling.virtual_tokens import check_virtual_tokens, install_virtual_tokens, virtual_token_config
+from gaudi_lm.modeling.virtual_tokens import (
+    check_virtual_tokens,
+    install_virtual_tokens,
+    load_encoder,
+    save_encoder,
+    virtual_token_config,
+)
 from gaudi_lm.training.merging import check_base_model
 
 torch.set_num_threads(1)
@@ -142,6 +148,21 @@ def test_a_prefix_continues_a_prompt_on_a_card(instructions, tmp_path):
     ends.append(run_and_read(tmp_path / "card", instructions, *more, *CARD, env=card_environment())[2])
     found = [[line.partition(" -> ")[2] for line in log.splitlines() if "statement.' -> " in line] for log in ends]
     assert len(found[0]) == 1 and found[0] == found[1]
+
+
+def test_the_network_behind_virtual_tokens_is_that_of_its_adapter(tmp_path):
+    """What P-tuning goes on with: saved beside the vectors that it made."""
+    small, same, large = (
+        get_peft_model(tiny_model("llama"), virtual_token_config("p_tuning", 5, size)) for size in (32, 32, 48)
+    )
+    with pytest.raises(UserError, match="without prompt_encoder.safetensors, .* it can be evaluated, but not trained"):
+        load_encoder(same, tmp_path)
+    save_encoder(small, tmp_path)
+    load_encoder(same, tmp_path)
+    for one, other in zip(small.prompt_encoder.parameters(), same.prompt_encoder.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(UserError, match="prompt_encoder.safetensors: of another adapter .*size mismatch"):
+        load_encoder(large, tmp_path)
 
 
 PLACES = {"cpu": (1, CPU), "two cards": (2, CARD), "zero": (2, [*CARD, *zero(2)])}

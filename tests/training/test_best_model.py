@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from running import load_elsewhere, log_history, losses, run, run_many, run_rank
 from safetensors.torch import load_file
 from short_runs import scratch
 
+from gaudi_lm.training.resumed_state import Resumption
+
 EVALUATIONS = ("--do_train", "--do_eval", "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1)
 WORSE = ("--max_grad_norm", 0, "--optim", "sgd", "--learning_rate", 100, "--lr_scheduler_type", "constant")
 
@@ -17,6 +20,23 @@ WORSE = ("--max_grad_norm", 0, "--optim", "sgd", "--learning_rate", 100, "--lr_s
 def equal(one, other) -> bool:
     a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
     return all(a[name].equal(b[name]) for name in a | b)
+
+
+@pytest.mark.parametrize("there", ["out", "elsewhere", None])
+def test_the_best_checkpoint_of_a_resumed_run(there, tmp_path, caplog):
+    """In the output folder, where that has another name by now; or where it was; or gone, with its figure."""
+    if there is not None:
+        (tmp_path / there / "checkpoint-1").mkdir(parents=True)
+    resumption = Resumption()
+    resumption.checkpoint = str(tmp_path)
+    noted = {"best_model_checkpoint": str(tmp_path / "elsewhere/checkpoint-1"), "best_metric": 2.5}
+    args = SimpleNamespace(output_dir=str(tmp_path / "out"), world_size=1, use_habana=False)
+    trainer = SimpleNamespace(args=args, state=SimpleNamespace(**noted), epochs=1)
+    resumption.restore(trainer)
+    best = None if there is None else str(tmp_path / there / "checkpoint-1")
+    assert trainer.state.best_model_checkpoint == best
+    assert trainer.state.best_metric == (None if there is None else 2.5)
+    assert ("elsewhere/checkpoint-1, the best checkpoint, is gone" in caplog.text) == (there is None)
 
 
 @pytest.mark.slow
