@@ -40,9 +40,8 @@ class Range:
 
     def is_odd(self, value: float) -> bool:
         """Whether a value deserves a warning."""
-        return value not in self.also and (
-            (self.odd_low is not None and value <= self.odd_low)
-            or (self.odd_high is not None and value >= self.odd_high)
+        return (self.odd_low is not None and value <= self.odd_low) or (
+            self.odd_high is not None and value >= self.odd_high
         )
 
     def __str__(self) -> str:

@@ -64,6 +64,12 @@ def test_booleans(text, value, tmp_path):
     assert flags("--no-use-cache").use_cache is False
 
 
+def test_a_flag_that_is_no_boolean_needs_a_value(capsys):
+    with pytest.raises(SystemExit):
+        flags("--max_steps")
+    assert capsys.readouterr().err == "error: argument --max_steps/--max-steps: expected one argument\n"
+
+
 def test_mappings_and_lists_of_a_file(tmp_path):
     mapping = {"zero_optimization": {"stage": 2, "overlap_comm": False}, "optimizer": {"lr": 1e-5}, "since": "2024"}
     (tmp_path / "run.json").write_text(json.dumps({"deepspeed": mapping, "report_to": ["a", "b"]}))

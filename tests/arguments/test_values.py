@@ -294,6 +294,7 @@ ZERO_FAULTS = {
     "unknown key zero_optimisation; did you mean zero_optimization": {"zero_optimisation": {"stage": 3}},
     "unknown key bf16.enable; did you mean enabled": {"bf16": {"enable": True}},
     "bf16 is a mapping": {"bf16": "true"},
+    "scheduler is a mapping": {"scheduler": "auto"},
     "optimizer.type is Adamm, which neither": {"optimizer": {"type": "Adamm"}},
     "optimizer.type is lr_scheduler, which neither": {"optimizer": {"type": "lr_scheduler"}},
     "optimizer.type Lion: DeepSpeed has no Lion for a Gaudi": {"optimizer": {"type": "Lion"}},

@@ -258,6 +258,13 @@ CASES = {
         '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«<call>get{"city": "Rom"}</call><|im_end|>»\n'
         "<|im_start|>tool\n17<|im_end|>\n<|im_start|>assistant\n«17 now<|im_end|>»\n",
     ),
+    "tools, and no content": (
+        "{% for m in messages if m.content == '' %}{{ raise_exception('empty') }}{% endfor %}" + TOOLS,
+        [*TOOL_MESSAGES, user("hi"), assistant("I look", tool_calls=[CALL])],
+        '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«<call>get{"city": "Rom"}</call><|im_end|>»\n'
+        "<|im_start|>tool\n17<|im_end|>\n<|im_start|>assistant\n«17 now<|im_end|>»\n<|im_start|>user\nhi<|im_end|>\n"
+        '<|im_start|>assistant\n«I look\n<call>get{"city": "Rom"}</call><|im_end|>»\n',
+    ),
     "tools, arguments as text": (
         TOOLS.replace("(call.function.arguments | tojson)", "call.function.arguments"),
         TOOL_MESSAGES,
@@ -274,8 +281,8 @@ CASES = {
     ),
     "peculiar, and nothing around it": (
         "{% for m in messages %}{{ ('!' if m.content[:1] == 'a' else '?') + m.content + '\n' }}{% endfor %}",
-        [user("x"), assistant("ab")],
-        "?x\n!«ab»\n",
+        [user("x"), assistant("ab"), user("y"), assistant("cd")],
+        "?x\n!«ab»\n?y\n?«cd»\n",
     ),
 }  # fmt: skip
 
@@ -541,6 +548,7 @@ def test_results_of_tools_may_be_objects(content):
     assert json.loads(message["content"]) == content
     parts = [{"type": "text", "text": json.dumps(content, ensure_ascii=False)}]
     assert read_messages([{"role": "tool", "content": parts}]) == [message], "the parts of a text are no object"
+    assert read_messages([{"role": "tool", "content": [message["content"]]}]) == [message]
 
 
 @pytest.mark.parametrize("content", ["", None])

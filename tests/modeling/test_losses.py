@@ -494,6 +494,11 @@ def _own_forward_in_peft(monkeypatch):
     return get_peft_model(model, adapters), reason
 
 
+def test_the_head_of_a_newer_deberta_is_not_entered():
+    line = install_token_loss(tiny_model("deberta-v2", legacy=False), "masked")
+    assert "from the full logits: the head of deberta-v2 is not known" in line
+
+
 def test_the_weight_of_a_router_loss_must_be_known():
     model = tiny_model("mixtral", output_router_logits=True)
     install_token_loss(model, "causal")

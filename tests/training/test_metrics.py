@@ -117,6 +117,26 @@ def test_throughput_of_more_tokens_than_float32_counts(monkeypatch):
     assert throughput.figures("train")["train_tokens_per_second"] == 2**25 + 2
 
 
+def test_throughput_is_of_all_ranks(monkeypatch):
+    """Samples and tokens of all, in the time of the slowest, by steps that they take together."""
+    throughput, clock = Throughput(0, lambda: None, parts=2), iter([0.0, 10.0, 20.0, 25.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    assert Throughput(0, lambda: None).figures("train") == {}
+    monkeypatch.setattr(metrics, "gather", lambda own: [own, [30, 50, 5.0]])
+    throughput.begin_step()
+    throughput.end_step(samples=8, tokens=60, positions=100)
+    assert throughput.since_last() == {"tokens_per_second": 9.0, "padding_share": 0.4}
+    throughput.end_step(samples=8, tokens=90, positions=100)
+    assert throughput.since_last() == {"tokens_per_second": 12.0, "padding_share": 0.2}
+    monkeypatch.setattr(metrics, "gather", lambda own: [own, (4.0, 50, 100, 50.0, 2)])
+    assert throughput.figures("train") == {
+        "train_samples_per_second": 0.24,
+        "train_steps_per_second": 0.04,
+        "train_tokens_per_second": 4.0,
+        "train_padding_share": 0.3333,
+    }
+
+
 def test_no_label_gives_no_number():
     result = token_metrics(loss_sum=[0.0], correct=[0], count=[0])
     assert all(math.isnan(value) for value in result.values())

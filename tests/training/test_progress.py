@@ -70,6 +70,8 @@ def test_time_left_is_that_of_this_process(monkeypatch, caplog):
     callback.on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=40), None)
     on_log(callback, 41, loss=3.0, learning_rate=1e-4)
     on_log(callback, 51, loss=2.0, learning_rate=1e-4, tokens_per_second=12345.6, aux_loss=0.5)
+    other_rank = SimpleNamespace(is_world_process_zero=False, global_step=51, max_steps=100)
+    callback.on_log(None, other_rank, None, logs={"loss": 2.0})
     assert caplog.messages == [
         "step 41/100: loss 3, learning_rate 0.0001",
         "step 51/100: loss 2, learning_rate 0.0001, aux_loss 0.5, 12,346 tokens/s, 01:38 left",
@@ -90,12 +92,35 @@ def test_a_bar_goes_on_where_the_checkpoint_was(capsys):
 
 def test_a_long_evaluation_says_how_far_it_is(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "gaudi_lm")
-    clock = iter([0.0, 20.0, 40.0, 60.0])
+    clock = iter([0.0, 20.0, 40.0, 60.0, 100.0, 140.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     callback = progress.Progress(bars=False)
     for _ in range(4):
         callback.on_prediction_step(None, None, None, eval_dataloader=range(7))
-    assert caplog.messages == ["evaluation: batch 3/7, 01:20 left"]
+    callback.on_evaluate(None, SimpleNamespace(is_world_process_zero=True), None)
+    for _ in range(2):  # of the next one
+        callback.on_prediction_step(None, None, None, eval_dataloader=range(7))
+    assert caplog.messages == ["evaluation: batch 3/7, 01:20 left", "evaluation: batch 2/7, 03:20 left"]
+
+
+def test_early_stopping_goes_on_counting(caplog):
+    """After a resume; and what is evaluated before the first step or after the last one counts for nothing."""
+    caplog.set_level(logging.INFO, "gaudi_lm")
+    args = SimpleNamespace(metric_for_best_model="loss", greater_is_better=False, eval_strategy="steps")
+    args.load_best_model_at_end = True
+    noted = {"EarlyStopping": {"attributes": {"early_stopping_patience_counter": 1}}}
+    state = SimpleNamespace(global_step=3, max_steps=9, best_metric=1.0, stateful_callbacks=noted)
+    callback, control = progress.EarlyStopping(early_stopping_patience=2), SimpleNamespace(should_training_stop=False)
+    callback.on_train_begin(args, state, control)
+    callback.on_evaluate(args, state, control, metrics={"eval_loss": 2.0})
+    assert not control.should_training_stop
+    callback.on_step_end(args, state, control)
+    callback.on_evaluate(args, state, control, metrics={"eval_loss": 2.0})
+    assert control.should_training_stop
+    assert caplog.messages == ["step 3/9: training ends, 2 evaluations without a better loss"]
+    callback.on_train_end(args, state, control)
+    callback.on_evaluate(args, state, control, metrics={"eval_loss": 2.0})
+    assert len(caplog.messages) == 1 and callback.early_stopping_patience_counter == 2
 
 
 @pytest.mark.slow
