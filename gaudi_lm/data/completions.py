@@ -56,7 +56,7 @@ def encode_examples(
         template: the tokenizer's, for the styles ``chat`` and ``messages``.
         format_example: prompt and response of a row, for the styles ``instruction`` and ``sql``.
     """
-    if template is not None and example_format.style in ("chat", "messages"):
+    if template is not None:
         return encode_conversations(table, example_format, tokenizer, template)
     start = special_ends(tokenizer)[0]
     problems = refused_values(table, example_format)

@@ -64,7 +64,7 @@ def finish_rows(
         answered[row[within & (tokens >= 0)]] = position[within & (tokens >= 0)] + 1
         broken = np.zeros(len(lengths), bool)  # whether the first token that is not kept is a target
         broken[row[(position == max_length - 1) & (tokens >= 0)]] = True
-        broken &= cut & (answered == max_length - 1)
+        broken &= answered == max_length - 1
         kept = np.where(cut, np.where(broken, max_length - 1, answered), lengths)
         add_end = np.where(cut, broken, ~closed)
     inside = position < kept[row]
