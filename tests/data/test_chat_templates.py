@@ -77,6 +77,8 @@ TOOLS = (
     "{{ '\n<call>' + call.function.name + (call.function.arguments | tojson) + '</call>' }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Before one that takes null where a message has no text, and no empty one.
+FULL = "{% for m in messages if m.content == '' %}{{ raise_exception('empty') }}{% endfor %}"
 # Something is decided by how an answer begins, so that it cannot be marked.
 PECULIAR = CHATML.replace("+ m.content +", "+ ('!' if m.content[:1] == 'a' else '?') + m.content +")
 
@@ -258,8 +260,14 @@ CASES = {
         '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«<call>get{"city": "Rom"}</call><|im_end|>»\n'
         "<|im_start|>tool\n17<|im_end|>\n<|im_start|>assistant\n«17 now<|im_end|>»\n",
     ),
-    "tools, and no content": (
-        "{% for m in messages if m.content == '' %}{{ raise_exception('empty') }}{% endfor %}" + TOOLS,
+    "tools, and never an empty text": (
+        FULL + TOOLS,
+        TOOL_MESSAGES,
+        '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«<call>get{"city": "Rom"}</call><|im_end|>»\n'
+        "<|im_start|>tool\n17<|im_end|>\n<|im_start|>assistant\n«17 now<|im_end|>»\n",
+    ),
+    "tools, some with a text": (
+        FULL + TOOLS,
         [*TOOL_MESSAGES, user("hi"), assistant("I look", tool_calls=[CALL])],
         '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«<call>get{"city": "Rom"}</call><|im_end|>»\n'
         "<|im_start|>tool\n17<|im_end|>\n<|im_start|>assistant\n«17 now<|im_end|>»\n<|im_start|>user\nhi<|im_end|>\n"
@@ -527,6 +535,7 @@ def test_parts_of_other_kinds():
         ([USER, {"content": "b"}], "message 2 has no role"),
         ([USER, {"role": "assistant", "content": None}], "message 2 has no content"),
         ([USER, 5], "message 2 is a int"),
+        ([USER, "b"], "message 2 is a str, not an object"),
         ([USER, {**ASSISTANT, "weight": 0.5}], "message 2 has weight 0.5, not 0 or 1"),
         ([USER, {**ASSISTANT, "tool_calls": "get"}], "the tool_calls of message 2 are no list of objects"),
         ([USER, {**ASSISTANT, "tool_calls": ["get"]}], "the tool_calls of message 2 are no list of objects"),

@@ -161,6 +161,8 @@ def test_the_column_by_default(tmp_path, streaming):
     (tmp_path / "a.csv").write_text("id,content\n" + "".join(f"{n},{line}\n" for n, line in enumerate(WORDS)))
     assert train_texts(tmp_path, streaming, train_file=tmp_path / "a.csv") == WORDS
     assert train_texts(tmp_path, streaming, "id", train_file=path) == ["0", "1", "2"]
+    path = write_jsonl(tmp_path / "late.jsonl", [{"id": "1", "content": text} for text in ("", "7", "words")])
+    assert train_texts(tmp_path, streaming, train_file=path) == ["", "7", "words"]
     path = write_jsonl(tmp_path / "numbers.jsonl", [{"a": 1, "b": 2}])
     with pytest.raises(UserError, match="the dataset has no columns, or no rows"):
         text_column(IterableDataset.from_generator(lambda: iter(())) if streaming else Dataset.from_dict({}), None)
@@ -493,6 +495,14 @@ def test_numbers_within_json_stay_as_they_are_written(tmp_path):
             assert list(map(json.dumps, values_of(table, column))) == [
                 json.dumps(json.loads(x)[column]) for x in lines
             ]
+
+
+@both_ways
+def test_a_line_of_a_later_block_has_its_number(tmp_path, streaming, monkeypatch):
+    monkeypatch.setattr(json_lines, "BLOCK", 16)
+    (tmp_path / "a.jsonl").write_text('{"text": "a line"}\n' * 6 + "{text}\n")
+    with pytest.raises(UserError, match="a.jsonl, line 7: not valid JSON"):
+        train_texts(tmp_path, streaming, train_file=tmp_path / "a.jsonl")
 
 
 @both_ways

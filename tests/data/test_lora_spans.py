@@ -261,6 +261,7 @@ def test_formats():
         (["text"], {"text_column": "words"}, "--text_column_name words"),
         (["text", "q"], {"text_column": "text", "instruction": "q"}, "--text_column_name excludes"),
         (["text"], {"text_column": "text", "chat_prompt": True}, "--text_column_name excludes"),
+        (["text"], {"text_column": "text", "sql_prompt": True}, "--text_column_name excludes"),
     ]:
         with pytest.raises(UserError, match=message):
             columns(*names, **flags)
@@ -298,3 +299,10 @@ def test_finish_rows_against_lists(data, limit, inputs):
         expected.append([] if gone else [*body[:room], 1])
     assert lengths.tolist() == [len(row) for row in expected]
     assert tokens.tolist() == [token for row in expected for token in row]
+
+
+def test_a_row_that_is_cut_where_an_answer_begins_ends_with_the_one_before():
+    rows = np.array([~2, 3, ~4, 5, 6], np.int32)
+    for length, expected in ((3, [~2, 3]), (4, [~2, 3]), (5, [~2, 3, ~4, 5, 1]), (6, [~2, 3, ~4, 5, 6, 1])):
+        tokens, lengths = finish_rows(rows, np.array([5]), 1, length, False, True)
+        assert tokens.tolist() == expected and lengths.tolist() == [len(expected)]

@@ -72,6 +72,9 @@ def test_time_left_is_that_of_this_process(monkeypatch, caplog):
     on_log(callback, 51, loss=2.0, learning_rate=1e-4, tokens_per_second=12345.6, aux_loss=0.5)
     other_rank = SimpleNamespace(is_world_process_zero=False, global_step=51, max_steps=100)
     callback.on_log(None, other_rank, None, logs={"loss": 2.0})
+    on_log(callback, 52, train_runtime=9.0, train_loss=1.0)
+    callback.on_train_end()
+    on_log(callback, 52, loss=1.0)
     assert caplog.messages == [
         "step 41/100: loss 3, learning_rate 0.0001",
         "step 51/100: loss 2, learning_rate 0.0001, aux_loss 0.5, 12,346 tokens/s, 01:38 left",
