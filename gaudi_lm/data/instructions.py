@@ -36,7 +36,6 @@ def finish_rows(
     ends: np.ndarray | int,
     max_length: int | None,
     train_on_inputs: bool,
-    has_prompt: bool,
     closed: np.ndarray | bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Shorten rows so that what ends an answer fits, add it where it is missing, and empty rows whose answer is gone.
@@ -48,7 +47,6 @@ def finish_rows(
         tokens, lengths, ends, closed: see :class:`gaudi_lm.data.completions.EncodedRows`.
         max_length: tokens of a row, with its end; None leaves rows as they are.
         train_on_inputs: all tokens become targets.
-        has_prompt: whether a row without targets has lost its answer.
 
     Returns:
         ``(tokens, lengths)``; a row of length 0 has no answer left.
@@ -71,7 +69,7 @@ def finish_rows(
     tokens, row = tokens[inside], row[inside]
     targets = np.bincount(row[tokens >= 0], minlength=len(lengths))
     # An empty answer is an answer: its end alone. One that was cut off entirely is not.
-    gone = (targets == 0) & ((kept < lengths) | (lengths == 0)) if has_prompt else kept == 0
+    gone = (targets == 0) & ((kept < lengths) | (lengths == 0))
     if train_on_inputs:
         tokens = np.where(tokens < 0, ~tokens, tokens)
     add_end = add_end & ~gone
@@ -113,9 +111,8 @@ def tokenise_examples(
     def encode_rows(table: pa.Table) -> pa.Table:
         encoded = encode_examples(table, example_format, tokenizer, template, format_example)
         tokens, lengths = finish_rows(
-            encoded.tokens, encoded.lengths, encoded.ends, longest, train_on_inputs, example_format.style != "text",
-            encoded.closed,
-        )  # fmt: skip
+            encoded.tokens, encoded.lengths, encoded.ends, longest, train_on_inputs, encoded.closed
+        )
         whole = pa.array(encoded.lengths + ~encoded.closed, pa.int32())
         problems = pa.array(encoded.problems, pa.string())
         input_ids, labels = (to_list_array(values, lengths) for values in split_targets(tokens))

@@ -290,7 +290,7 @@ def test_finish_rows_against_lists(data, limit, inputs):
     pair = st.tuples(st.lists(st.integers(2, 9), min_size=1, max_size=5), st.lists(st.integers(2, 9), max_size=5))
     rows = data.draw(st.lists(pair, min_size=1, max_size=5))
     flat = np.array([token for a, b in rows for token in [*(~t for t in a), *b]], np.int32)
-    tokens, lengths = finish_rows(flat, np.array([len(a) + len(b) for a, b in rows]), 1, limit, inputs, True)
+    tokens, lengths = finish_rows(flat, np.array([len(a) + len(b) for a, b in rows]), 1, limit, inputs)
     expected = []
     for a, b in rows:
         body = [*(t if inputs else ~t for t in a), *b]
@@ -304,5 +304,5 @@ def test_finish_rows_against_lists(data, limit, inputs):
 def test_a_row_that_is_cut_where_an_answer_begins_ends_with_the_one_before():
     rows = np.array([~2, 3, ~4, 5, 6], np.int32)
     for length, expected in ((3, [~2, 3]), (4, [~2, 3]), (5, [~2, 3, ~4, 5, 1]), (6, [~2, 3, ~4, 5, 6, 1])):
-        tokens, lengths = finish_rows(rows, np.array([5]), 1, length, False, True)
+        tokens, lengths = finish_rows(rows, np.array([5]), 1, length, False)
         assert tokens.tolist() == expected and lengths.tolist() == [len(expected)]
