@@ -20,6 +20,7 @@ from gaudi_lm.arguments.definitions import DataArguments, ModelArguments
 from gaudi_lm.data import json_lines, tokenization
 from gaudi_lm.data.blocks import tokenise
 from gaudi_lm.data.columns import batches_of_text, text_column, texts_of, values_of
+from gaudi_lm.data.completions import encode_with_offsets
 from gaudi_lm.data.loading import load_raw
 from gaudi_lm.data.readers import FileSet, read_files
 from gaudi_lm.errors import UserError
@@ -377,6 +378,20 @@ def test_a_long_text_is_cut_between_words(assets, tokenizer, special, monkeypatc
     assert isinstance(tokenizer, LlamaTokenizerFast) or tokenizer.is_fast
 
 
+def test_what_a_tokenizer_file_cuts_or_fills_stays_whole(tokenizer):
+    text = "one two three four five six seven"
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for settings in ({}, {"length": 99}):
+        tokenizer.backend_tokenizer.enable_truncation(3)
+        tokenizer.backend_tokenizer.enable_padding(**settings)
+        tokens, lengths = tokenization.encode(tokenizer, ["one", text], False)
+        assert tokens[lengths[0] :].tolist() == expected
+        tokenizer.backend_tokenizer.enable_truncation(3)
+        tokenizer.backend_tokenizer.enable_padding(**settings)
+        ((tokens, _),) = encode_with_offsets(tokenizer, [text], [[]])
+        assert tokens.tolist() == expected
+
+
 def test_no_more_than_so_many_characters_at_a_time(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenization, "PIECE", 100)
     monkeypatch.setattr(tokenization, "WINDOW", 50)
@@ -483,6 +498,17 @@ def test_floats_among_other_numbers_are_floats():
     schema = json_lines.json_table("a.jsonl", 1, block).schema
     assert str(schema.field("a").type) == "double" and str(schema.field("b").type) == "struct<n: int64, x: double>"
     assert str(schema.field("c").type) == "list<item: double>"
+
+
+def test_json_within_lists_and_objects_is_decoded():
+    """As `datasets` itself reads some of the hub; by its own decoder 1.36 would be 1.3599999999999999."""
+    json_column = pa.array(['{"n": 1.36}', None, "[18446744073709551616]"], pa.json_())
+    objects = pa.StructArray.from_arrays([json_column, pa.array([1, 2, 3])], ["a", "b"])
+    table = pa.table({"x": pa.ListArray.from_arrays([0, 2, 3], objects)})
+    assert values_of(table, "x") == [
+        [{"a": {"n": 1.36}, "b": 1}, {"a": None, "b": 2}],
+        [{"a": [2**64], "b": 3}],
+    ]
 
 
 def test_numbers_within_json_stay_as_they_are_written(tmp_path):
