@@ -250,6 +250,9 @@ def test_types_of_parquet(tmp_path, streaming):
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
         assert train_texts(tmp_path, streaming, train_file=tmp_path / f"{name}.parquet") == WORDS
     assert train_texts(tmp_path, streaming, train_file=tmp_path / "*.parquet") == 3 * WORDS
+    if not streaming:
+        features = read(tmp_path, train_file=tmp_path / "large.parquet")["train"].features
+        assert features["n"].dtype == str(number.type) and features["tags"].feature.dtype == "string"
 
 
 @both_ways
@@ -275,6 +278,9 @@ def test_json_of_one_value(tmp_path, streaming):
             (tmp_path / f"{name}{indent}.json").write_text(json.dumps(value, indent=indent))
             path = tmp_path / f"{name}{indent}.json"
             assert train_texts(tmp_path, streaming, train_file=path) == WORDS, (name, indent)
+    (tmp_path / "number.json").write_text(json.dumps([*rows, 5]))
+    with pytest.raises(UserError, match="number.json, row 4: a int, not an object"):
+        train_texts(tmp_path, streaming, train_file=tmp_path / "number.json")
 
 
 def test_json_of_one_row(tmp_path):
