@@ -6,17 +6,14 @@ import dataclasses
 import inspect
 import json
 import os
-import re
 from pathlib import Path
 
-import torch
 from accelerate.utils import DynamoBackend
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch.utils.checkpoint import checkpoint
-from transformers import get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import FSDPOption
 
@@ -29,6 +26,7 @@ from gaudi_lm.arguments.optional_packages import (
     is_importable,
     require,
 )
+from gaudi_lm.arguments.schedules import check_scheduler
 from gaudi_lm.errors import UserError, nearest, unknown, warn
 
 # Figures of an evaluation, by which a best model can be told.
@@ -90,7 +88,7 @@ def check_together(args) -> None:
     """
     check_optimizer(args.optim, args.optim_args, args.optim_target_modules)
     check_reporters(args.report_to)
-    _check_scheduler(args)
+    check_scheduler(args, read_mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs, is_file=False) or {})
     _check_accelerator(read_mapping("accelerator_config", args.accelerator_config, is_file=True) or {})
     _check_checkpointing(read_mapping("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs, False))
     _check_deepspeed(args, read_mapping("deepspeed", args.deepspeed, is_file=True))
@@ -109,50 +107,6 @@ def check_together(args) -> None:
     backend = "cpu_amp" if args.use_cpu else "hpu_amp"
     if args.half_precision_backend != backend:
         raise UserError(f"--half_precision_backend {args.half_precision_backend}: on this device it is {backend}")
-
-
-def _check_scheduler(args) -> None:
-    kwargs = read_mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs, is_file=False) or {}
-    name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    for stage in ("num_decay_steps", "num_stable_steps"):
-        if stage in kwargs and not (type(kwargs[stage]) is int and kwargs[stage] >= 0):
-            raise UserError(f"--lr_scheduler_kwargs {json.dumps(kwargs)}: {stage} is a whole number of steps")
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=args.learning_rate)
-    try:
-        scheduler = get_scheduler(
-            name, optimizer, num_warmup_steps=2, num_training_steps=10, scheduler_specific_kwargs=dict(kwargs)
-        )
-        for _ in range(10):
-            optimizer.step()
-            scheduler.step(0.0) if name == "reduce_lr_on_plateau" else scheduler.step()
-            rate = optimizer.param_groups[0]["lr"]
-            if not 0 <= rate <= args.learning_rate * (1 + 1e-6):
-                raise ValueError(f"the rate would be {rate:g}, beyond 0 and --learning_rate {args.learning_rate:g}")
-    except (TypeError, ValueError, AssertionError, ArithmeticError, KeyError, AttributeError) as error:
-        reason = re.sub(r"^\w+(\.\w+)*\(\) ", "", str(error))  # the name of a function says nothing to a user
-        raise UserError(
-            f"--lr_scheduler_kwargs {json.dumps(kwargs)} with --lr_scheduler_type {name}: {reason}"
-        ) from error
-
-
-def odd_stages(args, steps: int) -> str | None:
-    """What to say of a schedule in stages whose steps are not those of the run; None where they are.
-
-    Args:
-        args: :class:`gaudi_lm.arguments.definitions.LMTrainingArguments`.
-        steps: optimizer steps of the run.
-    """
-    if args.lr_scheduler_type != "warmup_stable_decay":
-        return None
-    warmup, decay = args.get_warmup_steps(steps), args.lr_scheduler_kwargs["num_decay_steps"]
-    stable = args.lr_scheduler_kwargs.get("num_stable_steps", max(0, steps - warmup - decay))
-    if warmup + stable + decay == steps:
-        return None
-    return (
-        f"--lr_scheduler_type warmup_stable_decay is odd: {warmup} steps of warm-up, {stable} stable ones and {decay} "
-        f"of decay (num_decay_steps) are {warmup + stable + decay}, and the run has {steps}"
-    )
 
 
 def _check_accelerator(config: dict) -> None:

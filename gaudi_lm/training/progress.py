@@ -12,7 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
-from gaudi_lm.arguments.consistency import odd_stages
+from gaudi_lm.arguments.schedules import odd_stages
 
 logger = logging.getLogger("gaudi_lm")
 

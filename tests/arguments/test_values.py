@@ -10,11 +10,11 @@ import pytest
 from running import ROOT, run_many
 
 from gaudi_lm.arguments import consistency
-from gaudi_lm.arguments.consistency import odd_stages
 from gaudi_lm.arguments.deepspeed_configs import check_deepspeed_config
 from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.arguments.ranges import RANGES, check_ranges
 from gaudi_lm.arguments.refusals import NEEDS, check_flags
+from gaudi_lm.arguments.schedules import odd_stages
 from gaudi_lm.errors import UserError
 
 # For every numeric flag some values outside of its range, and some within.
