@@ -1,12 +1,18 @@
-"""What DeepSpeed's engine keeps to itself of an optimizer step, for the log; and the step that it takes too many."""
+"""What DeepSpeed does without a word: figures of a step, a step too many, and waiting for what is compiled."""
 
 from __future__ import annotations
 
 import functools
+import logging
+import os
+from pathlib import Path
 from typing import Any
 
 from optimum.habana.transformers.trainer import GaudiTrainer
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainerCallback
+
+logger = logging.getLogger("gaudi_lm")
 
 
 class EngineFigures(TrainerCallback):
@@ -20,6 +26,7 @@ class EngineFigures(TrainerCallback):
         self.trainer = trainer
         self.learning_rate = 0.0
         begin_without_a_step()
+        say_what_is_locked()
 
     def on_train_begin(self, args, state, control, **kwargs):
         engine = self.trainer.deepspeed
@@ -51,3 +58,15 @@ def begin_without_a_step() -> None:
 
 def _nothing(optimizer: object) -> None:
     pass
+
+
+def say_what_is_locked() -> None:
+    """Name the operations that DeepSpeed would wait for without a word, and without end where nobody compiles them.
+
+    torch compiles them at their first use, such as Adam for ``offload_optimizer``; who is killed leaves a lock behind.
+    """
+    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("**/lock"):
+        logger.warning(
+            "%s: %s is being compiled, or was when a run was killed: if no other run is, remove that file",
+            lock, lock.parent.name,
+        )  # fmt: skip
