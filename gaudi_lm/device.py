@@ -22,6 +22,7 @@ from gaudi_lm.config_files import expand_config_file, split_flag
 from gaudi_lm.errors import UserError, user_errors
 from gaudi_lm.optimum_imports import import_in_parts
 
+_SECONDS = 5  # that ranks wait for each other before they end with an error
 _THRESHOLDS = gc.get_threshold()
 UNREADABLE = (UserError, OSError, ValueError, ImportError)  # of a command line and its configuration file
 
@@ -60,11 +61,12 @@ def run_script(main: Callable[[], object]) -> None:
     if status is not None and not isinstance(status, int):
         print(status, file=sys.stderr)
         status = 1
-    if not status:
-        # Rank 0 may hold the store that the others use, and a card may still be at the last collective. Where another
-        # rank has failed instead, there is nothing to wait for.
-        with suppress(Exception):
-            sys.modules["torch"].distributed.barrier()
+    if status in (None, 0, UserError.status):
+        # Rank 0 may hold the store that the others use, and a card may still be at the last collective. A mistake of
+        # the user's is that of all ranks, some of which are slower.
+        meeting = threading.Thread(target=_meet, daemon=True)
+        meeting.start()
+        meeting.join(_SECONDS if status else None)
     if not by_signal:
         threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -75,6 +77,11 @@ def run_script(main: Callable[[], object]) -> None:
         except (OSError, ValueError):  # nobody reads any more, or the disk is full: what Python says then
             status = status or 120
     os._exit(status or 0)
+
+
+def _meet() -> None:
+    with suppress(Exception):  # where another rank has failed instead, there is nothing to wait for
+        sys.modules["torch"].distributed.barrier()
 
 
 def _end_at_once(process: int, number: int, frame) -> None:

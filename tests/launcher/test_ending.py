@@ -23,22 +23,34 @@ def busy_processors():
         process.wait()
 
 
+def end(last: str, rounds: int, folder) -> tuple[list[str], str]:
+    """Lines of stdout, and stderr, of rounds of ranks that end so."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/launcher/ranks/ending.py", last, str(rounds), folder],
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=15 * rounds,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("launcher")
 @pytest.mark.parametrize("last", ["gather", "backward"])
 def test_ranks_end_well_right_after_a_collective(last, busy_processors, tmp_path):
     """A rank that neither hangs nor dies of SIGABRT has status 0 and has said its last words."""
-    command = [sys.executable, ROOT / "tests/launcher/ranks/ending.py", last, str(ROUNDS), tmp_path]
-    done = subprocess.run(
-        command,
-        env=environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=15 * ROUNDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    spoken, statuses = done.stdout.splitlines()
-    assert json.loads(statuses) == [[0] * RANKS] * ROUNDS, done.stderr
+    (spoken, statuses), errors = end(last, ROUNDS, tmp_path)
+    assert json.loads(statuses) == [[0] * RANKS] * ROUNDS, errors
     assert spoken.count("last words") == RANKS * ROUNDS
     assert spoken.count("of a thread") == (ROUNDS if last == "gather" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("launcher")
+def test_a_mistake_that_one_rank_finds_later_is_one_line_there_too(tmp_path):
+    """Rank 0 holds the store: where it ended first, the others had a traceback of a lost connection."""
+    (*_, statuses), errors = end("refuse", 2, tmp_path)
+    assert json.loads(statuses) == [[2] * RANKS] * 2 and "Traceback" not in errors, errors

@@ -3,12 +3,13 @@
 python ending.py LAST ROUNDS FOLDER
 
 LAST is what the ranks do last: `gather`, or `backward` of a model in DistributedDataParallel, which then holds the
-process group. Both leave work to the threads of gloo.
+process group, and which both leave work to the threads of gloo; or `refuse`, which one rank comes to later.
 """
 
 import gc
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from gaudi_lm.device import run_script
+from gaudi_lm.errors import UserError
 
 RANKS = 2
 
@@ -44,8 +46,15 @@ def backward() -> DistributedDataParallel:
     return model
 
 
+def refuse() -> None:
+    if dist.get_rank():
+        time.sleep(0.5)
+        dist.distributed_c10d._get_default_store().add("answers", 1)  # as long as the other rank is there
+    raise UserError("a flag that all ranks have")
+
+
 def rank_body() -> None:
-    kept = {"gather": gather, "backward": backward}[sys.argv[1]]()
+    kept = {"gather": gather, "backward": backward, "refuse": refuse}[sys.argv[1]]()
     if sys.argv[1] == "gather" and dist.get_rank() == 0:
         threading.Thread(target=speak_later).start()  # it would give the threads of gloo time to end in all ranks
     print("last words", end=" ")  # without a line's end they wait in the stream
@@ -58,12 +67,20 @@ def speak_later() -> None:
 
 
 def one_round(meeting_place: str) -> list[int]:
-    ranks = []
+    ranks, port = [], None
+    if sys.argv[1] == "refuse":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
     for rank in range(RANKS):
         process = os.fork()
         if process == 0:
             torch.set_num_threads(1)
-            store = dist.FileStore(meeting_place, RANKS)
+            store = (
+                dist.FileStore(meeting_place, RANKS)
+                if port is None
+                else dist.TCPStore("127.0.0.1", port, RANKS, rank == 0)
+            )
             dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
             run_script(rank_body)
         ranks.append(process)
