@@ -189,6 +189,9 @@ def check_flags(values: dict[str, object], defaults: dict[str, object]) -> None:
     check_adapter_flags(values, is_given)
     if values.get("bf16_full_eval") and values.get("fsdp"):
         warn("--bf16_full_eval changes nothing with --fsdp: shards keep their dtype")
+    for other in ("deepspeed", "fsdp"):
+        if values.get("distribution_strategy") == "fast_ddp" and values.get(other) and not values.get("use_cpu"):
+            raise UserError(f"--distribution_strategy fast_ddp: it averages whole gradients, which --{other} divides")
     if values.get("group_by_length") and values.get("streaming"):
         raise UserError("--group_by_length cannot be combined with --streaming: it sorts all rows by length")
 

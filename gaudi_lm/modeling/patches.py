@@ -23,12 +23,9 @@ import accelerate.utils.other
 import torch
 import transformers
 import transformers.modeling_utils
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from peft import PeftModel, tuners
 from peft.tuners import tuners_utils
 from torch.nn import Module
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import DefaultDeviceType, checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -231,27 +228,6 @@ def repair_gradient_checkpointing(model: Module) -> None:
 
 def _checkpoint(function, *args, use_reentrant: bool | None = None, **kwargs):
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
-
-
-@_needed_in("optimum-habana", "1.21")
-def average_gradients(accelerator: Accelerator) -> None:
-    """Let ``accelerator`` wrap models in DistributedDataParallel when its ranks are CPU processes.
-
-    GaudiAccelerator (optimum-habana 1.21) wraps them on cards alone: on the CPU, each rank would train a model of its
-    own on its part of the data, and nothing would say so.
-    """
-    if accelerator.distributed_type != DistributedType.MULTI_CPU:
-        return
-    prepare_alone = accelerator.prepare_model
-
-    def prepare_model(model: Module, device_placement: bool | None = None, evaluation_mode: bool = False) -> Module:
-        model = prepare_alone(model, device_placement, evaluation_mode)
-        if evaluation_mode:
-            return model
-        handler = accelerator.ddp_handler
-        return DistributedDataParallel(model, **(handler.to_kwargs() if handler else {}))
-
-    accelerator.prepare_model = prepare_model
 
 
 @_needed_in("transformers", "4.55")

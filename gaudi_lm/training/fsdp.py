@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimum.habana.transformers.trainer import GaudiTrainer
-from optimum.utils.logging import disable_default_handler
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from torch.distributed import checkpoint as distributed_checkpoint
@@ -24,6 +22,7 @@ from transformers.trainer_utils import FSDPOption
 
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.layer_names import classes_on_card, layer_classes, plain_name
+from gaudi_lm.training.data_parallel import DataParallelTrainer
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -88,8 +87,8 @@ def choose_layers(model: Module, training_args: TrainingArguments) -> None:
         os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(names)  # where accelerate and peft read it
 
 
-class FSDPTrainer(GaudiTrainer):
-    """A GaudiTrainer whose FSDP runs save what loads anywhere, and go on from their checkpoints.
+class FSDPTrainer(DataParallelTrainer):
+    """A trainer whose FSDP runs save what loads anywhere, and go on from their checkpoints.
 
     Checkpoints are whole (``FULL_STATE_DICT``) or in shards, a file for each rank (``SHARDED_STATE_DICT`` of
     https://docs.pytorch.org/docs/stable/distributed.checkpoint.html); the result of a run is always whole.
@@ -104,7 +103,6 @@ class FSDPTrainer(GaudiTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        disable_default_handler()  # which GaudiTrainer has added, beside that of all libraries
         self._tied: dict[str, str] = {}  # names of weights that have gone by another one before
         first: dict[int, str] = {}
         for name, weight in self.model.named_parameters(remove_duplicate=False):

@@ -24,7 +24,7 @@ from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import RankReduction
 from gaudi_lm.modeling.attention import check_model
 from gaudi_lm.modeling.loss import install_token_loss
-from gaudi_lm.modeling.patches import average_gradients, complete_generation_config, repair_gradient_checkpointing
+from gaudi_lm.modeling.patches import complete_generation_config, repair_gradient_checkpointing
 from gaudi_lm.training import custom_parts
 from gaudi_lm.training.deepspeed_engine import EngineFigures
 from gaudi_lm.training.device_metrics import DeviceMetrics
@@ -81,7 +81,6 @@ class LMTrainer(EvaluatingTrainer):
         own = (StepClock(self), self.device_metrics, loss, self.rank_reduction, self.progress, early, self.engine)
         for callback in filter(None, own):
             self.add_callback(callback)
-        average_gradients(self.accelerator)
         self.trackers = Trackers(self)
         self._has_mean_loss = self.compute_loss_func is not None and custom_parts.is_mean(self.compute_loss_func)
         self._has_own_loss = type(self).compute_loss is not LMTrainer.compute_loss

@@ -23,6 +23,7 @@ ELSEWHERE = {
     "train_file validation_file max_eval_samples model_type config_overrides do_eval "
     "gaudi_config_name use_habana use_lazy_mode use_hpu_graphs_for_inference "
     "throughput_warmup_steps text_column_name resume_from_checkpoint block_size",
+    "tests/simulator/test_parallel_losses.py": "distribution_strategy",
     "tests/scripts/test_mlm.py": "mlm_probability line_by_line max_predictions_per_seq",
     "tests/scripts/test_lora.py": "attn_softmax_bf16 flash_attention_recompute flash_attention_fast_softmax "
     "flash_attention_causal_mask flash_attention_fp8 pad_to_max_length pack_sequences "
@@ -404,7 +405,7 @@ def test_zero3_leaf_promotion(monkeypatch):
 
 # Read by upstream's own code on the way of a run, where no simulated card or single process shows a difference.
 UPSTREAM = {
-    "optimum/habana/transformers/trainer.py": "distribution_strategy non_blocking_data_copy ddp_bucket_cap_mb "
+    "optimum/habana/transformers/trainer.py": "non_blocking_data_copy ddp_bucket_cap_mb "
     "ddp_broadcast_buffers ddp_find_unused_parameters pipelining_fwd_bwd profiling_steps profiling_warmup_steps "
     "profiling_record_shapes profiling_with_stack use_hpu_graphs_for_training compile_from_sec_iteration "
     "use_regional_compilation use_compiled_autograd "

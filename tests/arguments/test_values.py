@@ -98,6 +98,14 @@ def test_a_flag_that_does_nothing_without_another(name, needed):
     check_flags({**defaults, name: 1, other: value or 1}, {**defaults, other: value or 1})
 
 
+@pytest.mark.parametrize("other", ["deepspeed", "fsdp"])
+def test_fast_ddp_averages_whole_gradients(other):
+    values = {"distribution_strategy": "fast_ddp", other: "x"}
+    with pytest.raises(UserError, match=f"^--distribution_strategy fast_ddp: .*--{other} divides$"):
+        check_flags(values, values)
+    check_flags({**values, "use_cpu": True}, values)
+
+
 @pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "inverse_sqrt"])
 def test_a_schedule_without_settings(name, capsys):
     check_flags({"lr_scheduler_type": name, "lr_scheduler_kwargs": '{"timescale": 9}'}, {"lr_scheduler_kwargs": {}})

@@ -86,3 +86,12 @@ def test_two_cards_give_the_losses_of_one(one_card, form, mode, assets, instruct
         assert logs[1] == "" and all(map(LINE.match, logs[0].splitlines())), logs
     assert losses(tmp_path / "out") == pytest.approx(wanted[layers], abs=1e-5)
     assert results(tmp_path / "out")["total_flos"] == pytest.approx(flos[layers])
+
+
+def test_fast_ddp_gives_the_losses_of_one_card(one_card, assets, instructions, tmp_path):
+    """The same rows, in two batches of each step."""
+    task, wanted, _ = one_card
+    flags = command(task, instructions.llama, assets, instructions, tmp_path / "out", 1)
+    flags += ["--gradient_accumulation_steps", 2, "--distribution_strategy", "fast_ddp"]
+    run_ranks(2, *flags, env=card_environment(2))
+    assert losses(tmp_path / "out") == pytest.approx(wanted[2], abs=1e-5)
