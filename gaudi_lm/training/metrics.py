@@ -136,16 +136,22 @@ def save_loss_curve(history: list[dict], path: Path) -> bool:
     The training loss is smoothed over its logged values; single peaks do not make the rest flat.
 
     Args:
-        history: ``trainer.state.log_history``.
+        history: ``trainer.state.log_history``, of one evaluation set or several.
         path: where to write.
 
     Returns:
         Whether there was anything to draw.
     """
-    table = pd.DataFrame(history).reindex(columns=["step", "loss", "eval_loss", "learning_rate"]).set_index("step")
+    found = pd.DataFrame(history)
+    # Of several evaluation sets each has its name in its figures; a metric of one's own may be named a loss, too.
+    sets = [name for name in found if name.startswith("eval_") and name.endswith("_loss")]
+    sets = [name for name in sets if name == "eval_loss" or f"{name.removesuffix('loss')}samples" in found]
+    table = found.reindex(columns=["step", "loss", "learning_rate", *sets]).set_index("step")
     table = table.astype(float).replace([math.inf, -math.inf], math.nan)
-    loss, evaluation, rate = (table[name].dropna() for name in table)
-    if loss.empty and evaluation.empty:
+    loss, rate, *evaluations = (table[name].dropna() for name in table)
+    # Of the last step the evaluation while training: the one after it may be of the best model.
+    evaluations = [line[~line.index.duplicated()] for line in evaluations if not line.empty]
+    if loss.empty and not evaluations:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -160,11 +166,14 @@ def save_loss_curve(history: list[dict], path: Path) -> bool:
     axes.plot(loss, ".", color="lightsteelblue", markersize=1 if dense else 5, alpha=0.3 if dense else 1)
     marker = "." if len(loss) == 1 else None
     lines = [] if loss.empty else axes.plot(smooth, color="C0", marker=marker, label="training")
-    if not evaluation.empty:
-        lines += axes.plot(evaluation, color="C1", marker="o" if len(evaluation) <= 50 else ".", label="evaluation")
-    shown = pd.concat([loss.quantile([0.002, 0.99]), smooth[len(smooth) // 50 :], evaluation]).dropna()
+    for number, line in enumerate(evaluations, 1):
+        label = f"evaluation {line.name[len('eval_') : -len('_loss')]}".strip()
+        lines += axes.plot(line, color=f"C{number}", marker="o" if len(line) <= 50 else ".", label=label)
+    shown = pd.concat([loss.quantile([0.002, 0.99]), smooth[len(smooth) // 50 :], *evaluations]).dropna()
     margin = 0.05 * (shown.max() - shown.min()) or 0.05
     axes.set_ylim(shown.min() - margin, shown.max() + margin)
+    if len(steps := {*loss.index, *(step for line in evaluations for step in line.index)}) == 1:
+        axes.set_xlim(min(steps) - 1, min(steps) + 1)  # ticks are of whole steps
     if not rate.empty:
         right = axes.twinx()
         lines += right.plot(rate, color="0.6", linestyle="--", linewidth=1, label="learning rate")

@@ -200,6 +200,23 @@ def test_the_loss_curve_shows_what_was_logged(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
+def test_the_loss_curve_has_a_line_for_each_evaluation_set(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure.axes[0]))
+    history = [
+        {"step": step, f"eval_{name}_loss": 2.0 + step, f"eval_{name}_samples": 4, f"eval_{name}_own_loss": 9.0}
+        for step in (5, 9, 9)  # the last one after training, of the best model
+        for name in ("news", "wiki_en")
+    ]
+    assert save_loss_curve(history, tmp_path / "sets.png")
+    lines = {line.get_label(): line.get_xdata().tolist() for line in drawn[0].lines if line.get_label()[0] != "_"}
+    assert lines == {"evaluation news": [5, 9], "evaluation wiki_en": [5, 9]}
+    assert save_loss_curve([{"step": 1, "loss": 3.0}], tmp_path / "one.png")
+    assert drawn[1].get_xlim() == (0, 2), "no thousandths of steps"
+
+
 @pytest.mark.slow
 def test_requirements_leave_habanas_builds_alone(tmp_path):
     """With torch, torchvision and DeepSpeed installed as SynapseAI does, requirements.txt replaces none of them."""
