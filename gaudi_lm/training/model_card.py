@@ -64,8 +64,8 @@ def write_model_card(
     args, state = trainer.args, trainer.state
     on_hub = base_model is not None and not Path(base_model).exists()
     dataset = data.dataset_name if data.dataset_name and not Path(data.dataset_name).exists() else None
-    evaluations = [row for row in state.log_history if any(name.startswith("eval_") for name in row)]
-    last = [row for row in evaluations if row["step"] == evaluations[-1]["step"]]  # of several sets, a row each
+    # Of several sets, a row each; an evaluation before the last step was of another model.
+    last = [row for row in state.log_history if row["step"] == state.global_step]
     figures = {name: value for row in last for name, value in row.items() if name.startswith("eval_")}
     results = {name: value for name, value in figures.items() if is_result(name, value)}
     evaluated = {"dataset_type": dataset or "text", "dataset_name": data.described(), "dataset_split": "validation"}

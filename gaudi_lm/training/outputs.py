@@ -105,8 +105,13 @@ def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
     total = Path(trainer.args.output_dir) / "all_results.json"
     with trainer.files_at_top() as staging:
         if trainer.is_world_process_zero():
+            earlier = _read_json(total)
+            if split == "train" and trainer.state.global_step > trainer.resumption.step:
+                # An evaluation before these steps was of another model.
+                (total.parent / "eval_results.json").unlink(missing_ok=True)
+                earlier = {name: value for name, value in earlier.items() if not name.startswith("eval_")}
             _write_json(staging / f"{split}_results.json", metrics)
-            _write_json(staging / total.name, {**_read_json(total), **metrics})
+            _write_json(staging / total.name, {**earlier, **metrics})
 
 
 def aligned(metrics: dict[str, float]) -> list[str]:

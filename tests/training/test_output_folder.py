@@ -90,6 +90,22 @@ def test_overwriting_leaves_no_older_result(assets, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_longer_run_has_no_results_of_the_model_before_it(assets, tmp_path):
+    """Of an evaluation that the second start leaves out: neither the files nor the card, which the hub shows."""
+    output = tmp_path / "out"
+    flags = ["--do_train", "--save_steps", 1, "--max_eval_samples", 2, "--max_steps"]
+    run("run_clm.py", *scratch(assets, output, *flags, 1, "--eval_strategy", "steps", "--eval_steps", 1))
+    evaluated = (output / "README.md").read_text()
+    assert "eval_loss" in results(output) and "| eval loss |" in evaluated and "type: perplexity" in evaluated
+    run("run_clm.py", *scratch(assets, output, *flags, 1))  # the same model
+    assert (output / "eval_results.json").exists() and "eval_loss" in results(output)
+    run("run_clm.py", *scratch(assets, output, *flags, 2))
+    later = (output / "README.md").read_text()
+    assert not (output / "eval_results.json").exists() and "eval_loss" not in results(output)
+    assert "| eval loss |" not in later and "type: perplexity" not in later and "| optimizer steps | 2 " in later
+
+
+@pytest.mark.slow
 def test_a_token_is_in_no_file(assets, tmp_path):
     output = tmp_path / "out"
     flags = ["--do_train", "--max_steps", 1, "--save_steps", 1, "--hub_tok", "hf_SECRET", "--token", "hf_SECRET"]
