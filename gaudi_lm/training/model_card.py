@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -89,13 +90,15 @@ def write_model_card(
     length = "max_steps" if args.max_steps > 0 else "num_train_epochs"
     settings = [(name, getattr(args, name)) for name in (length, *SHOWN)]
     versions = [("torch", torch), ("transformers", transformers), ("datasets", datasets)]
+    command = command_line()
+    fence = max(["``", *re.findall("`+", command)], key=len) + "`"  # a prompt may have one of its own
     origin = f"Fine-tuned from `{base_model}`" if base_model else "Trained from scratch"
     lines = [
         f"---\n{meta.to_yaml()}\n---",
         f"\n# {title}\n",
         f"{origin} on {data.described()} with gaudi-lm ({'Gaudi' if args.use_habana else 'CPU'}).\n",
         "## Command\n",
-        f"```bash\n{command_line()}\n```\n",
+        f"{fence}bash\n{command}\n{fence}\n",
         "## Results\n",
         "| | |\n|---|---|",
         *(f"| {name} | {value} |" for name, value in rows),

@@ -1,5 +1,6 @@
 """What may be in --output_dir when a run begins there: logs of the launcher, of TensorBoard and of a shell."""
 
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -103,6 +104,16 @@ def test_a_longer_run_has_no_results_of_the_model_before_it(assets, tmp_path):
     later = (output / "README.md").read_text()
     assert not (output / "eval_results.json").exists() and "eval_loss" not in results(output)
     assert "| eval loss |" not in later and "type: perplexity" not in later and "| optimizer steps | 2 " in later
+
+
+@pytest.mark.slow
+def test_a_prompt_of_code_does_not_end_the_command_in_the_card(assets, tmp_path):
+    prompt = "```python\nprint(1)\n```\n# Title"
+    flags = ["--do_train", "--max_steps", 1, "--save_strategy", "no", "--generate", prompt]
+    run("run_clm.py", *scratch(assets, tmp_path / "out", *flags))
+    card = (tmp_path / "out" / "README.md").read_text()
+    command = card.partition("\n````bash\n")[2].partition("\n````\n")[0]
+    assert command.startswith("python ") and shlex.split(command)[-1] == prompt
 
 
 @pytest.mark.slow
