@@ -166,6 +166,8 @@ def clear_the_way(folder: Path, resumption: Resumption, remove: bool) -> None:
         for path in (path for name in (*WEIGHTS, *REPORTS) for path in folder.glob(name)):
             if path.is_file():
                 path.unlink()
+        if (folder / "merged" / "config.json").is_file():  # of --merge_adapter
+            shutil.rmtree(folder / "merged")
     for path in checkpoints.checkpoints_in(folder):
         newer = (checkpoints.checkpoint_step(path) or 0) > resumption.step
         if remove:

@@ -81,12 +81,14 @@ def test_overwriting_leaves_no_older_result(assets, tmp_path):
     )
     run("run_clm.py", *scratch(assets, output, *flags, "--do_eval"))
     (output / "adapter_config.json").write_text("{}")
+    (output / "merged").mkdir()
+    (output / "merged" / "config.json").write_text("{}")
     (output / "notes.txt").write_text("mine")
     anew = ["--overwrite_output_dir", "--save_safetensors", "False", "--learning_rate", 1e-2]
     run("run_clm.py", *scratch(assets, output, *flags, *anew))
     names = {path.name for path in output.iterdir()}
     assert {"pytorch_model.bin", "notes.txt", "train_results.json"} <= names
-    assert not names & {"model.safetensors", "adapter_config.json", "eval_results.json"}
+    assert not names & {"model.safetensors", "adapter_config.json", "eval_results.json", "merged"}
     assert "eval_loss" not in results(output)
 
 
