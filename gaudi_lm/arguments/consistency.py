@@ -237,7 +237,8 @@ def _check_hub(args) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"--hub_model_id {name}: {str(error).partition('.')[0]}") from error
+        flag = "--hub_model_id" if args.hub_model_id else "--hub_model_id, by default the name of --output_dir,"
+        raise UserError(f"{flag} {name}: " + str(error).partition(f": '{name}'")[0]) from error
     if not (args.hub_token or get_token()):
         raise UserError("--push_to_hub: log in with `hf auth login`, or give --hub_token")
     if HF_HUB_OFFLINE:

@@ -161,6 +161,12 @@ REFUSED = {
     "--half_precision_backend cpu_amp --fp16": ["--fp16", "--bf16"],
     "--push_to_hub": ["--push_to_hub", "hf auth login"],
     "--push_to_hub --hub_model_id a/b/c --hub_token x": ["--hub_model_id a/b/c", "namespace"],
+    "--push_to_hub --hub_model_id a.git --hub_token x": ["--hub_model_id a.git", "cannot end by '.git'"],
+    "--push_to_hub --output_dir a/my@model --hub_token x": [
+        "name of --output_dir, my@model",
+        "or '.'. The name cannot start",
+        "maximum length is 96",
+    ],
     "--hub_model_id a/b": ["--hub_model_id", "--push_to_hub"],
     "--dataset_config_name plain": ["--dataset_config_name", "--dataset_name"],
     "--output_dir file": ["--output_dir file", "is a file"],
