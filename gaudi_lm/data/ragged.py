@@ -6,10 +6,10 @@ import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
+from gaudi_lm.data.sampling import row_lengths
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -91,9 +91,8 @@ def padded_lengths(splits: Iterable, max_length: int, pad_to_max_length: bool, a
     if args.device.type != "hpu":
         return []
     if all(isinstance(split, Dataset) for split in splits):
-        rows = [pc.list_value_length(split.with_format("arrow")[:]["input_ids"]).to_numpy() for split in splits]
         random_rows = 1 if args.group_by_length else args.per_device_train_batch_size
-        lengths = bucket_lengths(np.concatenate(rows), random_rows, max_length)
+        lengths = bucket_lengths(np.concatenate([*map(row_lengths, splits)]), random_rows, max_length)
     else:
         lengths = sorted({-(-max_length * part // 4) for part in (1, 2, 3, 4)})
     logger.info("batches are padded to one of the lengths %s", lengths)

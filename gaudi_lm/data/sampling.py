@@ -55,6 +55,15 @@ def read_rows(dataset: Dataset, indices: list[int]) -> list[dict]:
     return [{name: column[index] for name, column in columns.items()} for index in range(len(indices))]
 
 
+def row_lengths(dataset: Dataset) -> np.ndarray:
+    """Tokens of each row, int64 of shape ``[rows]``; of a ``set_transform`` those of the rows that it makes now."""
+    if dataset.format["type"] != "custom":
+        return pc.list_value_length(dataset.with_format("arrow")[:]["input_ids"]).to_numpy().astype(np.int64)
+    with draws_of(0):
+        rows = (row for batch in dataset.iter(1000) for row in batch["input_ids"])
+        return np.fromiter(map(len, rows), np.int64, len(dataset))
+
+
 def loader_options(args: LMTrainingArguments) -> dict:
     """Options of a ``DataLoader`` by the flags, in training and evaluation alike."""
     return {
@@ -196,8 +205,7 @@ class TrainingBatches:
         self._left, self._resumed, self._done = self.steps, -1, 0
         self.lengths: list[int] | None = None
         if group_by_length:
-            column = dataset.with_format("arrow")[:]["input_ids"]
-            self.lengths = pc.list_value_length(column).to_pylist()
+            self.lengths = row_lengths(dataset).tolist()
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

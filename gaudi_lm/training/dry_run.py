@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 from peft import PeftType
 from torch.utils.data import IterableDataset
 
 from gaudi_lm.arguments.context_parallel import data_ranks, sequence_part
 from gaudi_lm.arguments.model_files import first_line
-from gaudi_lm.data.sampling import TrainingRows, count_tokens, ignore_filler_samples
+from gaudi_lm.data.sampling import TrainingRows, count_tokens, ignore_filler_samples, row_lengths
 from gaudi_lm.errors import UserError
 from gaudi_lm.training.live_memory import KINDS, LiveBytes
 from gaudi_lm.training.sharding import FullySharded, Replicas, Zero, ZeroSettings
@@ -116,11 +114,6 @@ def largest_batch(trainer) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
         batch = collate(TrainingRows(data).__getitems__(longest.tolist()))
     count_tokens(batch)  # takes out what is not for the model
     return batch, lengths
-
-
-def row_lengths(rows: Dataset) -> np.ndarray:
-    """Tokens of each row, int64 of shape ``[rows]``."""
-    return pc.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_numpy().astype(np.int64)
 
 
 def _setting(trainer, steps: int) -> Setting:

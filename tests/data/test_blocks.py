@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gaudi_lm.data.blocks import cut, group_into_blocks, to_list_array
 from gaudi_lm.data.loading import split_rows
-from gaudi_lm.data.sampling import TrainingBatches, TrainingRows
+from gaudi_lm.data.sampling import TrainingBatches, TrainingRows, row_lengths
 from gaudi_lm.errors import UserError
 from gaudi_lm.training.evaluation import FILLER_SAMPLE, EvaluationRows
 
@@ -111,3 +111,15 @@ def test_no_step_of_training_rows():
     for rows, words in ((0, "^train_dataset has no rows$"), (3, "^--dataloader_drop_last leaves nothing: 3 rows are")):
         with pytest.raises(UserError, match=words):
             TrainingBatches(Dataset.from_dict({"input_ids": [[1]] * rows}), 4, seed=1, drop_last=True)
+
+
+def test_lengths_of_rows_that_a_transform_makes():
+    """Not those of what is stored, which may have no tokens at all; the run's own random numbers stay as they are."""
+    texts = ["a " * number for number in (3, 9, 1, 5, 7)]
+
+    def crop(rows: dict) -> dict:
+        return {"input_ids": [[1] * (len(text.split()) - np.random.randint(0, 1)) for text in rows["text"]]}
+
+    data, before = Dataset.from_dict({"text": texts}).with_transform(crop), np.random.get_state()[2]
+    assert row_lengths(data).tolist() == [3, 9, 1, 5, 7] and np.random.get_state()[2] == before
+    assert TrainingBatches(data, 2, seed=1, group_by_length=True).lengths == [3, 9, 1, 5, 7]
