@@ -56,6 +56,8 @@ class EarlyStopping(EarlyStoppingCallback):
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if not self._training:  # that of --eval_on_start comes again with each resumption
             return
+        if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" not in metrics:
+            return  # of another evaluation set
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if (count := self.early_stopping_patience_counter) >= self.early_stopping_patience:
             steps, metric = f"step {state.global_step}/{state.max_steps}", args.metric_for_best_model

@@ -81,6 +81,19 @@ def test_time_left_is_that_of_this_process(monkeypatch, caplog):
     ]
 
 
+def test_early_stopping_looks_at_the_set_of_its_metric(caplog):
+    """Of several evaluation sets each comes by itself; the end was said with each, and that there would be none."""
+    caplog.set_level(logging.INFO)
+    callback, control = progress.EarlyStopping(1), SimpleNamespace(should_training_stop=False)
+    args = SimpleNamespace(metric_for_best_model="a_loss", greater_is_better=False)
+    state = SimpleNamespace(global_step=4, max_steps=9, best_metric=2.0)
+    callback.on_step_end(args, state, control)
+    for name in ("a", "b"):
+        callback.on_evaluate(args, state, control, {f"eval_{name}_loss": 2.0})
+    assert control.should_training_stop
+    assert caplog.messages == ["step 4/9: training ends, 1 evaluations without a better a_loss"]
+
+
 def test_a_bar_goes_on_where_the_checkpoint_was(capsys):
     callback = progress.Progress(bars=True)
     state = SimpleNamespace(is_world_process_zero=True, global_step=40, max_steps=100)
