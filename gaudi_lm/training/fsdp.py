@@ -112,6 +112,16 @@ class FSDPTrainer(DataParallelTrainer):
         weights = {id(weight): getattr(weight, "ds_numel", weight.numel()) for weight in self.model.parameters()}
         self._whole_weights = sum(number for one, number in weights.items() if one not in embeddings)
 
+    def _move_model_to_device(self, model, device):
+        """As it is: what GaudiTrainer ties anew may have come apart by an adapter, and ties that break are mended."""
+        names: dict[int, list[str]] = {}
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(weight), []).append(name)
+        model.to(device)
+        for first, *others in names.values():
+            for layer, _, attribute in (name.rpartition(".") for name in others):
+                setattr(model.get_submodule(layer), attribute, model.get_parameter(first))
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """By transformers' estimate, 6 for a token and a weight, embeddings left out; of whole weights."""
         if not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):

@@ -44,7 +44,7 @@ logger = logging.getLogger("gaudi_lm")
 # Private methods of transformers and optimum-habana that are overridden, where no public one or callback would do:
 # `_maybe_log_save_evaluate`, as the loss of a step is of all ranks by label tokens, and callbacks come after the log;
 # here and in `saving`, `_save*`, `_load*`, `_inner_training_loop`, `_finish_current_push`, as files are written as a
-# whole or not, and resumed runs are exact; `_issue_warnings_after_load`, as tied weights are not missing.
+# whole or not, and resumed runs are exact; `_issue_warnings_after_load` and `_move_model_to_device`, for tied weights.
 class LMTrainer(EvaluatingTrainer):
     """GaudiTrainer for models with :func:`gaudi_lm.modeling.loss.install_token_loss`.
 

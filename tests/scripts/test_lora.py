@@ -171,6 +171,32 @@ def test_on_a_simulated_card(instructions, tmp_path):
 
 
 @pytest.mark.slow
+def test_tied_embeddings_that_an_adapter_parts_stay_apart_on_a_card(instructions, tmp_path):
+    """A card tied them anew: the head was the trained copy of the embeddings, or could not be replaced at all."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(instructions.llama).save_pretrained(tmp_path / "model")
+    config = AutoModelForCausalLM.from_pretrained(instructions.llama).config
+    config.tie_word_embeddings = True
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    saved = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    get_peft_model(model, saved).save_pretrained(tmp_path / "saved")
+    adapters = {"saved": ["--adapter_name_or_path", str(tmp_path / "saved")]}
+    adapters["head"] = ["--lora_target_modules", "q_proj", "lm_head", "--lora_dropout", "0"]
+    short = ["--do_train", "--max_steps", "3", "--learning_rate", "1e-2", "--save_strategy", "no"]
+    short += ["--model_name_or_path", str(tmp_path / "model")]
+    for kind, flags in adapters.items():
+        found = []
+        for device in ("--use_cpu", "--use_habana"):
+            run("run_lora_clm.py", *common(instructions, tmp_path / f"{kind}{device}", *short, *flags, device),
+                env={"GAUDI_SIMULATOR": "1"})  # fmt: skip
+            found.append(losses(tmp_path / f"{kind}{device}"))
+        np.testing.assert_allclose(*found, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_model_that_accelerate_has_placed_continues_prompts(instructions, tmp_path):
     flags = ["--do_train", "--use_cpu", "--max_steps", "1", "--load_meta_device", "--generate", "What"]
     assert "INFO 'What' -> '" in run("run_lora_clm.py", *common(instructions, tmp_path / "out", *flags)).stderr
