@@ -49,7 +49,7 @@ def check_base_model(model_args, peft_type: str, training_args: LMTrainingArgume
     name = model_args.adapter_name_or_path
     saved = None if name is None else saved_config(name)
     kind = peft_type if saved is None else saved.peft_type.lower()
-    for setting in ("modules_to_save", "trainable_token_indices"):
+    for setting in ("modules_to_save", "trainable_token_indices", "use_dora"):
         if training_args.fsdp and getattr(saved, setting, None):
             raise UserError(
                 f"--fsdp: --adapter_name_or_path {name} has {setting}, which FSDP does not gather; "

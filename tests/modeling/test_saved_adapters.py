@@ -121,10 +121,11 @@ def test_every_flag_of_an_adapter_has_its_kinds():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"embed_tokens": [1, 2]}}]
+    "settings",
+    [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"embed_tokens": [1, 2]}}, {"use_dora": True}],
 )
-def test_whole_layers_and_tokens_are_refused_with_fsdp(tmp_path, settings):
-    """Ranks would gather tensors of different sizes when the adapter is saved, after training."""
+def test_what_looks_at_whole_weights_is_refused_with_fsdp(tmp_path, settings):
+    """Ranks would gather tensors of different sizes when the adapter is saved, after training; DoRA fails at once."""
     LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **settings).save_pretrained(tmp_path)
     model_args = SimpleNamespace(
         model_name_or_path="x", adapter_name_or_path=str(tmp_path), merge_adapter=False, load_meta_device=False
