@@ -26,6 +26,7 @@ from peft import (
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from gaudi_lm.arguments.adapters import SETTINGS, VIRTUAL_TOKENS, AdapterArguments
@@ -52,6 +53,10 @@ TARGET_FLAGS = {
     "llama-adapter": "--adapter_layers",
     **dict.fromkeys(VIRTUAL_TOKENS, "--peft_type"),
 }
+
+
+# What loading raises where an adapter and a model do not fit.
+UNFIT = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError, SafetensorError)
 
 
 def chosen_layers(flag: str, words: list[str] | None) -> list[str] | str | None:
@@ -220,8 +225,12 @@ def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftMode
             adapted = PeftModel.from_pretrained(model, name, is_trainable=trainable)
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise UserError(f"--adapter_name_or_path {name}: no adapter there ({str(error).splitlines()[0]})") from error
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except UNFIT as error:
         reason = " ".join(str(error).split())[:200]
+        if is_deepspeed_zero3_enabled():
+            raise UserError(
+                f"--adapter_name_or_path {name}: not for a model that ZeRO-3 divides ({reason}); use ZeRO-1 or 2"
+            ) from error
         raise UserError(f"--adapter_name_or_path {name}: made for another model ({reason})") from error
     own = set(get_peft_model_state_dict(adapted))
     if trainable and (unsaved := {key for key, changed in embeddings.items() if changed} - own):

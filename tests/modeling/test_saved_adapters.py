@@ -20,7 +20,7 @@ LORA = LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 TOKENS = torch.arange(20)[None]
 
 
-def save(folder: Path, config=LORA, **changes) -> torch.Tensor:
+def save(folder: Path, config=LORA, embeddings: bool | str = False, **changes) -> torch.Tensor:
     """A trained adapter with embeddings of its own, without a base model's name to look for; returns its logits."""
     model = tiny_model("llama", **changes)
     adapted = get_peft_model(model, config).eval()
@@ -28,7 +28,7 @@ def save(folder: Path, config=LORA, **changes) -> torch.Tensor:
         for weight in adapted.parameters():
             if weight.requires_grad:
                 weight += 0.1 * torch.randn_like(weight)
-    adapted.save_pretrained(folder, save_embedding_layers=config is LORA)
+    adapted.save_pretrained(folder, save_embedding_layers=config is LORA or embeddings)
     with torch.no_grad():
         return adapted(TOKENS).logits
 
@@ -64,6 +64,22 @@ def test_a_larger_vocabulary_names_the_tokenizer(tmp_path, with_tokenizer):
     said = tmp_path if with_tokenizer else "TOKENIZER, the one that it was trained with"
     with pytest.raises(UserError, match=f"{VOCABULARY + 2} tokens, .* {VOCABULARY}; give --tokenizer_name {said}$"):
         load_adapter(tiny_model("llama"), str(tmp_path), trainable=False)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "head"])
+def test_what_looks_at_whole_weights_while_loading_is_refused_with_zero_3(tmp_path, monkeypatch, kind):
+    """A part of one was a traceback, or said to be made for another model."""
+    settings = {
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 2]}},
+        "head": {"target_modules": ["q_proj", "lm_head"]},
+    }
+    save(tmp_path, LoraConfig(task_type="CAUSAL_LM", **settings[kind]), "auto")
+    model = tiny_model("llama")
+    monkeypatch.setattr("gaudi_lm.modeling.adapters.is_deepspeed_zero3_enabled", lambda: True)
+    for weight in model.parameters():
+        weight.ds_shape, weight.data = weight.shape, torch.empty(0)
+    with pytest.raises(UserError, match=r"not for a model that ZeRO-3 divides \(.*\); use ZeRO-1 or 2$"):
+        load_adapter(model, str(tmp_path), trainable=True)
 
 
 def test_a_prefix_that_a_network_made_is_not_trained_further(tmp_path):
