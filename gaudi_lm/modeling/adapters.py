@@ -238,7 +238,8 @@ def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftMode
             f"--adapter_name_or_path {name}: it has embeddings of its own ({min(unsaved)}), which are not saved again "
             "after training; merge it first (--do_eval --merge_adapter), and train a new adapter on that"
         )
-    unlike = (own ^ set(saved)) - set(embeddings)
+    needed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))  # the model has the others
+    unlike = (needed ^ set(saved)) - set(embeddings)
     if unlike:
         raise UserError(
             f"--adapter_name_or_path {name}: made for another model; {len(unlike)} tensors are in one and not in the "

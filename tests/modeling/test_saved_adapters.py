@@ -42,6 +42,15 @@ def test_an_adapter_saved_with_the_embeddings_loads(tmp_path, trainable):
         torch.testing.assert_close(model(TOKENS).logits, expected)
 
 
+def test_an_adapter_of_the_head_saved_without_the_head_loads(tmp_path):
+    """It was said to be made for another model."""
+    expected = save(tmp_path, LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_adapter(tiny_model("llama"), str(tmp_path), True).eval()(TOKENS).logits, expected
+        )
+
+
 def test_other_embeddings_are_evaluated_and_not_trained_further(tmp_path):
     """They would be missing from what is saved after training."""
     expected = save(tmp_path)
