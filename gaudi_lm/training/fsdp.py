@@ -203,12 +203,20 @@ class FSDPTrainer(DataParallelTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         with self._without_compile():
             if checkpoint is None or not self.saves_shards:
-                return super()._load_optimizer_and_scheduler(checkpoint)
-            # accelerate 1.10 saves shards by the names of weights, looks for their numbers, and loads nothing.
-            state = {"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
-            distributed_checkpoint.load(state, checkpoint_id=Path(checkpoint, "optimizer_0"))
-            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+                super()._load_optimizer_and_scheduler(checkpoint)
+            else:
+                # accelerate 1.10 saves shards by the names of weights, looks for their numbers, and loads nothing.
+                state = {"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
+                distributed_checkpoint.load(state, checkpoint_id=Path(checkpoint, "optimizer_0"))
+                set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+        if checkpoint is not None and self.is_fsdp_enabled:
+            # FusedAdamW counts the steps of a group of weights where a rank has a part of one: the main rank, whose
+            # groups are saved, may have none of the norms.
+            groups = self.optimizer.param_groups
+            if steps := max(group.get("step", 0) for group in groups):
+                for group in groups:
+                    group["step"] = steps
 
     def _load_best_model(self):
         if self._divides_adapter:

@@ -98,6 +98,24 @@ def test_an_interrupted_run_goes_on_exactly(
     assert (checkpoint / "adapter_model.safetensors").exists() == ("lora" in script)
 
 
+@pytest.mark.parametrize("kind", [WHOLE, SHARDS])
+def test_steps_are_counted_where_the_main_rank_has_none_of_the_norms(assets, instructions, tmp_path, kind):
+    """FusedAdamW has a count for each group of weights, and the main rank's were saved: norms began at 1 again."""
+    config = AutoModelForCausalLM.from_pretrained(instructions.llama).config
+    config.tie_word_embeddings = True  # norms are the last weights then
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(instructions.llama).save_pretrained(tmp_path / "model")
+    config = json.loads((ROOT / "configs/fsdp/llama.json").read_text())
+    (tmp_path / "fsdp.json").write_text(json.dumps({**config, "state_dict_type": kind}))
+    flags = ["--model_name_or_path", tmp_path / "model", "--train_file", assets.train, "--block_size", 32, *CARD]
+    flags += ["--fsdp", "full_shard auto_wrap", "--fsdp_config", tmp_path / "fsdp.json", "--learning_rate", 1e-2]
+    flags += ["--do_train", "--max_steps", 6, "--save_steps", 2, "--logging_steps", 1]
+    start("run_clm.py", 2, tmp_path / "whole", *flags)
+    for name, checkpoint in (("again", "whole/checkpoint-2"), ("third", "again/checkpoint-4")):
+        start("run_clm.py", 2, tmp_path / name, *flags, "--resume_from_checkpoint", tmp_path / checkpoint)
+        assert essence(tmp_path / name) == essence(tmp_path / "whole")
+
+
 def test_checkpoints_of_another_kind_are_refused(assets, masked_assets, instructions, tmp_path):
     script, env = "run_clm.py", card_environment(2, PT_HPU_LAZY_MODE="1")
     ours = (script, SHARDS, tmp_path, assets, masked_assets, instructions)
