@@ -28,6 +28,7 @@ SECTIONS = (
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 UNTESTED = "zero_allow_untested_optimizer"
 NOT_ON_CARDS = ("lamb", "lion")  # DeepSpeed's own kernels, none of which its HPU backend has
+NOT_STEPPED = {"LBFGS": "asks for losses again within a step", "SparseAdam": "takes sparse gradients alone"}
 # The names of one setting of DeepSpeed.
 GATHERED = (
     "stage3_gather_16bit_weights_on_model_save",
@@ -115,6 +116,8 @@ def _check_optimizer(source: str, config: dict, own: list[str]) -> None:
         raise UserError(f"{source}: optimizer.type is {kind}, which neither DeepSpeed nor torch.optim has")
     if kind.lower() in NOT_ON_CARDS:
         raise UserError(f"{source}: optimizer.type {kind}: DeepSpeed has no {kind} for a Gaudi; use AdamW")
+    if kind in NOT_STEPPED:
+        raise UserError(f"{source}: optimizer.type {kind}: it {NOT_STEPPED[kind]}; use AdamW")
     if divides(config):
         check_optimizer_of_shares(f"{source}: optimizer.type", kind, zero=True)
         if kind.lower() not in own and config.get(UNTESTED) is not True:
@@ -125,6 +128,8 @@ def _check_optimizer(source: str, config: dict, own: list[str]) -> None:
         kinds = (torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam)
         names = {name for one in kinds for name in _parameters(one)}
         _check_parameters(f"{source}: optimizer.params", optimizer, {"torch_adam", *names})
+    elif known is not None and kind.lower() not in own:
+        _check_parameters(f"{source}: optimizer.params", optimizer, _parameters(known))
 
 
 def _check_scheduler(source: str, scheduler: dict, warms_up: bool) -> None:

@@ -312,6 +312,11 @@ ZERO_FAULTS = {
     "optimizer.type is Adamm, which neither": {"optimizer": {"type": "Adamm"}},
     "optimizer.type is lr_scheduler, which neither": {"optimizer": {"type": "lr_scheduler"}},
     "optimizer.type Lion: DeepSpeed has no Lion for a Gaudi": {"optimizer": {"type": "Lion"}},
+    "optimizer.type LBFGS: it asks for losses again within a step": {"optimizer": {"type": "LBFGS"}},
+    "optimizer.type SparseAdam: it takes sparse gradients alone": {"optimizer": {"type": "SparseAdam"}},
+    "optimizer.params.momentun: unknown; did you mean momentum?": {
+        "optimizer": {"type": "SGD", "params": {"momentun": 0.9}},
+    },
     "optimizer.type Adagrad: not with ZeRO": {"optimizer": {"type": "Adagrad"}, "zero_optimization": {"stage": 1}},
     "optimizer.type Adafactor: not with ZeRO": {
         "optimizer": {"type": "Adafactor"},
