@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import functools
 import importlib.util
 import os
 import re
@@ -110,14 +112,17 @@ def claim_port(wanted: int | None, tries: int = 100) -> socket.socket:
     return claim
 
 
+@functools.cache  # Ctrl-C that is held down opens them once
 def hold_output() -> None:
-    """Read the pipes that this process prints to: Ctrl-C ends a `tee` as well, and mpirun without a reader the ranks.
+    """Hold open the pipes that this process prints to: Ctrl-C ends a `tee`, and mpirun ends ranks that nobody reads.
 
-    What is printed while a checkpoint is saved goes into the pipe, or to another reader that is still there.
+    What is printed while a checkpoint is saved goes into the pipe, or to another reader that is still there. A rank
+    that prints more than the pipe holds would wait, and save nothing.
     """
     for stream in (1, 2):
-        with contextlib.suppress(OSError):  # not ours to read, or closed
-            os.open(f"/proc/self/fd/{stream}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        with contextlib.suppress(OSError):  # not ours to read, closed, or no pipe
+            pipe = os.open(f"/proc/self/fd/{stream}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 2**20)
 
 
 def make_folder(flag: str, path: str, without: str = "") -> None:

@@ -6,13 +6,14 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from launcher.spawning import BACKENDS, RANKS, Launch, last_line, log_of
+from launcher.spawning import BACKENDS, RANKS, ROOT, Launch, last_line, log_of
 
 ACT, SAVING = str(RANKS / "act.py"), str(RANKS / "saving.py")
 ROUNDS = int(os.environ.get("STRESS_ROUNDS", "2"))
@@ -128,6 +129,15 @@ def test_ranks_save_though_nobody_reads_what_they_print(backend, tmp_path):
     assert job.process.wait(60) == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
     assert job.survivors(5.0) == []
+
+
+def test_output_is_held_open_once():
+    """However often Ctrl-C comes; otherwise the launcher had no file left to end with."""
+    code = "import os; from gaudi_lm.host import hold_output\n" + (
+        "print(*{hold_output() or len(os.listdir('/proc/self/fd')) for _ in range(3)})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(done.stdout.split()) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,4 +1,4 @@
-"""A rank that prints much on both streams between a signal and the file that it then writes: ``saving.py FOLDER``."""
+"""A rank that prints more than a pipe holds between a signal and the file that it writes: ``saving.py FOLDER``."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 def save(*_):
     for number in range(40):
         for stream in (sys.stdout, sys.stderr):
-            print(f"rank {rank} saves {number}", file=stream, flush=True)
+            print(f"rank {rank} saves {number}", "." * 1000, file=stream, flush=True)
         time.sleep(0.02)
     Path(sys.argv[1], rank).touch()
     sys.exit(0)
