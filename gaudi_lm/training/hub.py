@@ -21,7 +21,9 @@ TO_RESUME = ["optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "ma
 CHECKPOINTS = ["checkpoint-*", f"{UNUSED}checkpoint-*"]
 NOT_THE_RESULT = [*CHECKPOINTS, "incomplete-*", "complete-files/*", "_*", "logs/*"]  # a pattern is of whole paths
 
-PATIENCE = 10, 300  # seconds until a connection is there, and until more of an answer is
+# Seconds until a connection is there, and until more of an answer is. In the first of them, urllib3 also wants a body
+# of bytes to be sent as a whole: that of a commit has all small files, and a line may be slow.
+PATIENCE = 300
 
 
 class _Patience(requests.adapters.HTTPAdapter):

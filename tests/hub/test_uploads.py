@@ -6,6 +6,8 @@ import signal
 import time
 
 import pytest
+import requests
+import urllib3
 from huggingface_hub import ModelCard, configure_http_backend, constants
 from running import results, run, run_interrupted
 from short_runs import scratch
@@ -106,7 +108,7 @@ def test_a_signal_does_not_wait_for_an_upload(assets, tmp_path, uploads, steps):
 def test_a_hub_that_does_not_answer(tmp_path, uploads, monkeypatch, caplog):
     monkeypatch.setattr(constants, "ENDPOINT", uploads.environment["HF_ENDPOINT"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "PATIENCE", (5, 0.2))
+    monkeypatch.setattr(hub, "PATIENCE", 0.5)
     uploads.delay = 3
     (tmp_path / "config.json").write_text("{}")
     args = LMTrainingArguments(
@@ -118,3 +120,13 @@ def test_a_hub_that_does_not_answer(tmp_path, uploads, monkeypatch, caplog):
         configure_http_backend()
     assert f"--push_to_hub: {tmp_path.name} was not uploaded (" in caplog.text and "timed out" in caplog.text
     assert uploads.created and not uploads.commits
+
+
+def test_a_slow_line_is_waited_for(monkeypatch):
+    """A time for connections alone is also that in which a commit is to be sent: small files, some MB together."""
+    seen = []
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", lambda self, request, *rest: seen.append(rest[1]))
+    for given in (None, 7):
+        hub._Patience().send(requests.Request("POST", "http://127.0.0.1"), timeout=given)
+    assert seen == [hub.PATIENCE, 7]
+    assert urllib3.Timeout(hub.PATIENCE).connect_timeout >= 300
