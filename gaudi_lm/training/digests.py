@@ -14,6 +14,7 @@ import torch
 from gaudi_lm.data.streams import StreamedRows
 
 ROWS_AT_ONCE, BLOCKS = 256, 64
+STREAM = "stream "  # begins the digest of one
 
 
 def data_digest(dataset) -> str | None:
@@ -23,7 +24,7 @@ def data_digest(dataset) -> str | None:
     if isinstance(dataset, StreamedRows):
         for row in islice(dataset, ROWS_AT_ONCE):
             digest.update(np.int64(len(row["input_ids"])).tobytes() + row["input_ids"].tobytes())
-        return digest.hexdigest()
+        return STREAM + digest.hexdigest()
     if not isinstance(dataset, datasets.Dataset):
         return None
     rows = len(dataset)
@@ -41,6 +42,11 @@ def data_digest(dataset) -> str | None:
             else:
                 digest.update(str(column.to_pylist()).encode())
     return digest.hexdigest()
+
+
+def may_be_same(then: str | None, now: str | None) -> bool:
+    """Whether two digests may be of the same data: older checkpoints have none of any stream."""
+    return then == now or (then is None and now is not None and now.startswith(STREAM))
 
 
 def model_digest(model: torch.nn.Module) -> str:

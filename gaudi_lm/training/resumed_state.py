@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from gaudi_lm.arguments.context_parallel import data_ranks
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import checkpoints
+from gaudi_lm.training.digests import may_be_same
 from gaudi_lm.training.progress import EarlyStopping, evaluations_without_better
 
 logger = logging.getLogger("gaudi_lm")
@@ -183,9 +184,10 @@ class Resumption:
         name = f"eval_{metric.removeprefix('eval_')}"
         values = [row.get(name) for row in state["log_history"] if row["step"] == state.get("best_global_step")]
         data, greater = trainer.digests["eval_data"], trainer.args.greater_is_better
+        then = self.run.get("eval_data", data)
         if values and state["best_metric"] not in values:
             reason = f"--metric_for_best_model {metric}: the best model so far was chosen by another metric"
-        elif self.run.get("eval_data", data) != data:
+        elif then.keys() != data.keys() or not all(may_be_same(then[name], data[name]) for name in data):
             reason = "the evaluation data are not those of the checkpoint, by which the best model so far was chosen"
         elif self.run.get("greater_is_better", greater) != greater:
             reason = "--greater_is_better: the best model so far was chosen the other way round"
@@ -198,7 +200,8 @@ class Resumption:
         then, step = self.run, self.step
         order = ORDER if now["rows"] is not None else {"ignore_data_skip"}  # a stream is read as it comes
         shared_anew = now["rows"] is None and now["ranks"] != then["ranks"]
-        if (now["data"] != then["data"] and not shared_anew) or now["rows"] != then["rows"]:
+        same = shared_anew or may_be_same(then["data"], now["data"])
+        if not same or now["rows"] != then["rows"]:
             known = None not in (now["rows"], then["rows"])  # of a stream nobody knows
             rows = f" ({now['rows']} rows, {then['rows']} before)" if known and now["rows"] != then["rows"] else ""
             logger.warning(

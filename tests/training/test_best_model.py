@@ -215,6 +215,20 @@ def test_a_best_value_of_other_data_is_forgotten(assets, tmp_path):
 
 
 @pytest.mark.slow
+def test_checkpoints_that_say_nothing_of_a_stream(assets, tmp_path):
+    """Those of earlier versions: their data are not taken for others, nor their best value for one of others."""
+    output, flags = tmp_path / "out", [*EVALUATIONS, "--load_best_model_at_end", "--streaming", "--max_steps"]
+    run("run_clm.py", *scratch(assets, output, *flags, 2, "--max_eval_samples", 2))
+    path = output / "checkpoint-2" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["run"] |= {"data": None, "eval_data": {"": None}}
+    path.write_text(json.dumps(manifest))
+    log = run("run_clm.py", *scratch(assets, output, *flags, 4, "--max_eval_samples", 2)).stderr
+    assert "step 3/4" in log and "step 2/4" not in log
+    assert "it no longer counts" not in log and "not those of the checkpoint" not in log
+
+
+@pytest.mark.slow
 def test_the_evaluation_at_the_start_is_no_sign_of_an_end(assets, tmp_path):
     """It comes again with each resumption, of a model that the patience has counted."""
     output = tmp_path / "out"
