@@ -149,9 +149,9 @@ def _collate(
     collator: Callable[[list[dict]], dict], labels_from_inputs: bool, seed: tuple[int, ...], rows: list[dict]
 ) -> dict:
     completing = torch.tensor([row.get(FILLER_SAMPLE, False) for row in rows])
-    seeds_itself = _needs_sample_id(collator) or SAMPLE_ID not in rows[0]
+    seeds_itself = _needs_sample_id(collator) or not isinstance(rows[0].get(SAMPLE_ID), int)
     hidden = {FILLER_SAMPLE} if _needs_sample_id(collator) else {FILLER_SAMPLE, SAMPLE_ID}
-    with contextlib.nullcontext() if seeds_itself else draws_of(*seed, int(rows[0][SAMPLE_ID])):
+    with contextlib.nullcontext() if seeds_itself else draws_of(*seed, rows[0][SAMPLE_ID]):
         batch = dict(collator([{name: value for name, value in row.items() if name not in hidden} for row in rows]))
     if labels_from_inputs and batch.get("labels") is None:
         batch["labels"] = batch["input_ids"].clone()

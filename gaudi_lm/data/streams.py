@@ -47,7 +47,8 @@ def rank_share(
 
 
 class RepeatedRows(torch.utils.data.IterableDataset):
-    """A stream over and over, its rows numbered under ``sample_id``; one of ``datasets`` is shuffled anew each time.
+    """A stream over and over, its rows numbered under ``sample_id``; one with ``set_epoch``, as those of ``datasets``
+    have it, is told each time, and shuffles anew.
 
     The steps end a run, not the stream. A resumed run passes over the rows of the steps before, which may go round.
     """
@@ -59,10 +60,10 @@ class RepeatedRows(torch.utils.data.IterableDataset):
         number = 0
         for epoch in count():
             first = number
-            if isinstance(self.rows, IterableDataset):
+            if hasattr(self.rows, "set_epoch"):
                 self.rows.set_epoch(epoch)
             for row in self.rows:
-                yield {SAMPLE_ID: number, **row}
+                yield {**row, SAMPLE_ID: number}
                 number += 1
             if number == first:
                 return
@@ -74,8 +75,12 @@ def stream_batches(rows: torch.utils.data.IterableDataset, batch_size: int, opti
     Args:
         options: of the ``DataLoader``. A second worker would read the same stream again: there is one at most.
     """
-    rows = rows if hasattr(rows, "__len__") else RepeatedRows(rows)
-    return DataLoader(rows, batch_size, **{**options, "num_workers": min(options["num_workers"], 1)})
+    options = {**options, "num_workers": min(options["num_workers"], 1)}
+    if not hasattr(rows, "__len__"):
+        return DataLoader(RepeatedRows(rows), batch_size, **options)
+    loader = DataLoader(rows, batch_size, **options)
+    loader.set_epoch = getattr(rows, "set_epoch", lambda epoch: None)  # for the trainer
+    return loader
 
 
 class StreamedRows(torch.utils.data.IterableDataset):

@@ -6,16 +6,18 @@ from functools import partial
 from itertools import islice
 
 import pytest
+import torch
 from datasets import IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import losses, results, run, run_ranks
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, default_data_collator
 
 from gaudi_lm.arguments.definitions import DataArguments, ModelArguments
 from gaudi_lm.data.loading import load_raw, split_stream
 from gaudi_lm.data.masking import MaskingCollator
-from gaudi_lm.data.streams import RepeatedRows, StreamedBlocks, StreamedLines, rank_share
+from gaudi_lm.data.sampling import ignore_filler_samples
+from gaudi_lm.data.streams import RepeatedRows, StreamedBlocks, StreamedLines, rank_share, stream_batches
 from gaudi_lm.errors import UserError
 from gaudi_lm.training.evaluation import EvaluationRows
 
@@ -239,3 +241,34 @@ def test_a_stream_of_datasets_is_shuffled_anew_each_time():
     assert first == second and [row["sample_id"] for row in first] == list(range(100))
     assert sorted(order[:50]) == sorted(order[50:]) == list(range(50)) and order[:50] != order[50:]
     assert list(RepeatedRows(rows.take(0))) == []
+
+
+class Own(torch.utils.data.IterableDataset):
+    """Rows with names of their own, another one in each pass; ``sized`` ones know how many."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        for number in range(4):
+            yield {"input_ids": torch.tensor([number, self.epoch]), "sample_id": f"row {number}"}
+
+
+class Sized(Own):
+    def __len__(self):
+        return 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_of_torch_is_told_the_epoch(workers):
+    options = {"num_workers": workers, "collate_fn": ignore_filler_samples(default_data_collator, True, seed=(1,))}
+    batches = list(islice(stream_batches(Own(), 2, options), 5))
+    assert [batch["input_ids"].tolist() for batch in batches] == [
+        [[first, epoch], [first + 1, epoch]] for epoch in range(3) for first in (0, 2)
+    ][:5]
+    loader = stream_batches(Sized(), 2, options)
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        assert torch.cat([batch["input_ids"] for batch in loader]).tolist() == [[n, epoch] for n in range(4)]
