@@ -44,6 +44,6 @@ def enlarge_embeddings(model: PreTrainedModel, size: int, mean_resizing: bool = 
     head = model.get_output_embeddings()
     for module in model.modules():
         bias = getattr(module, "bias", None)
-        if isinstance(bias, nn.Parameter) and len(bias) == rows and any(child is head for child in module.children()):
+        if isinstance(bias, nn.Parameter) and bias.shape == (rows,) and head in module.children():
             # That of ESM stands beside its head: transformers 4.55 leaves it as it is.
             module.bias = nn.Parameter(functional.pad(bias.data, (0, size - rows)), bias.requires_grad)
