@@ -69,6 +69,7 @@ class SavingSteps(TrainerCallback):
         self.trainer.loading.close()
         if args.should_save:  # now that trackers have begun, whose servers may not answer
             clear_the_way(Path(args.output_dir), self.trainer.resumption, remove=args.overwrite_output_dir)
+        gather(None)  # the others look at what is there, below
         # Those of the checkpoint would win over the flags of this start.
         state.compute_steps(args, state.max_steps)
         self.trainer.resumption.restore(self.trainer)

@@ -1,5 +1,6 @@
 """The best model: told before training whether it can be found, kept at the top, named in log and card; samples."""
 
+import contextlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from running import load_elsewhere, log_history, losses, run, run_many, run_rank
 from safetensors.torch import load_file
 from short_runs import scratch
 
+from gaudi_lm.training import saving
 from gaudi_lm.training.resumed_state import Resumption
 
 EVALUATIONS = ("--do_train", "--do_eval", "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1)
@@ -37,6 +39,20 @@ def test_the_best_checkpoint_of_a_resumed_run(there, tmp_path, caplog):
     assert trainer.state.best_model_checkpoint == best
     assert trainer.state.best_metric == (None if there is None else 2.5)
     assert ("elsewhere/checkpoint-1, the best checkpoint, is gone" in caplog.text) == (there is None)
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_ranks_look_for_the_best_checkpoint_when_others_are_set_aside(main, monkeypatch):
+    """Not while the main one does so, which may give that one another name."""
+    done = []
+    monkeypatch.setattr(saving, "clear_the_way", lambda *args, **kwargs: done.append("set aside"))
+    monkeypatch.setattr(saving, "gather", lambda value: done.append("all there"))
+    resumption = SimpleNamespace(restore=lambda trainer: done.append("looked"))
+    trainer = SimpleNamespace(loading=contextlib.ExitStack(), resumption=resumption)
+    args = SimpleNamespace(should_save=main, output_dir="out", overwrite_output_dir=False)
+    state = SimpleNamespace(compute_steps=lambda *args: None, max_steps=1)
+    saving.SavingSteps(trainer).on_train_begin(args, state, None)
+    assert done == ["set aside"] * main + ["all there", "looked"]
 
 
 @pytest.mark.slow
