@@ -25,18 +25,20 @@ class TrainingRows(torch.utils.data.Dataset):
     """Rows as numpy arrays, asked for by numbers ``epoch * len + row``; a complement, ``~number``, completes a batch.
 
     Each row carries that number as ``sample_id``: a collator that draws at random seeds itself from it, so that what
-    it draws is new in each epoch and the same after a resume, in any number of worker processes.
+    it draws is new in each epoch and the same after a resume, in any number of worker processes. So is what the
+    dataset's transform draws, with ``seed``.
     """
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Dataset, seed: int = 0):
         self.dataset = as_arrays(dataset)
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, numbers: list[int]) -> list[dict]:
         own = [number if number >= 0 else ~number for number in numbers]
-        rows = read_rows(self.dataset, [number % len(self.dataset) for number in own])
+        rows = read_rows(self.dataset, [number % len(self.dataset) for number in own], self.seed, own[0])
         for row, number, sample_id in zip(rows, numbers, own, strict=True):
             row[SAMPLE_ID] = sample_id
             if number < 0:
@@ -49,9 +51,14 @@ def as_arrays(dataset: Dataset) -> Dataset:
     return dataset if dataset.format["type"] == "custom" else dataset.with_format("numpy")
 
 
-def read_rows(dataset: Dataset, indices: list[int]) -> list[dict]:
-    """Rows of a dataset that are read at once, several times as fast as one by one."""
-    columns = dataset[indices]
+def read_rows(dataset: Dataset, indices: list[int], *numbers: int) -> list[dict]:
+    """Rows of a dataset that are read at once, several times as fast as one by one.
+
+    Args:
+        numbers: on which depends what a transform draws, see :func:`draws_of`.
+    """
+    with draws_of(*numbers) if dataset.format["type"] == "custom" else contextlib.nullcontext():
+        columns = dataset[indices]
     return [{name: column[index] for name, column in columns.items()} for index in range(len(indices))]
 
 

@@ -77,7 +77,7 @@ class EvaluationRows(IterableDataset):
         for start in range(turn * self.batch_size, len(self), workers * self.batch_size):
             positions = range(start, start + self.batch_size)
             indices = [own[min(position, len(own) - 1)] if own else 0 for position in positions]
-            for position, index, row in zip(positions, indices, read_rows(rows, indices), strict=True):
+            for position, index, row in zip(positions, indices, read_rows(rows, indices, indices[0]), strict=True):
                 row[SAMPLE_ID] = index
                 yield row if position < len(own) else {**row, FILLER_SAMPLE: True}
 

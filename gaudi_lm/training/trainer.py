@@ -106,7 +106,7 @@ class LMTrainer(EvaluatingTrainer):
         sampler = TrainingBatches(self.train_dataset, self._train_batch_size, seed, *data_ranks(args), **order)
         if not args.ignore_data_skip:
             sampler.resume_after(self.resumption.step, args.gradient_accumulation_steps)
-        loader = DataLoader(TrainingRows(self.train_dataset), batch_sampler=sampler, **options)
+        loader = DataLoader(TrainingRows(self.train_dataset, args.seed), batch_sampler=sampler, **options)
         loader.set_epoch = sampler.set_epoch
         return loader
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,6 +95,24 @@ def test_rows_carry_their_draw():
     rows = TrainingRows(data).__getitems__([4, 2])
     assert [(row["sample_id"], row["input_ids"].tolist()) for row in rows] == [(4, [3, 4]), (2, [5, 6])]
     assert [FILLER_SAMPLE in row for row in TrainingRows(data).__getitems__([0, ~0])] == [False, True]
+
+
+def test_what_a_transform_draws_depends_on_the_batch_and_the_seed():
+    data = Dataset.from_dict({"input_ids": [[1, 2], [3, 4], [5, 6]]})
+    data.set_transform(lambda rows: {"input_ids": [torch.randint(2**30, (2,)).tolist() for _ in rows["input_ids"]]})
+
+    def drawn(rows) -> list:
+        return [row["input_ids"] for row in rows]
+
+    torch.manual_seed(5)
+    after = torch.rand(())
+    torch.manual_seed(5)
+    first = drawn(TrainingRows(data, seed=1).__getitems__([2, 0]))
+    assert first == drawn(TrainingRows(data, seed=1).__getitems__([2, 0]))
+    for seed, numbers in ((2, [2, 0]), (1, [5, 3])):
+        assert first != drawn(TrainingRows(data, seed=seed).__getitems__(numbers))
+    assert drawn(EvaluationRows(data, 2, 0, 1)) == drawn(EvaluationRows(data, 2, 0, 1))
+    assert torch.rand(()) == after, "dropout does not depend on it"
 
 
 @given(rows=st.integers(1, 30), batch=st.integers(1, 5), world=st.integers(1, 4), sized=st.booleans())
