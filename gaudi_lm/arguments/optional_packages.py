@@ -38,7 +38,7 @@ _OPTIMIZER_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 _OTHER_DEVICES = {"adamw_torch_xla": "TPUs", "adamw_torch_npu_fused": "Ascend NPUs", "adamw_apex_fused": "CUDA"}
 # They look at rows, columns or norms of a whole weight, and ZeRO and FSDP leave a card flat shares.
-_OF_WHOLE_WEIGHTS = ("adafactor", "adalomo", "apollo", "galore", "lomo", "stable_adamw")
+_OF_WHOLE_WEIGHTS = ("adafactor", "adalomo", "apollo", "galore", "grokadamw", "lomo", "stable_adamw")
 # These take neither --optim_args nor --optim_target_modules.
 PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 

@@ -260,7 +260,7 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
             read_mapping("deepspeed", str(config), is_file=True)
 
 
-@pytest.mark.parametrize("optim", ["adafactor", "galore_adamw", "adagrad", "sgd"])
+@pytest.mark.parametrize("optim", ["adafactor", "galore_adamw", "grokadamw", "adagrad", "sgd"])
 def test_an_optimizer_that_looks_at_whole_weights_gets_no_shares_of_them(monkeypatch, optim):
     """On two cards its result would be another one than on one; DeepSpeed makes Adagrad anew, without its schedule."""
     flags = SimpleNamespace(
