@@ -108,7 +108,7 @@ def test_a_signal_does_not_wait_for_an_upload(assets, tmp_path, uploads, steps):
 def test_a_hub_that_does_not_answer(tmp_path, uploads, monkeypatch, caplog):
     monkeypatch.setattr(constants, "ENDPOINT", uploads.environment["HF_ENDPOINT"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "PATIENCE", 0.5)
+    monkeypatch.setattr(hub, "PATIENCE", 1)
     uploads.delay = 3
     (tmp_path / "config.json").write_text("{}")
     args = LMTrainingArguments(
