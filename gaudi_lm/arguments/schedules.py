@@ -36,7 +36,7 @@ def check_scheduler(args, kwargs: dict) -> None:
             scheduler.step(0.0) if name == "reduce_lr_on_plateau" else scheduler.step()
             rate = optimizer.param_groups[0]["lr"]
             if not 0 <= rate <= args.learning_rate * (1 + 1e-6):
-                raise ValueError(f"the rate would be {rate:g}, beyond 0 and --learning_rate {args.learning_rate:g}")
+                raise ValueError(f"the rate would be {rate:g}, outside of 0 to --learning_rate {args.learning_rate:g}")
     except (TypeError, ValueError, AssertionError, ArithmeticError, KeyError, AttributeError) as error:
         reason = re.sub(r"^\w+(\.\w+)*\(\) ", "", str(error))  # the name of a function says nothing to a user
         raise UserError(

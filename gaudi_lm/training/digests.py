@@ -22,7 +22,7 @@ def data_digest(dataset) -> str | None:
     are of files; None for a stream of one's own, which may give each row once."""
     digest = hashlib.sha256()
     if isinstance(dataset, StreamedRows):
-        for row in islice(dataset, ROWS_AT_ONCE):
+        for row in islice(dataset, max(1, min(ROWS_AT_ONCE, 2**20 // dataset.size))):
             digest.update(np.int64(len(row["input_ids"])).tobytes() + row["input_ids"].tobytes())
         return STREAM + digest.hexdigest()
     if not isinstance(dataset, datasets.Dataset):
