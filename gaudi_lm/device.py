@@ -61,12 +61,13 @@ def run_script(main: Callable[[], object]) -> None:
     if status is not None and not isinstance(status, int):
         print(status, file=sys.stderr)
         status = 1
-    if status in (None, 0, UserError.status):
-        # Rank 0 may hold the store that the others use, and a card may still be at the last collective. A mistake of
-        # the user's is that of all ranks, some of which are slower.
+    if not status:
+        # Rank 0 may hold the store that the others use, and a card may still be at the last collective.
+        _meet()
+    elif status == UserError.status:  # a mistake is that of all ranks, and some are slower
         meeting = threading.Thread(target=_meet, daemon=True)
         meeting.start()
-        meeting.join(_SECONDS if status else None)
+        meeting.join(_SECONDS)
     if not by_signal:
         threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
