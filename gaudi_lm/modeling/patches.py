@@ -272,3 +272,20 @@ def complete_adapter(model: PeftModel) -> None:
         model.base_model.forward = functools.partial(Module.__call__, model.base_model.model)
     if model.peft_type == "ADALORA" and "trainable_adapter_name" not in vars(model.base_model):
         model.base_model.trainable_adapter_name = model.active_adapter
+
+
+@_needed_in("deepspeed", "0")
+def take_no_step_on_zeros() -> None:
+    """In bf16 without ZeRO, let the first step of training be the optimizer's first.
+
+    DeepSpeed (0.19) takes one on gradients of zero before, to have its memory: weights decay by it, and Adam's first
+    steps are a quarter too short. The optimizer has its memory from its first step on in any case.
+    """
+    from deepspeed.runtime.fp16 import fused_optimizer, unfused_optimizer
+
+    for kind in (fused_optimizer.FP16_Optimizer, unfused_optimizer.FP16_UnfusedOptimizer):
+        kind.initialize_optimizer_states = _nothing
+
+
+def _nothing(optimizer: object) -> None:
+    pass

@@ -1,4 +1,4 @@
-"""What DeepSpeed does without a word: figures of a step, a step too many, and waiting for what is compiled."""
+"""What DeepSpeed does not say: the figures of a step, and that it waits for what is being compiled."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from optimum.habana.transformers.trainer import GaudiTrainer
 from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainerCallback
+
+from gaudi_lm.modeling.patches import take_no_step_on_zeros
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -25,7 +27,7 @@ class EngineFigures(TrainerCallback):
     def __init__(self, trainer: GaudiTrainer):
         self.trainer = trainer
         self.learning_rate = 0.0
-        begin_without_a_step()
+        take_no_step_on_zeros()
         say_what_is_locked()
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -42,22 +44,6 @@ def _clip(engine: Any) -> None:
     engine._global_grad_norm = clip_grad_norm_(
         engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
     )
-
-
-def begin_without_a_step() -> None:
-    """In bf16 without ZeRO, let the first step of training be the optimizer's first.
-
-    DeepSpeed (0.19) takes one on gradients of zero before, to have its memory: weights decay by it, and Adam's first
-    steps are a quarter too short. The optimizer has its memory from its first step on in any case.
-    """
-    from deepspeed.runtime.fp16 import fused_optimizer, unfused_optimizer
-
-    for kind in (fused_optimizer.FP16_Optimizer, unfused_optimizer.FP16_UnfusedOptimizer):
-        kind.initialize_optimizer_states = _nothing
-
-
-def _nothing(optimizer: object) -> None:
-    pass
 
 
 def say_what_is_locked() -> None:

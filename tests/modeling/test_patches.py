@@ -280,3 +280,14 @@ def test_an_adapter_in_layers_that_fsdp_wraps_is_saved_empty(monkeypatch, inside
     patches.find_adapters_in_shards()
     patches.find_adapters_in_shards()
     assert len(get_peft_model_state_dict(adapted, state)) == 2 * len(layers)
+
+
+def test_deepspeed_takes_a_step_before_the_first():
+    """What comes of it, and of its absence, is shown by the losses in tests/simulator/test_large_models.py."""
+    source = Path(importlib.util.find_spec("deepspeed").origin).parent / "runtime/fp16/fused_optimizer.py"
+    (made,) = (
+        one
+        for one in ast.walk(ast.parse(source.read_text()))
+        if getattr(one, "name", "") == "initialize_optimizer_states"
+    )
+    assert "self.optimizer.step()" in ast.unparse(made)
