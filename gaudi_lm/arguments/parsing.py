@@ -28,6 +28,10 @@ OLD_NAMES = {
     "--push_to_hub_token": "--hub_token",
     "--use_hpu_graphs": "--use_hpu_graphs_for_inference",
 }
+# Of inherited flags whose own help texts do not say what the suite does.
+HELP = {
+    "distribution_strategy": "How cards average gradients: `ddp` by DistributedDataParallel, `fast_ddp` all at once."
+}
 _NEGATIVE = re.compile(r"^-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
 
@@ -96,6 +100,7 @@ def build_parser(*dataclass_types: type) -> argparse.ArgumentParser:
         action.type = _reader(action.type)
         if action.type is parse_bool and action.nargs is None:
             action.nargs, action.const = "?", True
+        action.help = HELP.get(action.dest, action.help)
         if action.help:
             # argparse formats help texts with %, and some upstream texts hold bare percent signs.
             action.help = action.help.replace("%", "%%").replace("%%(", "%(").replace("%%%%", "%%")
