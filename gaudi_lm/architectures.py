@@ -24,7 +24,7 @@ ENCODERS = {
     *(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()),
 }
 SEE_ALL = ("cpmant", "mega", "xlm", "xlnet")  # and so they are whatever it has
-MIXED_UP = ("llama4", "llama4_text")
+MIXED_UP = ("llama4", "llama4_text")  # whose experts, in transformers 4.55, get the router's scores of other tokens
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,10 @@ def make_causal(auto_class: type, config: PretrainedConfig) -> None:
             f"{kind}: not a causal model: its tokens attend to those after them, which they are to predict"
         )
     if kind in MIXED_UP:
-        raise UserError(f"{kind}: the experts of transformers 4.55 scale a token by the scores of others: it is wrong")
+        raise UserError(
+            f"{kind}: transformers 4.55 computes its experts wrongly, with the router's scores of other tokens; "
+            "choose another model"
+        )
     if kind in ENCODERS and not config.is_decoder and not config.is_encoder_decoder:
         config.is_decoder = True
         logger.info("%s: is_decoder is set, so that no token sees those after it, as in an encoder", kind)
