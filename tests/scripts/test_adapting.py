@@ -396,12 +396,18 @@ def test_a_compute_loss_of_ones_own(assets, masked_assets, tmp_path):
             assert one["grad_norm"] == pytest.approx(factor * plain["grad_norm"], rel=0.1), (kind, rows)
 
 
+def with_blocks(folder, line: str):
+    """A copy of run_clm.py that changes its blocks by this line before it makes the trainer."""
+    script = copy_elsewhere("run_clm.py", folder)
+    before = "    # Trainer\n"
+    assert script.read_text().count(before) == 1
+    script.write_text(script.read_text().replace(before, f"    {line}\n{before}"))
+    return script
+
+
 @pytest.mark.slow
 def test_a_stream_of_ones_own(assets, tmp_path):
-    script = copy_elsewhere("run_clm.py", tmp_path / "mine")
-    before = "    # Trainer\n"
-    stream = '    blocks["train"] = blocks["train"].to_iterable_dataset()\n'
-    script.write_text(script.read_text().replace(before, stream + before))
+    script = with_blocks(tmp_path / "mine", 'blocks["train"] = blocks["train"].to_iterable_dataset()')
     flags = scratch(assets, tmp_path / "out", "--do_train")
     assert "error: --max_steps: the length of a stream is not known" in run(script, *flags, code=2).stderr
     run(script, *flags, "--max_steps", 3)
@@ -417,10 +423,8 @@ def go_on_from(checkpoint, folder) -> list:
 @pytest.mark.slow
 def test_a_stream_of_ones_own_that_ends(assets, tmp_path):
     """It goes round until all steps are done, after a resume too."""
-    script = copy_elsewhere("run_clm.py", tmp_path / "mine")
-    before = "    # Trainer\n"
-    stream = '    blocks["train"] = blocks["train"].select(range(20)).to_iterable_dataset()\n'
-    script.write_text(script.read_text().replace(before, stream + before))
+    few = 'blocks["train"] = blocks["train"].select(range(20)).to_iterable_dataset()'
+    script = with_blocks(tmp_path / "mine", few)
     flags = scratch(assets, tmp_path / "whole", "--do_train", "--max_steps", 6, "--save_steps", 4)
     run(script, *flags)
     run(script, *flags, *go_on_from(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed"))
@@ -430,11 +434,9 @@ def test_a_stream_of_ones_own_that_ends(assets, tmp_path):
 @pytest.mark.slow
 def test_rows_that_a_transform_makes(assets, tmp_path):
     """In training and evaluation: of blocks whose tokens are all the same, each is soon predicted."""
-    script = copy_elsewhere("run_clm.py", tmp_path / "mine")
-    before = "    # Trainer\n"
     made = "lambda rows: {'input_ids': [[7] * 16 for _ in rows['input_ids']]}"
-    transform = f"    blocks = {{split: rows.with_transform({made}) for split, rows in blocks.items()}}\n"
-    script.write_text(script.read_text().replace(before, transform + before))
+    line = f"blocks = {{split: rows.with_transform({made}) for split, rows in blocks.items()}}"
+    script = with_blocks(tmp_path / "mine", line)
     run(script, *scratch(assets, tmp_path / "out", *EVALUATE, "--learning_rate", 0.1, "--dataloader_num_workers", 1))
     assert results(tmp_path / "out")["eval_accuracy"] == 1 and results(tmp_path / "out")["eval_tokens"] == 6 * 15
 
