@@ -35,8 +35,8 @@ COMMANDS = {Path(entry["config"]).stem: "\n".join(entry["command"]) for entry in
 BLOCKS = code_blocks("bash")
 LARGE = large_commands()  # executed by tests/simulator/test_large_commands.py
 PLACEHOLDER = re.compile(r"path_(?:to|for)_\w+")
-# The only command that is shortened: one step and four samples of 128 tokens, for a model of 657 million parameters.
-SHORTENED = " --max_steps 1 --max_eval_samples 4 --block_size 128"
+# The only command that is shortened: one step and four samples of 32 tokens, for a model of 657 million parameters.
+SHORTENED = " --max_steps 1 --max_eval_samples 4 --block_size 32"
 
 
 def allowed_forms(command: str) -> re.Pattern:
