@@ -35,7 +35,7 @@ def test_running_jobs(backend, deaf, round_, tmp_path):
         environ = {"TMPDIR": str(places[number])}
         words = [ACT, "0", "wait", *(["deaf"] if deaf else [])]
         jobs[number] = Launch(*BACKENDS[backend], *options, *words, environ=environ)
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 120
     for number, job in jobs.items():
         while any("is here" not in log_of(tmp_path / number.name, rank) for rank in range(2)):
             assert job.process.poll() is None, job.finish().stderr

@@ -156,18 +156,27 @@ def test_a_second_interrupt_ends_at_once(assets, masked_assets, instructions, tm
     # A step that does not end meanwhile, as an epoch of a stream does not: the second signal must not wait for it.
     flags += ["--gradient_accumulation_steps", 50_000, "--streaming"]
     (end,) = run_interrupted(
-        0, "run_clm.py", *flags, *batch(1), "--output_dir", output, meanwhile=lambda pids: twice(pids[0], output)
+        0, "run_clm.py", *flags, *batch(1), "--output_dir", output, meanwhile=lambda pids: twice(pids[0])
     )
     assert end.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in end.stderr
     assert "SIGINT: finishing the step" in end.stderr and "Ctrl-C again ends at once" in end.stderr
 
 
-def twice(pid: int, output: Path) -> None:
-    time.sleep(3)
+def twice(pid: int) -> None:
+    wait_for_words(pid, "sample 0")
+    time.sleep(2)  # until it trains
     os.kill(pid, signal.SIGINT)
-    time.sleep(1)
+    wait_for_words(pid, "finishing the step")
     os.kill(pid, signal.SIGINT)
+
+
+def wait_for_words(pid: int, words: str) -> None:
+    """Until a process has written them into the file that is its stderr."""
+    deadline = time.monotonic() + 120
+    while words not in Path(f"/proc/{pid}/fd/2").read_text():
+        assert time.monotonic() < deadline, f"{words!r} was not logged"
+        time.sleep(0.05)
 
 
 def test_signals_can_be_left_alone(assets, masked_assets, instructions, tmp_path):
