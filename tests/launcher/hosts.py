@@ -72,7 +72,8 @@ class SimulatedHost:
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
             pids += [int(c) for c in children if Path(f"/proc/{c}/comm").read_text().startswith("sshd")]
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # a session may end with the one above it
+                os.kill(pid, signal.SIGKILL)
         self.sshd.wait()
 
 
