@@ -147,6 +147,9 @@ def save(trainer: LMTrainer, save_model: bool = True) -> None:
         logger.info("the model is that of step %d of %d, the best by %s (%.6g)", *best)
     elif args.load_best_model_at_end:
         logger.warning("--load_best_model_at_end: no evaluation found a best model; this is that of the last step")
+    merged, anew = Path(args.output_dir, "merged"), getattr(args, "flags", {}).get("merge_adapter")
+    if state.global_step > trainer.resumption.step and (merged / "config.json").is_file() and not anew:
+        logger.warning("%s is of an earlier run, not of this adapter; --merge_adapter makes it anew", merged)
     trainer.signals.end_after_training(Path(args.output_dir))
 
 
