@@ -163,6 +163,15 @@ def test_narrow_products_are_computed_wide_and_rounded_once(dtype):
     got.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_of_two_types_are_refused_as_on_the_cpu(dtype):
+    narrow, wide = torch.ones(1, 2, 2, dtype=dtype, device="hpu"), torch.ones(1, 2, 2, device="hpu")
+    for product in (torch.matmul, torch.bmm, lambda a, b: F.linear(a, b[0]), lambda a, b: torch.baddbmm(b, a, a)):
+        for factors in ((narrow, wide), (wide, narrow)):
+            with pytest.raises(RuntimeError, match="dtype|scalar type"):
+                product(*factors).cpu()
+
+
 def test_attention_is_the_cpus():
     q, k, v = (torch.randn(2, 3, 20, 8, requires_grad=True) for _ in range(3))
     mask = torch.randn(2, 1, 20, 20)

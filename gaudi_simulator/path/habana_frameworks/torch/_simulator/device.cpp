@@ -595,11 +595,24 @@ void leave_out_product(const Operation& operation, c10::IValue* arguments) {
   }
 }
 
-void run(const c10::OperatorHandle& handle, const Operation& operation, torch::jit::Stack* stack) {
-  if (operation.product) {
-    if (!with_products) {
-      leave_out_product(operation, &(*stack)[stack->size() - handle.schema().arguments().size()]);
+// Of factors of several types, which PyTorch refuses; widened, they would be multiplied.
+bool are_mixed(const Operation& operation, const c10::IValue* arguments, size_t count) {
+  std::unordered_set<at::ScalarType> types;
+  for (size_t i = 0; i < count; ++i) {
+    if (arguments[i].isTensor() && arguments[i].toTensor().defined()) {
+      types.insert(arguments[i].toTensor().scalar_type());
     }
+  }
+  return types.size() > 1 && operation.name.rfind("_scaled_dot_product", 0) != 0;
+}
+
+void run(const c10::OperatorHandle& handle, const Operation& operation, torch::jit::Stack* stack) {
+  const auto count = handle.schema().arguments().size();
+  auto* arguments = &(*stack)[stack->size() - count];
+  if (operation.product && !with_products) {
+    leave_out_product(operation, arguments);
+  }
+  if (operation.product && !are_mixed(operation, arguments, count)) {
     multiply_wide(handle, operation, stack);
   } else {
     handle.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
