@@ -159,7 +159,15 @@ def _parquet_tables(path: str) -> Iterator[pa.Table]:
 def _as_json(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
     if isinstance(column.type, pa.JsonType):
         return column
-    return pa.array([None if value is None else json.dumps(value) for value in column.to_pylist()], pa.json_())
+    values = column.to_pylist()
+    return pa.array(
+        [None if value is None else json.dumps(value, default=_unknown_to_json) for value in values], pa.json_()
+    )
+
+
+def _unknown_to_json(value: Any) -> Any:
+    """A date or a decimal number as text; bytes, which are none, as a list of numbers."""
+    return list(value) if isinstance(value, bytes) else str(value)
 
 
 def _common_feature(kinds: Iterable[pa.DataType]) -> Any:

@@ -1,5 +1,7 @@
 """Files as people bring them: odd names, columns that come late or differ, numbers, delimiters, very long lines."""
 
+import datetime
+import decimal
 import gzip
 import hashlib
 import json
@@ -253,6 +255,23 @@ def test_types_of_parquet(tmp_path, streaming):
     if not streaming:
         features = read(tmp_path, train_file=tmp_path / "large.parquet")["train"].features
         assert features["n"].dtype == str(number.type) and features["tags"].feature.dtype == "string"
+
+
+DAY = datetime.date(2026, 1, 31)
+
+
+@both_ways
+@pytest.mark.parametrize("value", [DAY, decimal.Decimal("1.50"), [DAY], {"a": [DAY, None]}, b"\xff", {"a": b"\xff"}])
+def test_columns_whose_type_differs_between_parquet_files(tmp_path, streaming, value):
+    """As a column of dates that another file has as text: who does not read it need not mind."""
+    for name, own in {"a": pa.array([value]), "b": pa.array(["word"])}.items():
+        pyarrow.parquet.write_table(pa.table({"text": [name], "more": own}), tmp_path / f"{name}.parquet")
+    assert train_texts(tmp_path, streaming, train_file=tmp_path / "*.parquet") == ["a", "b"]
+    if isinstance(value, (datetime.date, decimal.Decimal)):
+        assert train_texts(tmp_path, streaming, "more", train_file=tmp_path / "*.parquet") == [str(value), "word"]
+    else:
+        with pytest.raises(UserError, match="column 'more', row 1: .*, not text"):
+            train_texts(tmp_path, streaming, "more", train_file=tmp_path / "*.parquet")
 
 
 @both_ways
