@@ -25,6 +25,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.table import table_cast
 
 from gaudi_lm.data.builder import FilesBuilder
+from gaudi_lm.data.columns import values_of
 from gaudi_lm.data.files import bad_line, csv_format, open_bytes
 from gaudi_lm.data.fingerprints import fingerprint
 from gaudi_lm.data.json_lines import json_blocks, json_table, parse_lines
@@ -104,7 +105,8 @@ class FileSet:
                 yield from parse_lines(*block)
         else:
             for table in self.tables(path):
-                yield from table.to_pylist()
+                columns = [values_of(table, name) for name in table.column_names]
+                yield from (dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True))
 
 
 def _text_tables(path: str, keep_linebreaks: bool) -> Iterator[pa.Table]:

@@ -13,7 +13,7 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Json
 from running import run_several
 from torch._utils import ExceptionWrapper
 from transformers import AutoTokenizer, LlamaTokenizerFast
@@ -272,6 +272,16 @@ def test_columns_whose_type_differs_between_parquet_files(tmp_path, streaming, v
     else:
         with pytest.raises(UserError, match="column 'more', row 1: .*, not text"):
             train_texts(tmp_path, streaming, "more", train_file=tmp_path / "*.parquet")
+
+
+@both_ways
+def test_a_parquet_file_of_json(tmp_path, streaming):
+    """As `datasets` writes a column of several kinds of values."""
+    values = [*WORDS, 5, 1.36, None]
+    path = tmp_path / "a.parquet"
+    Dataset.from_dict({"text": values}, features=Features({"text": Json()})).to_parquet(path)
+    assert pyarrow.parquet.read_schema(path).field("text").type == pa.json_()
+    assert train_texts(tmp_path, streaming, train_file=path) == [*WORDS, "5", "1.36", ""]
 
 
 @both_ways
