@@ -32,10 +32,12 @@ def spell(value: object) -> str:
 def values_of(table: pa.Table, column: str) -> list:
     """The values of a column as Python objects, those of JSON at any depth decoded.
 
+    Arrow gives every object the keys of all others, so keys that are null are left out; what JSON says is null stays.
     `datasets` decodes JSON by a library that reads 1.36 as 1.3599999999999999 and refuses 2^64.
     """
     kind, values = table.schema.field(column).type, table.column(column).to_pylist()
-    return [_decoded(kind, value) for value in values] if holds(kind, _is_json) else values
+    changed = holds(kind, _is_json) or holds(kind, pa.types.is_struct)
+    return [_decoded(kind, value) for value in values] if changed else values
 
 
 def holds(kind: pa.DataType, wanted: Callable[[pa.DataType], bool]) -> bool:
@@ -49,10 +51,10 @@ def _is_json(kind: pa.DataType) -> bool:
 
 
 def _decoded(kind: pa.DataType, value):
-    if isinstance(value, list):
+    if isinstance(value, list) and not pa.types.is_map(kind):
         return [_decoded(kind.value_type, part) for part in value]
     if isinstance(value, dict):
-        return {name: _decoded(kind.field(name).type, part) for name, part in value.items()}
+        return {name: _decoded(kind.field(name).type, part) for name, part in value.items() if part is not None}
     return json.loads(value) if _is_json(kind) and value is not None else value
 
 

@@ -52,15 +52,6 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def without_nulls(value: Any) -> Any:
-    """A value without the keys that are null: Arrow gives every object the keys of all others."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
-
-
 def from_json(value: Any) -> Any:
     """A value, or what it says if it is JSON text of an object or a list."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
@@ -91,7 +82,7 @@ def read_content(content: Any, number: int) -> dict[str, Any]:
         return {"content": json.dumps(content)}
     texts: dict[str, str] = {"content": ""}
     for part in content:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        kind = (part.get("type") or "text") if isinstance(part, dict) else "text"
         text = part if isinstance(part, str) else None
         if isinstance(part, dict):
             text = next((part[key] for key in (kind, "text", "content") if isinstance(part.get(key), str)), None)
@@ -117,7 +108,7 @@ def read_message(message: Any, number: int, role: str | None) -> dict[str, Any]:
         return {"role": role, "content": message}
     if not isinstance(message, dict):
         raise ConversationError(f"message {number} is a {type(message).__name__}, not an object with role and content")
-    message = without_nulls(message)
+    message = {key: part for key, part in message.items() if part is not None}
     role = next((message.pop(key) for key in ("role", "from", "sender", "speaker") if key in message), role)
     if not isinstance(role, str):
         raise ConversationError(f"message {number} has no role")
@@ -140,10 +131,11 @@ def read_message(message: Any, number: int, role: str | None) -> dict[str, Any]:
 
 def read_call(call: dict) -> dict:
     """A tool call with ``type`` and ``function``, which has ``name`` and ``arguments``, an object if they are one."""
-    call = dict(call)
+    call = {key: part for key, part in call.items() if part is not None}
     function = call.pop("function", None)
     if not isinstance(function, dict):
         function, call = call, {}
+    function = {key: part for key, part in function.items() if part is not None}
     arguments = from_json(function.get("arguments", {}))
     return {"type": "function", **call, "function": {**function, "arguments": arguments}}
 
@@ -183,7 +175,7 @@ def read_tools(value: Any) -> list[dict] | None:
     Raises:
         ConversationError: it is something else.
     """
-    tools = without_nulls(from_json(value))
+    tools = from_json(value)
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

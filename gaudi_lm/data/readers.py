@@ -93,9 +93,10 @@ class FileSet:
         for table in self.tables(path):
             columns = {}
             for name, feature in features.items():
-                there = name in table.column_names
-                column = table.column(name) if there else pa.nulls(len(table), schema.field(name).type)
-                columns[name] = _as_json(column) if feature == Json() else column
+                if name not in table.column_names:
+                    columns[name] = pa.nulls(len(table), schema.field(name).type)
+                else:
+                    columns[name] = _as_json(table, name) if feature == Json() else table.column(name)
             yield table_cast(pa.table(columns), schema)
 
     def rows(self, path: str) -> Iterator[dict[str, Any]]:
@@ -158,10 +159,10 @@ def _parquet_tables(path: str) -> Iterator[pa.Table]:
         raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from error
 
 
-def _as_json(column: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
-    if isinstance(column.type, pa.JsonType):
-        return column
-    values = column.to_pylist()
+def _as_json(table: pa.Table, name: str) -> pa.ChunkedArray | pa.Array:
+    if isinstance(table.schema.field(name).type, pa.JsonType):
+        return table.column(name)
+    values = values_of(table, name)
     return pa.array(
         [None if value is None else json.dumps(value, default=_unknown_to_json) for value in values], pa.json_()
     )

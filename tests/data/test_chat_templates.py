@@ -567,6 +567,24 @@ def test_calls_of_functions_in_the_older_format(tokenizer, content):
     assert marked(tokenizer, TOOLS, [*older, TOOL_MESSAGES[3]]) == marked(tokenizer, TOOLS, TOOL_MESSAGES)
 
 
+@pytest.mark.parametrize("as_text", [True, False])
+def test_what_is_null_in_json_stays(tokenizer, as_text):
+    """In calls and tools as the template writes them; only keys that Arrow has made are left out."""
+    tokenizer.chat_template = TOOLS
+    call = {"id": None, "function": {"name": "get", "arguments": {"city": "Rom", "unit": None}}}
+    tool = {"type": "function", "function": {"name": "get", "parameters": {"unit": {"default": None}}}}
+    messages = [user("hi"), {**assistant(None, tool_calls=[call]), "name": None}]
+    rows = [{"messages": messages, "tools": [tool]}, {"messages": TOOL_MESSAGES, "tools": [{"type": "other"}]}]
+    if as_text:
+        rows = [{name: json.dumps(value) for name, value in row.items()} for row in rows]
+    first, second = rows_of(tokenizer, rows)
+    null = as_text and ', "unit": null' or ""
+    assert tokenizer.decode(learnt(first)) == f'<call>get{{"city": "Rom"{null}}}</call><|im_end|>'
+    default = '{"default": null}' if as_text else "{}"
+    assert f'"parameters": {{"unit": {default}}}' in tokenizer.decode(first["input_ids"])
+    assert "null" not in tokenizer.decode(second["input_ids"])
+
+
 def test_prompts_and_completions_that_are_messages(tokenizer):
     """Only the completion is learnt, also where the prompt shows earlier answers."""
     tokenizer.chat_template = CHATML
