@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ from datasets import (
     IterableDatasetDict,
     load_dataset,
     load_dataset_builder,
-    load_from_disk,
 )
+from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from gaudi_lm.arguments.definitions import DataArguments, ModelArguments
@@ -28,6 +29,8 @@ from gaudi_lm.data.readers import FileSet, read_files, stream_files
 from gaudi_lm.errors import UserError
 
 logger = logging.getLogger("gaudi_lm")
+
+SAVED = ("dataset_info.json", "state.json")  # that `save_to_disk` of `datasets` writes beside the rows of a split
 
 
 def _load_files(flag: str, data_args: DataArguments, model_args: ModelArguments) -> Dataset | IterableDataset:
@@ -47,9 +50,8 @@ def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDi
     folder = Path(data_args.dataset_name or "")
     if kind_of(str(folder)) and folder.is_file():
         raise UserError(f"--dataset_name {data_args.dataset_name}: is a file; give it by --train_file")
-    if all((folder / name).is_file() for name in ("dataset_info.json", "state.json")):
-        saved = load_from_disk(data_args.dataset_name)  # of `save_to_disk`: rows of one split
-        return {"train": saved.to_iterable_dataset() if data_args.streaming else saved}
+    if saved := _saved_splits(folder):
+        return {split: _read(files, data_args, model_args) for split, files in saved.items()}
     source = {"path": data_args.dataset_name, "name": data_args.dataset_config_name, "token": model_args.token}
     try:
         if folder.is_dir():
@@ -68,6 +70,28 @@ def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDi
             ) from error
         cause = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"--dataset_name {name}: cannot be loaded ({hub_refusal(cause) or cause[:300]})") from error
+
+
+def _saved_splits(folder: Path) -> dict[str, FileSet]:
+    """What ``save_to_disk`` of ``datasets`` has written, rows of one split or of several; nothing in another folder.
+
+    Files of rows that ``datasets`` has cached may stand beside those that it has saved, and are not data.
+    """
+    try:
+        parts = {"train": folder} if all((folder / name).is_file() for name in SAVED) else {}
+        if (folder / "dataset_dict.json").is_file():
+            names = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
+            splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+            parts = {names.get(split, split): folder / split for split in splits}
+        found = {}
+        for split in parts.keys() & {"train", "validation"}:
+            part = parts[split]
+            files = json.loads((part / "state.json").read_text())["_data_files"]
+            paths = [str((part / file["filename"]).resolve(strict=True)) for file in files]
+            found[split] = FileSet("arrow", tuple(paths))
+        return {split: files for split, files in found.items() if files.paths}  # of no rows there is no file
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--dataset_name {folder}: not whole, as `save_to_disk` writes it ({error})") from error
 
 
 def _files_of_folder(config: BuilderConfig, split: str, data_args: DataArguments) -> FileSet | None:

@@ -39,7 +39,8 @@ ROWS = 10_000  # of csv and parquet files, at a time
 
 @dataclass(frozen=True)
 class FileSet:
-    """The files of a split, of one ``kind`` (``text``, ``json``, ``csv`` or ``parquet``), and how they are read.
+    """The files of a split, of one ``kind`` (``text``, ``json``, ``csv``, ``parquet`` or ``arrow``), and how they are
+    read.
 
     Attributes:
         delimiter: of csv files; None recognises it.
@@ -60,7 +61,9 @@ class FileSet:
             return (json_table(*block) for block in json_blocks(path))
         if self.kind == "csv":
             return _csv_tables(path, *csv_format(path, self.delimiter))
-        return _parquet_tables(path) if self.kind == "parquet" else _text_tables(path, self.keep_linebreaks)
+        if self.kind in ("parquet", "arrow"):
+            return map(_plain_table, _parquet_batches(path) if self.kind == "parquet" else _arrow_batches(path))
+        return _text_tables(path, self.keep_linebreaks)
 
     def features(self) -> Features:
         """The columns of all files and the types that hold all their values. This reads JSON files to their ends."""
@@ -146,17 +149,28 @@ def _next_frame(frames: Iterator[pandas.DataFrame]) -> pandas.DataFrame | None:
         return next(frames, None)
 
 
-def _parquet_tables(path: str) -> Iterator[pa.Table]:
+def _parquet_batches(path: str) -> Iterator[pa.RecordBatch]:
     try:
         with open_bytes(path) as file:
             source = pa.PythonFile(file) if path.endswith(".parquet") else io.BytesIO(file.read())
-            for batch in pyarrow.parquet.ParquetFile(source).iter_batches(ROWS):
-                columns = {}
-                for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                    columns[name] = column.cast(_plain(column.type)) if _plain(column.type) != column.type else column
-                yield pa.table(columns)
+            yield from pyarrow.parquet.ParquetFile(source).iter_batches(ROWS)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from error
+
+
+def _arrow_batches(path: str) -> Iterator[pa.RecordBatch]:
+    try:
+        with pa.memory_map(path) as file:
+            yield from pa.ipc.open_stream(file)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as rows of Arrow ({str(error).splitlines()[0]})") from error
+
+
+def _plain_table(batch: pa.RecordBatch) -> pa.Table:
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        columns[name] = column.cast(_plain(column.type)) if _plain(column.type) != column.type else column
+    return pa.table(columns)
 
 
 def _as_json(table: pa.Table, name: str) -> pa.ChunkedArray | pa.Array:

@@ -13,7 +13,7 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from datasets import Dataset, Features, IterableDataset, Json
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, load_from_disk
 from running import run_several
 from torch._utils import ExceptionWrapper
 from transformers import AutoTokenizer, LlamaTokenizerFast
@@ -618,6 +618,25 @@ def test_rows_that_datasets_has_saved(tmp_path, streaming):
     (tmp_path / "saved/data-00000-of-00001.arrow").rename(tmp_path / "folder/train.arrow")
     raw = read(tmp_path, streaming, train_file="", dataset_name=tmp_path / "folder")
     assert [row["text"] for row in raw["train"]] == WORDS
+
+
+@both_ways
+def test_splits_that_datasets_has_saved(tmp_path, streaming):
+    """What was cached beside them, by `datasets` or an earlier run, is not read, and this run caches nothing there."""
+    saved = tmp_path / "saved"
+    own = Dataset.from_dict({"text": WORDS})
+    DatasetDict({"train": own, "valid": own.select([0]), "test": own.select([])}).save_to_disk(saved)
+    load_from_disk(saved / "train").map(lambda row: {"n": 1}, remove_columns=["text"])
+    before = sorted(saved.rglob("*"))
+    assert any(path.name.startswith("cache-") for path in before)
+    raw = read(tmp_path, streaming, True, train_file="", dataset_name=saved)
+    assert [row["text"] for row in raw["train"]] == WORDS and [row["text"] for row in raw["validation"]] == WORDS[:1]
+    if not streaming:
+        raw["train"].map(lambda row: {"n": 2})
+    assert sorted(saved.rglob("*")) == before
+    (saved / "train/data-00000-of-00001.arrow").unlink()
+    with pytest.raises(UserError, match="saved: not whole, as `save_to_disk` writes it .*data-00000-of-00001.arrow"):
+        read(tmp_path, streaming, True, train_file="", dataset_name=saved)
 
 
 def test_a_glob_over_folders(tmp_path):
