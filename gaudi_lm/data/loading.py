@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDi
     try:
         if folder.is_dir():
             config = load_dataset_builder(**source, cache_dir=model_args.cache_dir).config
+            _name_files_left_out(folder, config)
             files = {split: _files_of_folder(config, split, data_args) for split in ("train", "validation")}
             if any(files.values()):
                 return {split: _read(own, data_args, model_args) for split, own in files.items() if own}
@@ -92,6 +94,17 @@ def _saved_splits(folder: Path) -> dict[str, FileSet]:
         return {split: files for split, files in found.items() if files.paths}  # of no rows there is no file
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--dataset_name {folder}: not whole, as `save_to_disk` writes it ({error})") from error
+
+
+def _name_files_left_out(folder: Path, config: BuilderConfig) -> None:
+    """A word about data that nobody reads: where a folder has several formats, `datasets` takes the commonest."""
+    used = {Path(path).resolve() for paths in (config.data_files or {}).values() for path in paths}
+    there = (name for name in sorted(glob.glob("**/*", root_dir=folder, recursive=True)) if kind_of(name))
+    no_data = {folder / "dataset_info.json", folder / "dataset_infos.json"}
+    left_out = [name for name in there if folder / name not in no_data and (folder / name).resolve() not in used]
+    if left_out and config.name == "default":  # else its README may give them to another configuration
+        names = ", ".join(left_out[:5] + ["..."] * (len(left_out) > 5))
+        logger.warning("--dataset_name %s: files of one format are read; left out: %s", folder, names)
 
 
 def _files_of_folder(config: BuilderConfig, split: str, data_args: DataArguments) -> FileSet | None:

@@ -639,6 +639,23 @@ def test_splits_that_datasets_has_saved(tmp_path, streaming):
         read(tmp_path, streaming, True, train_file="", dataset_name=saved)
 
 
+@both_ways
+def test_files_of_a_folder_that_nobody_reads_are_named(tmp_path, streaming, caplog):
+    """`datasets` reads the files of the commonest format alone."""
+    folder = tmp_path / "data"
+    (folder / ".cache").mkdir(parents=True)
+    for number, name in enumerate(("a.jsonl", "more/b.jsonl", "c.txt", ".cache/d.json", "dataset_info.json")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps({"text": WORDS[number % 3]}) if name != "dataset_info.json" else "{}")
+    raw = read(tmp_path, streaming, train_file="", dataset_name=folder)
+    assert [row["text"] for row in raw["train"]] == WORDS[:2]
+    assert caplog.messages[-1].endswith("files of one format are read; left out: c.txt")
+    (folder / "c.txt").unlink()
+    caplog.clear()
+    read(tmp_path, streaming, train_file="", dataset_name=folder)
+    assert "left out" not in caplog.text
+
+
 def test_a_glob_over_folders(tmp_path):
     for folder in ("g", "g/x", "g/x/y"):
         (tmp_path / folder).mkdir()
