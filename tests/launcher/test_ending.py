@@ -30,7 +30,7 @@ def end(last: str, rounds: int, folder) -> tuple[list[str], str]:
         env=environment(PYTHONPATH=str(ROOT)),
         capture_output=True,
         text=True,
-        timeout=15 * rounds,
+        timeout=50 * rounds,
         check=False,
     )
     assert done.returncode == 0, done.stderr

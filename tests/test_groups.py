@@ -1,0 +1,8 @@
+"""Tests of a group run in one worker, one after the other: they share what is slow to make, or need both processors."""
+
+import pytest
+
+
+@pytest.mark.xdist_group("a group")
+def test_groups_are_formed(request, worker_id):
+    assert worker_id == "master" or request.node.nodeid.endswith("@a group"), "pytest-xdist does not know this pytest"
