@@ -19,7 +19,7 @@ from contextlib import suppress
 from functools import partial
 
 from gaudi_lm.config_files import expand_config_file, split_flag
-from gaudi_lm.errors import UserError, user_errors
+from gaudi_lm.errors import UserError, memory_errors, user_errors
 from gaudi_lm.optimum_imports import import_in_parts
 
 _SECONDS = 5  # that ranks wait for each other before they end with an error
@@ -46,7 +46,7 @@ def run_script(main: Callable[[], object]) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, partial(_end_at_once, os.getpid()))  # training has handlers of its own
     try:
-        with user_errors():
+        with user_errors(), memory_errors():
             main()
     except SystemExit as end:
         status = end.code

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 # Of the system, on a path that a user gave: whatever asks first whether it is there gets these.
 _OF_PATHS = (errno.EACCES, errno.ENAMETOOLONG)
+# In what PyTorch says where a Gaudi (a simulated one too) or the host has no memory left.
+_NO_MEMORY = ("Allocation failed for size", "can't allocate memory")
 
 
 class UserError(Exception):
@@ -21,6 +23,26 @@ class UserError(Exception):
     def __init__(self, message: str):
         # A process that loads data sends its error as a text that begins with a traceback.
         super().__init__(message.rpartition("UserError: ")[2].strip() if "Original Traceback" in message else message)
+
+
+class MemoryLimit(UserError):
+    """What a run needs is more than its card or the host has."""
+
+    status = 1
+
+
+@contextmanager
+def memory_errors(way_out: str = "--dry_run tells what a step of training takes, and which flags help most"):
+    """Raise :class:`MemoryLimit` instead of PyTorch's errors of memory, with the rank, which may be the only one."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = [line for line in str(error).splitlines() if any(words in line for words in _NO_MEMORY)]
+        if not lines:
+            raise
+        logging.getLogger("gaudi_lm").debug("the error of PyTorch", exc_info=error)
+        rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        raise MemoryLimit(f"{rank}out of memory: {lines[0].strip()}; {way_out}") from error
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from gaudi_lm.data.sampling import (
     loader_options,
     read_rows,
 )
+from gaudi_lm.errors import memory_errors
 from gaudi_lm.modeling.cross_entropy import full_cross_entropy
 from gaudi_lm.training.best_model import BestModelTrainer
 from gaudi_lm.training.custom_parts import own_figures
@@ -180,13 +181,12 @@ class EvaluatingTrainer(BestModelTrainer):
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
         return output
 
+    @memory_errors("give a smaller --per_device_eval_batch_size")
     def _run_over(self, dataset, ignore_keys: list[str] | None, prefix: str, predict: bool) -> PredictionOutput:
         args = self.args
-        options = {**loader_options(args), "worker_init_fn": self.worker_init, "labels_from_inputs": self.causal}
-        options["part"] = sequence_part(args)
-        loader = evaluation_loader(
-            dataset, self.evaluation_collator, args.eval_batch_size, *data_ranks(args), **options
-        )
+        options = {**loader_options(args), "worker_init_fn": self.worker_init}
+        rows = args.eval_batch_size, *data_ranks(args), self.causal, sequence_part(args)
+        loader = evaluation_loader(dataset, self.evaluation_collator, *rows, **options)
         model = self._evaluation_model()
         self.callback_handler.eval_dataloader = loader
         update, extra_inputs = _get_input_update_settings(self.model)

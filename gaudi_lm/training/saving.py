@@ -131,14 +131,14 @@ class ResumableTrainer(FSDPTrainer):
                 raise (self._saved_before(error) or error) from error.__cause__
 
     def _saved_before(self, error: UserError) -> UserError | None:
-        """Save the steps before a place of the data that cannot be read; several ranks would wait for each other."""
+        """Save the steps before data that cannot be read, or an evaluation that has no room; of one rank alone."""
         folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         new = self.state.global_step > self.resumption.step and not folder.exists()
         if isinstance(error, WriteError) or self.args.world_size > 1 or not (new and self.args.save_on_signal):
             return None
         self.args.save_only_model = False
         self._save_checkpoint(self.model_wrapped, trial=None)
-        return UserError(f"{error}; the steps before it are saved in {folder}")
+        return type(error)(f"{error}; the steps before it are saved in {folder}")
 
     def _inner_training_loop(self, batch_size=None, *args, **kwargs):
         if not self.args.auto_find_batch_size:

@@ -11,7 +11,7 @@ import pytest
 from running import ROOT, run, run_many
 
 import gaudi_simulator
-from gaudi_lm.errors import user_errors
+from gaudi_lm.errors import memory_errors, user_errors
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +195,25 @@ def test_a_path_that_may_not_be_looked_at_is_one_line(number, capsys):
     assert capsys.readouterr().err == f"error: /home/other/model: {os.strerror(number)}\n"
     with pytest.raises(PermissionError), user_errors():  # no path: a port, perhaps
         raise PermissionError(errno.EACCES, "denied")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[Rank:0] FATAL ERROR :: MODULE:PT_DEVMEM Allocation failed for size::4294967296 (4096)MB\nframe #0: ...",
+        "[enforce fail at alloc_cpu.cpp:131] . DefaultCPUAllocator: can't allocate memory: tried to get 9 bytes",
+    ],
+)
+def test_no_memory_is_one_line_of_its_rank(text, capsys, monkeypatch):
+    """As a Gaudi and the host report it; the other ranks may have enough."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="1"), user_errors(), memory_errors():
+        raise RuntimeError(text)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: rank 1: out of memory: {text.splitlines()[0]}; --dry_run tells"), line
+    with pytest.raises(RuntimeError, match="other"), user_errors(), memory_errors():
+        raise RuntimeError("an other one")
 
 
 def test_every_case_is_checked(request):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from running import copy_elsewhere, run, run_several
+from running import copy_elsewhere, losses, run, run_several
 from safetensors.torch import load_file
 from short_runs import common
 from tiny_models import tiny_model
@@ -74,3 +74,19 @@ def test_weights_come_back_bit_by_bit(model_type):
     with weights_as(model, torch.bfloat16, restore=False):
         pass
     assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_an_evaluation_without_memory_loses_no_step(instructions, tmp_path):
+    """The steps before it are saved; with a smaller batch the run goes on from there, as if it had had enough."""
+    flags = ["--do_train", "--do_eval", "--use_habana", "--max_steps", 4, "--eval_strategy", "steps"]
+    flags += ["--eval_steps", 2, "--save_steps", 2, "--lora_dropout", 0.2, "--per_device_eval_batch_size"]
+    whole, short = (common(instructions, tmp_path / name, *flags) for name in ("whole", "short"))
+    run("run_lora_clm.py", *whole, 2, env={"GAUDI_SIMULATOR": "1"})
+    card = {"GAUDI_SIMULATOR": "1", "GAUDI_SIMULATOR_MEMORY_GB": "0.007"}
+    line = run("run_lora_clm.py", *short, 512, env=card, code=1).stderr.splitlines()[-1]
+    assert line.startswith("error: out of memory: ") and "--per_device_eval_batch_size" in line, line
+    assert line.endswith(f"; the steps before it are saved in {tmp_path / 'short'}/checkpoint-2"), line
+    run("run_lora_clm.py", *short, 2, env=card)
+    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "short"))
+    assert one == other and losses(tmp_path / "whole") == losses(tmp_path / "short")
