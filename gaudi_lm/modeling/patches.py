@@ -61,6 +61,7 @@ def patch_libraries(device_type: str) -> None:
     leave_out_deepspeed()
     set_checkpoint_device(device_type)
     find_adapters_in_shards()
+    compile_regions_in_place()
     if device_type == "hpu":
         patch_adapter_layers()
         keep_width_of_heads()
@@ -102,6 +103,14 @@ def leave_out_deepspeed() -> None:
     accelerate 1.10 imports it in every run, where it is installed, to compare a model's class: a second in each rank.
     """
     accelerate.utils.other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
+
+
+@_needed_in("accelerate", "1.10")
+def compile_regions_in_place() -> None:
+    """Compile layers where they are, as under DeepSpeed: in a copy, a ``forward`` of the model's own calls none."""
+    accelerator: Any = importlib.import_module("optimum.habana.accelerate.accelerator")
+    compile_layers = accelerate.utils.other.compile_regions_deepspeed
+    accelerator.compile_regions = lambda model, **how: compile_layers(model, **how) or model
 
 
 @_needed_in("optimum-habana", "1.21")

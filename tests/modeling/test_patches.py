@@ -127,6 +127,13 @@ def test_deepspeed_is_looked_for_where_it_is_imported(monkeypatch):
     assert Accelerator().unwrap_model(engine) is model
 
 
+def test_a_copy_with_compiled_regions_calls_what_it_was_copied_from():
+    model = tiny_model("gpt2").eval()
+    model.forward = model.forward  # as the loss of this suite does
+    copy = accelerate.utils.other.compile_regions(model, backend=lambda *_: pytest.fail("compiled"))
+    copy(input_ids=torch.tensor([[1, 2, 3]]))
+
+
 def test_checkpointing_looks_for_a_card(unpatched):
     source = (HABANA / "transformers" / "gradient_checkpointing.py").read_text()
     assert '    DefaultDeviceType.set_device_type("hpu")' in source
