@@ -135,10 +135,8 @@ def publish_files(staging: Path, folder: Path) -> None:
     """
     for path in _files(staging):
         _flush(path)
-    complete = folder / COMPLETE
-    if complete.exists():
-        shutil.rmtree(complete)
-    os.rename(staging, complete)
+    finish_moving(folder)  # where a kill was in between, and no training has begun since
+    os.rename(staging, folder / COMPLETE)
     finish_moving(folder)
 
 

@@ -163,6 +163,8 @@ def clear_the_way(folder: Path, resumption: Resumption, remove: bool) -> None:
     """
     remove = remove and resumption.checkpoint is None
     if remove:
+        checkpoints.remove_incomplete(folder)  # else the next start would put in its place what a kill has left
+        checkpoints.finish_moving(folder)
         for path in (path for name in (*WEIGHTS, *REPORTS) for path in folder.glob(name)):
             if path.is_file():
                 path.unlink()

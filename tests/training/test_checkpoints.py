@@ -13,7 +13,8 @@ from resuming import CARD, CPU, script_flags, start, zero
 
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import checkpoints
-from gaudi_lm.training.resume import find_checkpoint
+from gaudi_lm.training.resume import clear_the_way, find_checkpoint
+from gaudi_lm.training.resumed_state import Resumption
 
 FILES = [
     "config.json", "gaudi_config.json", "generation_config.json", "model.safetensors", "optimizer.pt", "rng_state.pth",
@@ -68,7 +69,7 @@ def test_the_last_complete_checkpoint_is_taken(output, caplog):
     (output / "incomplete-notes").mkdir()  # not of this suite
     assert find_checkpoint(arguments(output)) == str(output / "checkpoint-6")
     assert sorted(path.name for path in output.iterdir()) == ["checkpoint-3", "checkpoint-6", "incomplete-notes"]
-    assert "incomplete-checkpoint-8" in caplog.text
+    assert "incomplete-checkpoint-8" in caplog.text and "no manifest.json" not in caplog.text
     assert checkpoints.faults(output / "checkpoint-6") == []
 
 
@@ -136,8 +137,13 @@ def seal_again(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"files": {}}', '{"files": {}, "run": {}}', '{"files": {"trainer_state.json": 3}, "run": {}}']
-)
+    "text",
+    [
+        "[]", '{"files": {}}', '{"files": {}, "run": {}}', '{"files": {"trainer_state.json": 3}, "run": {}}',
+        '{"files": {"trainer_state.json": {"size": 1, "sha256": ""}}}', '{"files": ["trainer_state.json"], "run": {}}',
+        '{"files": {"trainer_state.json": {"size": 1, "sha256": ""}, "config.json": {"size": 1}}, "run": {}}',
+    ],
+)  # fmt: skip
 def test_a_manifest_that_says_nothing_vouches_for_nothing(output, caplog, text):
     (output / "checkpoint-6" / "manifest.json").write_text(text)
     assert find_checkpoint(arguments(output)) == str(output / "checkpoint-3")
@@ -145,6 +151,11 @@ def test_a_manifest_that_says_nothing_vouches_for_nothing(output, caplog, text):
 
 
 def test_a_checkpoint_under_the_name_of_another_step(output, caplog):
+    for name in ("checkpoint-best", "notes-7"):  # names of no step
+        (output / name).mkdir()
+        assert checkpoints.checkpoint_step(output / name) is None
+    (output / "checkpoint-7").touch()
+    assert checkpoints.checkpoints_in(output) == [output / "checkpoint-6", output / "checkpoint-3"]
     (output / "checkpoint-6").rename(output / "checkpoint-99")
     assert find_checkpoint(arguments(output)) == str(output / "checkpoint-3")
     assert "trainer_state.json is of step 6" in caplog.text
@@ -210,6 +221,28 @@ def test_the_state_of_another_transformers(output, caplog):
     assert "trainer_state.json is damaged" in caplog.text and "'newer'" in caplog.text
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """The second time it takes the place of another one; a machine that loses its power forgets what is not there."""
+    done: list = []
+    flush, rename = os.fsync, os.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (done.append(os.readlink(f"/proc/self/fd/{number}")), flush(number))
+    )
+    monkeypatch.setattr(os, "rename", lambda *names: (done.append(names), rename(*names)))
+    folder = tmp_path / "checkpoint-1"
+    staging = checkpoints.incomplete(folder)
+    for content in ("first", "second"):
+        done.clear()
+        (staging / "inner").mkdir(parents=True)
+        (staging / "inner" / "model.safetensors").write_text(content)
+        checkpoints.seal(staging, {})
+        written = {str(path) for path in (staging, *staging.rglob("*"))}
+        checkpoints.publish(folder)
+        assert written <= {*done[: done.index((staging, folder))]} and done[-1] == str(tmp_path)
+        assert (folder / "inner" / "model.safetensors").read_text() == content
+        assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_results_that_were_being_moved_are_moved(output):
     """Killed between two renames, the folder holds all of the results or gets them at the next start."""
     staging = output / "incomplete-files"
@@ -222,6 +255,39 @@ def test_results_that_were_being_moved_are_moved(output):
     for name in ("config.json", "model.safetensors", "merged/config.json"):
         assert (output / name).read_text() == name
     assert not (output / "complete-files").exists()
+
+
+def test_results_that_were_being_moved_are_not_lost_to_later_ones(tmp_path):
+    """Those of an evaluation alone, which looks for no checkpoint, took the place of a trained model's."""
+    for name in ("complete-files/model.safetensors", "incomplete-files/eval_results.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    checkpoints.publish_files(tmp_path / "incomplete-files", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "eval_results.json"}
+
+
+def test_overwriting_removes_what_a_kill_has_left(output):
+    """The next start would put it in its place, and resume from the checkpoint of the run that was overwritten."""
+    (output / "checkpoint-6").rename(output / "incomplete-replaced-checkpoint-6")
+    (output / "complete-files").mkdir()
+    (output / "complete-files" / "model.safetensors").touch()
+    clear_the_way(output, Resumption(), remove=True)
+    assert not list(output.iterdir())
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_what_is_not_on_the_way_to_the_checkpoint_is_set_aside(output, remove):
+    """Not removed, even where overwriting is asked for: a named checkpoint may be among them."""
+    clear_the_way(output, Resumption(str(output / "checkpoint-6")), remove)
+    assert {path.name for path in output.iterdir()} == {"checkpoint-3", "checkpoint-6", "incomplete-checkpoint-8"}
+    other = output / "checkpoint-3" / "trainer_state.json"
+    rows = [{"step": 2, "loss": 99.0}, {"step": 3, "loss": float("nan")}]
+    other.write_text(json.dumps({**json.loads(other.read_text()), "log_history": rows}))
+    clear_the_way(output, Resumption(str(output / "checkpoint-3")), remove)
+    assert (output / "checkpoint-3").is_dir() and (output / "unused-checkpoint-6").is_dir()
+    (output / "unused-checkpoint-6").rename(output / "checkpoint-6")
+    clear_the_way(output, Resumption(str(output / "checkpoint-6")), remove)
+    assert (output / "checkpoint-6").is_dir() and (output / "unused-checkpoint-3").is_dir()
 
 
 def test_a_checkpoint_that_was_being_replaced_is_there(output):
@@ -241,8 +307,17 @@ def test_what_the_flag_asks_for(output):
     for wanted in ("False", str(output / "checkpoint-4"), str(output)):
         with pytest.raises(UserError, match="--resume_from_checkpoint"):
             find_checkpoint(arguments(output, resume_from_checkpoint=wanted))
+    with pytest.raises(UserError, match=f"Name another one, such as {output / 'checkpoint-6'}$"):
+        find_checkpoint(arguments(output, resume_from_checkpoint=str(output)))
     with pytest.raises(UserError, match="holds no checkpoint"):
         find_checkpoint(arguments(output.parent / "nowhere", resume_from_checkpoint="True"))
+    assert find_checkpoint(arguments(output.parent / "nowhere", resume_from_checkpoint="False")) is None
+
+
+@pytest.mark.parametrize("looks", [{"process_index": 1}, {"dry_run": True}, {"overwrite_output_dir": True}])
+def test_what_a_kill_has_left_is_removed_by_the_main_rank_where_it_resumes(output, looks):
+    assert find_checkpoint(arguments(output, **looks)) is None
+    assert (output / "incomplete-checkpoint-8").is_dir()
 
 
 def test_a_restart_after_an_interruption_finds_its_folder(output, trained, tmp_path):
@@ -258,15 +333,23 @@ def test_a_restart_after_an_interruption_finds_its_folder(output, trained, tmp_p
     with pytest.raises(UserError, match="is not empty and holds no checkpoint"):
         find_checkpoint(arguments(folder, resume_from_checkpoint=named))
     assert find_checkpoint(arguments(folder, resume_from_checkpoint=named, dry_run=True)) == named
+    shutil.copytree(folder / "best", folder / "checkpoint-6")  # of another run, and is set aside
+    assert find_checkpoint(arguments(folder, resume_from_checkpoint=named)) == named
 
 
 @pytest.mark.parametrize("flag", ("model_name_or_path", "adapter_name_or_path"))
-def test_what_a_run_begins_from_is_not_overwritten(output, flag):
+def test_what_a_run_begins_from_is_not_overwritten(output, flag, monkeypatch):
     for place in (output, output / "checkpoint-3"):
         inputs = arguments(output, overwrite_output_dir=True, flags={flag: str(place)})
+        planned = arguments(output, overwrite_output_dir=True, flags={flag: str(place)}, dry_run=True)
+        assert find_checkpoint(planned) is None
         with pytest.raises(UserError, match=f"--overwrite_output_dir: --{flag} {place} is in --output_dir"):
             find_checkpoint(inputs)
     assert find_checkpoint(arguments(output, overwrite_output_dir=True, flags={flag: str(output.parent)})) is None
+    assert find_checkpoint(arguments(output, flags={flag: str(output)})) == str(output / "checkpoint-6")
+    monkeypatch.chdir(output)  # where neither no name nor that of a repository is a place
+    for name in (None, "org/name"):
+        assert find_checkpoint(arguments(output, overwrite_output_dir=True, flags={flag: name})) is None
 
 
 def test_whoever_may_read_the_folder_may_read_its_files(trained):

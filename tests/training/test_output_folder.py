@@ -8,7 +8,7 @@ from running import losses, results, run
 from short_runs import scratch
 
 from gaudi_lm.errors import UserError
-from gaudi_lm.training.resume import find_checkpoint
+from gaudi_lm.training.resume import find_checkpoint, is_log
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,12 @@ def test_logs_are_no_obstacle(tmp_path, path, allowed):
         with pytest.raises(UserError, match="is not empty and holds no checkpoint"):
             find_checkpoint(run_flags)
     assert (tmp_path / path).read_text() == "something"
+
+
+def test_a_folder_of_logs_and_more_is_an_obstacle(tmp_path):
+    for name in ("rank0.log", "notes.txt"):
+        (tmp_path / name).touch()
+    assert not is_log(tmp_path)
 
 
 @pytest.mark.slow
