@@ -86,21 +86,24 @@ def _instructions(code: types.CodeType) -> list[tuple[str, Any]]:
 class _Walk:
     def __init__(self):
         self.digest = hashlib.sha256()
-        self.seen: dict[int, object] = {}  # by id; the values are held, so that no id is used twice
+        # By id: their number and the values, which are held so that no id is used twice.
+        self.seen: dict[int, tuple[int, object]] = {}
 
     def note(self, *words: object) -> None:
         self.digest.update("\0".join(map(str, words)).encode("utf-8", "surrogatepass") + b"\1")
 
     def visit(self, value: object) -> None:
+        if _is_own(type(value).__module__):
+            self.visit(type(value))  # whose methods decide what becomes of a text or a tuple, too
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes, type(...))):
             self.note(type(value).__name__, repr(value))
             return
         # Equal constants are one object or several, depending on how a module was compiled.
         if not isinstance(value, (tuple, frozenset, types.CodeType)):
             if id(value) in self.seen:
-                self.note("again")
+                self.note("again", self.seen[id(value)][0])
                 return
-            self.seen[id(value)] = value
+            self.seen[id(value)] = len(self.seen), value
         self.note(type(value).__qualname__)
         if isinstance(value, (list, tuple)):
             self.note(len(value))
@@ -133,7 +136,6 @@ class _Walk:
         elif isinstance(value, Dataset):
             self.note(value._fingerprint)
         elif _is_own(type(value).__module__) and hasattr(value, "__dict__"):
-            self.visit(type(value))
             self.visit(vars(value))
         else:
             self._named(type(value).__module__, type(value).__qualname__)
@@ -168,6 +170,8 @@ class _Walk:
 
     def _code(self, code: types.CodeType, namespace: dict) -> None:
         self.note(code.co_code.hex(), code.co_argcount, code.co_kwonlyargcount, code.co_flags, *code.co_names)
+        self.note(*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])  # which a caller may give by name
+        self.note(getattr(code, "co_exceptiontable", b"").hex())  # alone tells Python 3.12 what is within a try
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._code(constant, namespace)

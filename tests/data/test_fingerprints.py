@@ -21,7 +21,9 @@ from gaudi_lm.data.fingerprints import fingerprint
 
 MLM = load_script("run_mlm")
 SOURCE = """
+import enum
 import re
+import typing
 
 PROMPT = "Question: {} Answer:"
 NAMES = ["a", "b"]
@@ -33,6 +35,33 @@ def strip(text, marks=".!"):
     return text.strip(marks)
 
 
+def join(first, second):
+    return first + second
+
+
+def number(text):
+    try:
+        value = int(text)
+    except ValueError:
+        return None
+    value = NAMES[value]
+    return value
+
+
+class Turn(typing.NamedTuple):
+    role: str
+
+    def text(self):
+        return self.role.upper()
+
+
+class Kind(str, enum.Enum):
+    USER = "user"
+
+    def text(self):
+        return self.value.lower()
+
+
 class Form:
     ending = "\\n"
 
@@ -40,8 +69,12 @@ class Form:
         return PROMPT.format(strip(text)) + self.ending
 
 
-def make(size, form=Form()):
+COLUMNS = {"x": strip, "y": number, "z": strip, "w": number}
+
+
+def make(size, form=Form(), turn=Turn("user"), kind=Kind.USER):
     def rows(table):
+        table = [join(first=COLUMNS[turn.text()](text), second=kind.text()) for text in table]
         # a comment
         texts = [form.fill(text)[:size] for text in table if PATTERN.match(text) and text in LOWER]
         return sorted(texts, key=lambda text: NAMES.index(text))
@@ -60,6 +93,17 @@ CHANGES = {
     "method": ("+ self.ending", "+ 2 * self.ending"),
     "expression": ("[:size]", "[: size + 1]"),
     "lambda": ("NAMES.index(text)", "-NAMES.index(text)"),
+    "which function": ('"z": strip, "w": number', '"z": number, "w": strip'),
+    "names of arguments": (
+        "join(first, second):\n    return first + second",
+        "join(second, first):\n    return second + first",
+    ),
+    "within a try": (
+        "        value = int(text)\n    except ValueError:\n        return None\n    value = NAMES[value]\n",
+        "        value = int(text)\n        value = NAMES[value]\n    except ValueError:\n        return None\n",
+    ),
+    "method of a tuple": ("self.role.upper()", "self.role.lower()"),
+    "method of a text": ("self.value.lower()", "self.value.upper()"),
     "condition": ("and text in LOWER", "or text in LOWER"),
 }
 
