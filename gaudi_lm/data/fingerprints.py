@@ -99,7 +99,7 @@ class _Walk:
             self.note(type(value).__name__, repr(value))
             return
         # Equal constants are one object or several, depending on how a module was compiled.
-        if not isinstance(value, (tuple, frozenset, types.CodeType)):
+        if not isinstance(value, (tuple, frozenset)):
             if id(value) in self.seen:
                 self.note("again", self.seen[id(value)][0])
                 return
@@ -113,19 +113,15 @@ class _Walk:
             self.note(*sorted(fingerprint(item) for item in value))
         elif isinstance(value, dict):
             self.visit([*value.items()])
-        elif isinstance(value, types.CodeType):
-            self._code(value, {})
         elif isinstance(value, functools.partial):
             self.visit((value.func, value.args, value.keywords))
         elif isinstance(value, types.MethodType):
             self.visit((value.__func__, value.__self__))
-        elif isinstance(value, (staticmethod, classmethod)):
-            self.visit(value.__func__)
         elif isinstance(value, property):
             self.visit((value.fget, value.fset))
         elif isinstance(value, types.FunctionType):
             self._function(value)
-        elif hasattr(value, "__wrapped__") and callable(value):  # a decorated function
+        elif hasattr(value, "__wrapped__"):  # a decorated function, or a static or class method
             self.visit(value.__wrapped__)
         elif isinstance(value, type):
             self._class(value)

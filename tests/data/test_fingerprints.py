@@ -1,5 +1,6 @@
 """A cached result is found again exactly where nothing that decides its rows has changed."""
 
+import functools
 import importlib
 import json
 import subprocess
@@ -128,6 +129,57 @@ def test_values_count_and_layout_does_not():
     other_layout = SOURCE.replace("        # a comment\n", "\n\n        # another comment\n")
     unrelated = other_layout + "\n\ndef other():\n    return 1\n"
     assert fingerprint(functions(unrelated).make(3)) == fingerprint(first.make(3))
+
+
+def made(body: str, **names):
+    """A class ``Made``, with what it needs."""
+    space = {"__name__": "script_of_a_user", **names}
+    exec("import functools\n" + body, space)
+    return space["Made"]
+
+
+class Base:
+    def __init__(self, value):
+        self.value = value
+
+    def get(self):
+        return self.value
+
+
+class Other(Base):
+    def get(self):
+        return 2 * self.value
+
+
+DIFFER = {
+    "constants": (lambda: "one", lambda: "two"),
+    "lists and tuples": ([1], (1,)),
+    "where a tuple ends": (((1,), 2), ((1, 2),)),
+    "sets": ({"a"}, {"b"}),
+    "functions given a value": (functools.partial(lambda x: x, 1), functools.partial(lambda x: x, 2)),
+    "methods of instances": (Base(lambda: 1).get, Base(lambda: 2).get),
+    "attributes": (Base(lambda: 1), Base(lambda: 2)),
+    "decorated functions": (functools.cache(lambda: 1), functools.cache(lambda: 2)),
+    "functions of libraries": (json.dumps, json.loads),
+    "types of libraries": (pa.Table, pa.Array),
+    "modules": (json, pa),
+    "bases": (made("class Made(base): pass", base=Base), made("class Made(base): pass", base=Other)),
+    "slots": [made(f"class Made:\n __slots__ = ()\n def f(self): return {value}")() for value in (1, 2)],
+    "names of members": (made("class Made: x, y = 1, 2"), made("class Made: y, x = 1, 2")),
+    **{
+        name: tuple(made(f"class Made:\n {head}: return {value}") for value in (1, 2))
+        for name, head in {
+            "static methods": "@staticmethod\n def f()", "properties": "@property\n def f(self)",
+            "class methods": "@classmethod\n def f(cls)", "special methods": "def __call__(self)",
+        }.items()
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DIFFER)
+def test_values_that_do_something_else(kind):
+    one, other = DIFFER[kind]
+    assert fingerprint(one) != fingerprint(other)
 
 
 USES = {
