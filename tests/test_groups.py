@@ -1,4 +1,4 @@
-"""Tests of a group run in one worker, one after the other: they share what is slow to make, or need both processors."""
+"""Tests of a group run in one worker, one after the other: they share what is slow to make, or need all processors."""
 
 import pytest
 

@@ -124,7 +124,8 @@ def _system_column(there: list[str]) -> str | None:
 def _find_conversations(dataset: Dataset) -> ExampleFormat | None:
     """The format of conversations in a column, or in two: prompts and completions that are lists of messages."""
     there = dataset.column_names
-    found = {"system": _system_column(there), "tools": "tools" if "tools" in there else None}
+    tools = next((name for name in ("tools", "functions") if name in there), None)
+    found = {"system": _system_column(there), "tools": tools}
     more = {part: column for part, column in found.items() if column}
     for column in CONVERSATIONS:
         if column in there and (column == "messages" or is_conversation(_first_value(dataset, column)[1])):
@@ -218,4 +219,7 @@ def conversation(row: dict[str, Any], example_format: ExampleFormat) -> tuple[li
         messages = read_messages(parts["messages"])
     if str(parts.get("system") or "").strip() and messages[0]["role"] != "system":
         messages, first = [{"role": "system", "content": str(parts["system"])}, *messages], first + bool(first)
-    return messages, read_tools(parts.get("tools")), first
+    tools = read_tools(parts.get("tools"))
+    if tools and example_format.columns["tools"] == "functions":  # as OpenAI named them first
+        tools = [{"type": "function", "function": tool} for tool in tools]
+    return messages, tools, first

@@ -565,6 +565,12 @@ def test_calls_of_functions_in_the_older_format(tokenizer, content):
     call = {"name": "get", "arguments": '{"city": "Rom"}'}
     older = [user("hi"), assistant(content, function_call=call), {"role": "function", "name": "get", "content": "17"}]
     assert marked(tokenizer, TOOLS, [*older, TOOL_MESSAGES[3]]) == marked(tokenizer, TOOLS, TOOL_MESSAGES)
+    function = {"name": "get", "parameters": {"city": "string"}}
+    rows = [{"messages": older, "functions": [function]}, {"messages": older, "functions": None}]
+    newer = [{"messages": older, "tools": [{"type": "function", "function": function}]}, {"messages": older}]
+    assert [row["input_ids"].tolist() for row in rows_of(tokenizer, rows)] == [
+        row["input_ids"].tolist() for row in rows_of(tokenizer, newer)
+    ]
 
 
 @pytest.mark.parametrize("as_text", [True, False])
