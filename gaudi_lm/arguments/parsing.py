@@ -86,7 +86,7 @@ class _Help(argparse.HelpFormatter):
         default = getattr(action.default, "value", action.default)
         if default in (None, argparse.SUPPRESS, "", [], {}) or "default" in action.help.lower():
             return action.help
-        shown = " ".join(default) if isinstance(default, list) else str(default)
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
         return f"{action.help.rstrip()} (default: {shown.replace('%', '%%')})"
 
 
@@ -104,8 +104,6 @@ def build_parser(*dataclass_types: type) -> argparse.ArgumentParser:
         if action.help:
             # argparse formats help texts with %, and some upstream texts hold bare percent signs.
             action.help = action.help.replace("%", "%%").replace("%%(", "%(").replace("%%%%", "%%")
-        else:
-            action.help = f"See {action.dest} in the documentation of transformers.TrainingArguments."
     _group(parser, dataclass_types)
     return parser
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from gaudi_lm.arguments.parsing import parse
+from gaudi_lm.arguments.parsing import build_parser, parse
 from gaudi_lm.config_files import expand_config_file
 from gaudi_lm.errors import UserError
 
@@ -30,6 +30,17 @@ class Flags:
 
 def flags(*words: str) -> Flags:
     return parse(list(words), Flags)[0]
+
+
+def test_help_of_flags_of_ones_own():
+    @dataclass
+    class Own:
+        weights: list[float] = field(default_factory=lambda: [0.5, 1.0], metadata={"help": "About 50% of them."})
+        plain: int = 3
+
+    shown = build_parser(Own).format_help()
+    assert "About 50% of them. (default: 0.5 1.0)" in shown
+    assert "--plain PLAIN\n" in shown, "no text, rather than another flag's"
 
 
 CONTENTS = {
