@@ -89,7 +89,10 @@ def check_together(args) -> None:
     check_optimizer(args.optim, args.optim_args, args.optim_target_modules)
     check_reporters(args.report_to)
     check_scheduler(args, read_mapping("lr_scheduler_kwargs", args.lr_scheduler_kwargs, is_file=False) or {})
-    _check_accelerator(read_mapping("accelerator_config", args.accelerator_config, is_file=True) or {})
+    accelerator = args.accelerator_config
+    if isinstance(accelerator, AcceleratorConfig):  # of arguments that were copied
+        accelerator = accelerator.to_dict()
+    _check_accelerator(read_mapping("accelerator_config", accelerator, is_file=True) or {})
     _check_checkpointing(read_mapping("gradient_checkpointing_kwargs", args.gradient_checkpointing_kwargs, False))
     _check_deepspeed(args, read_mapping("deepspeed", args.deepspeed, is_file=True))
     _check_fsdp(args, read_mapping("fsdp_config", args.fsdp_config, is_file=True) or {})

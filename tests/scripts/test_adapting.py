@@ -1,5 +1,6 @@
 """docs/adapting.md: each diff applies to its script, and the result does what the page says."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -147,6 +148,11 @@ def test_parts_that_return_or_take_something_else(tmp_path):
         assert returning_loss(lambda outputs: outputs, "loss_func")(weight.sum()) == 2
     with pytest.raises(UserError, match="^rows have the columns tokens: the tokens are to be in input_ids$"):
         load_script("run_clm").collate_blocks([{"tokens": [1]}])
+
+
+def test_training_arguments_are_copied_with_a_change(tmp_path):
+    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True)
+    assert dataclasses.replace(args, learning_rate=1).learning_rate == 1
 
 
 def test_a_compute_loss_of_an_older_transformers(tmp_path):
