@@ -274,7 +274,7 @@ def build_trainer(
     if training_args.device.type != "hpu":
         complete_generation_config()
     check_model(model, training_args, own_figures=bool(loss_func or compute_metrics))
-    if compute_metrics is None:
+    if compute_metrics is None and trainer_class.evaluate is LMTrainer.evaluate:
         given = METRICS if loss_func is None else ("loss",)
         check_best_metric(training_args.metric_for_best_model, eval_dataset, given)
     custom_parts.check_weights(model, training_args)

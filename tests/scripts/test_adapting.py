@@ -472,6 +472,28 @@ def test_a_loss_func_has_no_perplexity(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_figure_that_evaluate_adds(assets, tmp_path):
+    """It may be that of the best model."""
+    script = copy_elsewhere("run_clm.py", tmp_path / "mine")
+    text = script.read_text().replace(
+        "from gaudi_lm.training.trainer import build_trainer\n",
+        """from gaudi_lm.training.trainer import LMTrainer, build_trainer
+
+
+class MyTrainer(LMTrainer):
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        return {**metrics, "eval_bits": metrics["eval_loss"] / 0.6931}
+""",
+    )
+    script.write_text(text.replace("        collate_blocks,\n", "        collate_blocks,\n        trainer_class=MyTrainer,\n"))
+    best = ["--metric_for_best_model", "bits", "--eval_strategy", "steps", "--eval_steps", 2, "--save_steps", 2]
+    run(script, *scratch(assets, tmp_path / "out", *EVALUATE, *best, "--load_best_model_at_end"))
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["best_metric"] == pytest.approx(results(tmp_path / "out")["eval_loss"] / 0.6931)
+
+
+@pytest.mark.slow
 def test_callbacks(assets, tmp_path):
     script = adapted(tmp_path / "mine", "EarlyStoppingCallback")
     steps = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1, "--load_best_model_at_end"]
