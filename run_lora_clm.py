@@ -234,13 +234,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # Card
     if training_args.do_train:
-        write_card(
-            trainer,
-            task="text-generation",
-            base_model=model_args.model_name_or_path,
-            data=data_args,
-            library="peft",
-        )
+        write_card(trainer, task="text-generation", base_model=model_args.model_name_or_path, data=data_args)
     logger.info("done")
     return metrics
 

@@ -14,6 +14,7 @@ import datasets
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft import PeftModel
 
 from gaudi_lm.arguments.definitions import DataArguments
 from gaudi_lm.config_files import split_flag
@@ -48,7 +49,6 @@ def write_model_card(
     base_model: str | None,
     data: DataArguments,
     samples: list[tuple[str, str]],
-    library: str = "transformers",
 ) -> None:
     """Write a model card.
 
@@ -60,7 +60,6 @@ def write_model_card(
         base_model: hub name or folder of the model that was fine-tuned; None for one from scratch.
         data: what was trained and evaluated on.
         samples: prompts, and what the trained model makes of them.
-        library: with which the result is loaded, ``transformers`` or ``peft``.
     """
     args, state = trainer.args, trainer.state
     on_hub = base_model is not None and not Path(base_model).exists()
@@ -72,7 +71,7 @@ def write_model_card(
     evaluated = {"dataset_type": dataset or "text", "dataset_name": data.described(), "dataset_split": "validation"}
     meta = ModelCardData(
         model_name=title,
-        library_name=library,
+        library_name="peft" if isinstance(trainer.plain_model, PeftModel) else "transformers",
         pipeline_tag=task,
         base_model=base_model if on_hub else None,
         datasets=[dataset] if dataset else None,

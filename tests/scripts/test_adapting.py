@@ -472,6 +472,18 @@ def test_a_loss_func_has_no_perplexity(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_adapter_of_ones_own(assets, tmp_path):
+    script = with_blocks(tmp_path / "mine", 'model = get_peft_model(model, LoraConfig(target_modules=["c_attn"]))')
+    code = script.read_text()
+    script.write_text(
+        code.replace("from datasets import", "from peft import LoraConfig, get_peft_model\nfrom datasets import")
+    )
+    run(script, *scratch(assets, tmp_path / "out", *EVALUATE))
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
 def test_a_figure_that_evaluate_adds(assets, tmp_path):
     """It may be that of the best model."""
     script = copy_elsewhere("run_clm.py", tmp_path / "mine")
@@ -486,7 +498,9 @@ class MyTrainer(LMTrainer):
         return {**metrics, "eval_bits": metrics["eval_loss"] / 0.6931}
 """,
     )
-    script.write_text(text.replace("        collate_blocks,\n", "        collate_blocks,\n        trainer_class=MyTrainer,\n"))
+    script.write_text(
+        text.replace("        collate_blocks,\n", "        collate_blocks,\n        trainer_class=MyTrainer,\n")
+    )
     best = ["--metric_for_best_model", "bits", "--eval_strategy", "steps", "--eval_steps", 2, "--save_steps", 2]
     run(script, *scratch(assets, tmp_path / "out", *EVALUATE, *best, "--load_best_model_at_end"))
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
