@@ -134,7 +134,12 @@ def install_token_loss(
         if reason:
             with _uncompiled(self.config):
                 outputs = run(**kwargs)
-            loss_sum, correct = full_cross_entropy(outputs.logits, labels, smoothing)
+            if not isinstance(outputs, dict) or not torch.is_tensor(outputs.get("logits")):
+                raise UserError(
+                    f"{type(self).__name__}.forward made a {type(outputs).__name__} without logits: return them by "
+                    "name, as CausalLMOutput(logits=logits) of transformers"
+                )
+            loss_sum, correct = full_cross_entropy(outputs["logits"], labels, smoothing)
         else:
             rows = None
             if entry and max_predictions_per_seq is not None:

@@ -104,6 +104,18 @@ def check_budget(budget: object, *collators: object) -> None:
             )
 
 
+def check_class(model: object) -> None:
+    """Refuse a model without the configuration, the head and the ways to save it that transformers gives its models.
+
+    Raises:
+        UserError: it is neither one of transformers nor one of peft.
+    """
+    if not isinstance(model, (PreTrainedModel, PeftModel)):
+        raise UserError(
+            f"build_trainer takes a PreTrainedModel of transformers or a PeftModel, not a {type(model).__name__}"
+        )
+
+
 def check_weights(model: PreTrainedModel | PeftModel, args) -> None:
     """Refuse to train a model whose weights are all frozen, or whose class does not declare those that it shares: in
     the end it could not be saved.

@@ -262,6 +262,7 @@ def build_trainer(
     """
     custom_parts.check_parts(trainer_class, LMTrainer, loss_func, training_args, train_dataset, eval_dataset)
     custom_parts.check_budget(loss_options.get("max_predictions_per_seq"), collator, evaluation_collator or collator)
+    custom_parts.check_class(model)
     if training_args.gradient_checkpointing and training_args.device.type == "hpu":
         repair_gradient_checkpointing(model)
     if loss_func is None:
