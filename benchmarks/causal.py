@@ -106,12 +106,12 @@ def clm_step(rounds: int = 9) -> None:
     write_report("clm_limit", share, ">= 0.75", share >= 0.75, figures)
 
 
-def alpaca_like_lengths(texts: int = 2000) -> np.ndarray:
-    """Lengths in tokens like those of Alpaca's examples in their prompt template.
+def alpaca_like_lengths() -> np.ndarray:
+    """Lengths of 2,000 texts in tokens, like those of Alpaca's examples in their prompt template.
 
     Log-normal, median 90, mean about 102, 1 % above 280: the template alone has about 40 tokens.
     """
-    drawn = 40 + np.random.default_rng(0).lognormal(np.log(50), 0.7, texts)
+    drawn = 40 + np.random.default_rng(0).lognormal(np.log(50), 0.7, 2000)
     return np.minimum(drawn.astype(int), LENGTH)
 
 

@@ -59,7 +59,7 @@ def train(pace: Pace, batches: list[dict], masked_head: bool) -> None:
         step += 1
 
 
-def _report(name, turns, ours, theirs, target, extra, note=""):
+def _report(name, turns, ours, theirs, target, extra):
     model = roberta_base()
     speed = {who: [{"speed": t["tokens"] / t["seconds"]} for t in turns[who]] for who in (ours, theirs)}
     ratio = paired_ratio(speed[ours], speed[theirs], "speed")
@@ -77,7 +77,7 @@ def _report(name, turns, ours, theirs, target, extra, note=""):
         figures[f"{who}_flop_per_token"] = per_token
         figures[f"{who}_share_of_sgemm"] = tokens * per_token / limit
         figures[f"{who}_added_memory_mib"] = median(turns[who], "added_memory") / MIB
-    write_report(name, ratio, f">= {target}", ratio >= target, figures, note)
+    write_report(name, ratio, f">= {target}", ratio >= target, figures)
 
 
 def mlm_head(rounds: int = 7, batch: int = 4) -> None:

@@ -21,9 +21,9 @@ RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
 
 
-def resident(field: str = "VmRSS", process: int | str = "self") -> int:
-    """Bytes of a line of /proc/PID/status: VmRSS, VmHWM (its peak), RssAnon, ..."""
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of a line of this process's /proc/PID/status: VmRSS, VmHWM (its peak), RssAnon, ..."""
+    for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(field)
@@ -66,22 +66,19 @@ def _contend(contender, arguments, connection, threads):
     contender(Pace(connection), **arguments)
 
 
-def race(
-    contenders: dict[str, tuple[Callable, dict]], rounds: int, warmup: int = 1, threads: int | None = None
-) -> dict[str, list[dict]]:
+def race(contenders: dict[str, tuple[Callable, dict]], rounds: int) -> dict[str, list[dict]]:
     """Let contenders take turns: one step each per round.
 
     Args:
         contenders: by name, a module-level function that calls `pace.lap()` after each step, for ever, and its other
             arguments. Its set-up lies before the first call.
-        rounds: turns that count; warmup: turns before them that do not. One turn between them is for the memory.
-        threads: of each contender; by default all cores that this process may use.
+        rounds: turns that count, after one to warm up and one for the memory.
 
     Returns: by name, the figures of each counted turn: `seconds`; `cpu_seconds` of all threads, which others on the
     machine disturb less; what was passed to `lap`; and `added_memory`, bytes of resident memory that a step needs at
     its peak beyond what the contender holds between steps.
     """
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     context = multiprocessing.get_context("spawn")
     lines, processes = {}, []
@@ -93,7 +90,7 @@ def race(
         lines[name].recv()  # set up one after the other, so that none slows another's first step
     turns = {name: [] for name in contenders}
     added_memory = {}
-    for turn in ["warm up"] * warmup + ["memory"] + ["time"] * rounds:
+    for turn in ["warm up", "memory"] + ["time"] * rounds:
         for name, line in lines.items():
             line.send(turn)
             figures = line.recv()

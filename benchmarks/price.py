@@ -236,12 +236,12 @@ def count(workload: Workload, side: str, folder: Path) -> dict[str, float]:
         return figures_of(workload, counts, output)
 
 
-def least_zero_2_bytes(ranks: int = 2) -> float:
-    """What a rank sends in a step of ZeRO-2 at least: gradients to their owners and weights from them, in bf16."""
+def least_zero_2_bytes() -> float:
+    """What each of two ranks sends in a step of ZeRO-2 at least: gradients to owners, weights from them, in bf16."""
     model_class, config = MODELS["gpt2"]
     with torch.device("meta"):
         weights = sum(p.numel() for p in model_class(config).parameters())
-    return 2 * 2 * weights * (ranks - 1) / ranks
+    return 2 * 2 * weights / 2
 
 
 def compare(workload: Workload, ours: dict[str, float], upstream: dict[str, float], least: float) -> dict[str, dict]:

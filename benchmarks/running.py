@@ -26,9 +26,9 @@ def _prepare(folder: str) -> list[str]:
     return ["--tokenizer_name", f"{folder}/tokenizer", "--train_file", file, "--validation_file", file]
 
 
-def _environment(folder: str, threads: int, **more: str) -> dict[str, str]:
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/hub", "OMP_NUM_THREADS": str(threads)}
-    return {**os.environ, **offline, **more}
+def _environment(folder: str) -> dict[str, str]:
+    """Offline, with one thread."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/hub", "OMP_NUM_THREADS": "1"}
 
 
 def _run(command: list[str], environment: dict[str, str], cores: set[int] | None = None) -> int:
@@ -54,7 +54,7 @@ def eval_memory(blocks: int = 25, rounds: int = 3) -> None:
                 command = [sys.executable, "run_clm.py", "--use_cpu", *flags, "--model_type", "gpt2"]
                 command += ["--config_overrides", TINY, "--block_size", "512", "--do_eval"]
                 command += ["--max_eval_samples", str(count), "--output_dir", f"{folder}/{count}"]
-                peaks[count].append(_run(command, _environment(folder, 1)))
+                peaks[count].append(_run(command, _environment(folder)))
                 done = json.loads(Path(folder, str(count), "all_results.json").read_text())
                 if done["eval_samples"] != count:
                     raise RuntimeError(f"{done['eval_samples']} blocks were evaluated, not {count}")
@@ -98,7 +98,7 @@ def startup(rounds: int = 3) -> None:
         command = [sys.executable, "run_clm.py", "--use_cpu", *_prepare(folder), "--model_type", "gpt2"]
         command += ["--config_overrides", TINY, "--block_size", "512", "--do_train", "--max_steps", "1"]
         command += ["--logging_steps", "1", "--overwrite_output_dir", "--output_dir", f"{folder}/output"]
-        environment = _environment(folder, 1)
+        environment = _environment(folder)
         for turn in range(rounds + 1):
             first_step = _seconds_to(r"step 1/1", command, environment)
             imported = _seconds_to("imported", [sys.executable, "-c", imports], environment)
@@ -118,7 +118,7 @@ def answers(rounds: int = 3) -> None:
     """``--help``, a wrong flag and ``--dry_run`` of run_clm.py, against importing torch and transformers alone."""
     seconds: dict[str, list[float]] = {"import": [], "help": [], "wrong_flag": [], "dry_run": []}
     with tempfile.TemporaryDirectory() as folder:
-        environment, script = _environment(folder, 1), [sys.executable, "run_clm.py"]
+        environment, script = _environment(folder), [sys.executable, "run_clm.py"]
         run = ["--use_cpu", *_prepare(folder), "--model_type", "gpt2", "--config_overrides", TINY, "--do_train"]
         run += ["--block_size", "512", "--output_dir", f"{folder}/output"]
         commands = {
@@ -163,7 +163,7 @@ def weak_scaling(rounds: int = 3, steps: int = 6, warmup: int = 2) -> None:
         script += ["--do_train", "--max_steps", str(steps), "--throughput_warmup_steps", str(warmup)]
         script += ["--per_device_train_batch_size", "2", "--save_strategy", "no", "--save_last_ckpt", "False"]
         script += ["--overwrite_output_dir", "--output_dir", f"{folder}/output"]
-        environment = _environment(folder, 1)
+        environment = _environment(folder)
         launched = [sys.executable, "gaudi_spawn.py", "--world_size", "2", *script]
         for turn in range(rounds + 1):
             for ranks, command in ((1, [sys.executable, *script]), (2, launched)):

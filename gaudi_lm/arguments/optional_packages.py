@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 
 from transformers.training_args import OptimizerNames
 
@@ -51,14 +50,14 @@ def is_importable(module: str) -> bool:
         return False
 
 
-def require(flag: str, package: tuple[tuple[str, ...], str], there: Callable[[str], bool] = is_importable) -> None:
+def require(flag: str, package: tuple[tuple[str, ...], str]) -> None:
     """Refuse a flag whose package is missing.
 
     Raises:
         UserError: none of the modules can be imported; the message has the command that installs the package.
     """
     modules, name = package
-    if not any(there(module) for module in modules):
+    if not any(map(is_importable, modules)):
         raise UserError(f"{flag}: the package {name} is not installed; pip install {name}")
 
 

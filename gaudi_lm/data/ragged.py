@@ -13,6 +13,8 @@ from gaudi_lm.data.sampling import row_lengths
 
 logger = logging.getLogger("gaudi_lm")
 
+MOST_LENGTHS, MULTIPLE = 4, 8  # of the lengths that batches are padded to
+
 
 def join_rows(*parts: tuple[np.ndarray, np.ndarray] | list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Row by row, the tokens of all parts one after the other.
@@ -44,7 +46,7 @@ def shorten_rows(tokens: np.ndarray, lengths: np.ndarray, limit: int) -> tuple[n
     return tokens[position < limit], np.minimum(lengths, limit)
 
 
-def bucket_lengths(lengths: np.ndarray, batch_size: int, max_length: int, count: int = 4, multiple: int = 8) -> list:
+def bucket_lengths(lengths: np.ndarray, batch_size: int, max_length: int) -> list:
     """The few lengths to pad batches to that waste the least, for these row lengths.
 
     A batch of random rows is padded to the smallest chosen length that holds its longest row. Exact, by dynamic
@@ -52,18 +54,16 @@ def bucket_lengths(lengths: np.ndarray, batch_size: int, max_length: int, count:
 
     Args:
         lengths: tokens of each row, int of shape ``[rows]``, each at most ``max_length``.
-        count: at most so many lengths.
-        multiple: lengths are multiples of this, except ``max_length``.
 
     Returns:
-        Rising lengths; the last one holds every row.
+        At most four rising lengths, multiples of 8 except ``max_length``; the last one holds every row.
     """
-    ends = np.unique(np.minimum(-(-np.unique(lengths) // multiple) * multiple, max_length))
+    ends = np.unique(np.minimum(-(-np.unique(lengths) // MULTIPLE) * MULTIPLE, max_length))
     below = np.searchsorted(np.sort(lengths), ends, side="right") / len(lengths)
     longest = below**batch_size  # chance that a batch fits into each length
     # cost[i]: expected length of batches that fit into ends[i], with ends[i] chosen and one length less at each round
     cost, chosen = ends * longest, [[int(end)] for end in ends]
-    for _ in range(count - 1):
+    for _ in range(MOST_LENGTHS - 1):
         share = longest[:, None] - longest[None, :]  # [i, j]: batches that fit into i and not into j
         total = np.where(share >= 0, cost[None, :] + ends[:, None] * share, np.inf)
         total[np.triu_indices(len(ends))] = np.inf

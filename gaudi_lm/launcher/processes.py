@@ -56,9 +56,9 @@ def named(status: int) -> str:
     return f"exit status {status}" + {128 + n: f" ({n.name})" for n in signal.Signals}.get(status, "")
 
 
-def kill_descendants(seconds: float = 5.0) -> None:
-    """SIGKILL everything below this process, found in /proc, until nothing is left or ``seconds`` have passed."""
-    deadline, found = time.monotonic() + seconds, [0, 0]
+def kill_descendants() -> None:
+    """SIGKILL everything below this process, found in /proc, until nothing is left or five seconds have passed."""
+    deadline, found = time.monotonic() + 5, [0, 0]
     while found[1:] and time.monotonic() < deadline:
         children: dict[int, list[int]] = {}
         for entry in filter(str.isdigit, os.listdir("/proc")):

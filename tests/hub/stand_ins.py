@@ -108,7 +108,7 @@ def write_alpaca(folder: Path, count: int = INSTRUCTIONS) -> None:
     (folder / "README.md").write_text("---\nlanguage:\n- en\n---\n\n# Alpaca stand-in\n")
 
 
-def train_byte_level(special_tokens: list[str], size: int = VOCABULARY) -> Tokenizer:
+def train_byte_level(special_tokens: list[str]) -> Tokenizer:
     """A byte-level BPE tokenizer of the topics, the special tokens first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -116,7 +116,7 @@ def train_byte_level(special_tokens: list[str], size: int = VOCABULARY) -> Token
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(topics.values(), trainer)
     return tokenizer
@@ -129,7 +129,7 @@ def masked_tokenizer(length: int = POSITIONS) -> RobertaTokenizerFast:
     return RobertaTokenizerFast(tokenizer_object=tokenizer, model_max_length=length)
 
 
-def train_llama(size: int = VOCABULARY) -> Tokenizer:
+def train_llama() -> Tokenizer:
     """A tokenizer in the manner of Llama's: BPE over words with a leading mark, unknown characters as bytes."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -138,7 +138,7 @@ def train_llama(size: int = VOCABULARY) -> Tokenizer:
     replace, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
     tokenizer.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
     special_tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=size + 256, special_tokens=special_tokens, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY + 256, special_tokens=special_tokens, show_progress=False)
     tokenizer.train_from_iterator(topics.values(), trainer)
     tokenizer.pre_tokenizer = None
     definition = json.loads(tokenizer.to_str())

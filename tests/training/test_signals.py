@@ -33,14 +33,13 @@ def when_training(output: Path, send) -> None:
     send()
 
 
-def interrupted(script: str, ranks: int, output: Path, flags: list, *numbers: int, to: int = 0, pause: float = 0.0):
+def interrupted(script: str, ranks: int, output: Path, flags: list, *numbers: int, to: int = 0):
     """Run until the signals end it; they go to one rank, or to all where ``to`` is -1."""
 
     def send(pids: list[int]) -> None:
         for number in numbers:
             for pid in pids if to == -1 else [pids[to]]:
                 os.kill(pid, number)
-            time.sleep(pause)
 
     flags = [*flags, *batch(ranks), "--output_dir", output]
     env = card_environment(ranks) if "--use_habana" in flags else {}

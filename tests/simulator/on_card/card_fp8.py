@@ -24,8 +24,8 @@ def rounded(x: torch.Tensor, grid, exponent: int) -> torch.Tensor:
     return (torch.round(scaled / step) * step * 2.0**-exponent).float()
 
 
-def exponent_of(x: torch.Tensor, grid, margin: int = 0) -> int:
-    return int(torch.floor(torch.log2(grid.largest / x.abs().max().float()))) - margin
+def exponent_of(x: torch.Tensor, grid) -> int:
+    return int(torch.floor(torch.log2(grid.largest / x.abs().max().float())))
 
 
 def layer(inputs: int = 16, outputs: int = 8, **options) -> te.Linear:
