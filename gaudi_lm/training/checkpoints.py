@@ -129,7 +129,7 @@ def publish(folder: Path) -> None:
 
 
 def publish_files(staging: Path, folder: Path) -> None:
-    """Move what was written into ``place`` to the same places below ``folder``, every file as a whole.
+    """Move what was written into ``staging`` to the same places below ``folder``, every file as a whole.
 
     From the first rename on, all of it is on the disk: :func:`finish_moving` makes up for a kill in between.
     """

@@ -92,9 +92,8 @@ class ZeroSettings:
         ]
         buffers = (2 if zero.overlap_comm and zero.stage < 3 else 1) if zero.contiguous_gradients else 0
         return cls(
-            stage=max(
-                int(zero.stage), 1
-            ),  # without ZeRO, its bf16 optimizer divides its state over ranks all the same
+            # Without ZeRO, its bf16 optimizer divides its state over ranks all the same.
+            stage=max(int(zero.stage), 1),
             dtype=torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32,
             bucket=zero.reduce_bucket_size,
             buffers=buffers,

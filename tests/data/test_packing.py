@@ -5,7 +5,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CAUSAL, EXPERTS, MASKED, VOCABULARY, tiny_model
@@ -182,7 +182,10 @@ def test_packing_loses_and_mixes_nothing(lengths, skipped, pieces, with_labels):
     if with_labels:
         columns["labels"] = [np.where(text % 2, text, -100) for text in texts]
     # A sliced table in several chunks: offsets that do not start at 0.
-    table = Dataset.from_dict(columns)
+    features = Features(dict.fromkeys(columns, Sequence(Value("int64"))))
+    parts = np.array_split(np.arange(len(texts)), pieces)
+    chunks = [{name: [column[i] for i in part] for name, column in columns.items()} for part in parts if len(part)]
+    table = concatenate_datasets([Dataset.from_dict(chunk, features) for chunk in chunks])
     dataset = table.select(range(skipped, len(texts)))
     packed = pack_sequences(dataset, LENGTH).with_format("numpy")
     wanted = sorted(tuple(text.tolist()) for text in texts[skipped:] if len(text))

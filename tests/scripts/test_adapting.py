@@ -469,7 +469,7 @@ def test_a_forward_that_returns_no_logits_by_name():
         model(torch.ones(1, 2, dtype=int), labels=torch.ones(1, 2, dtype=int))
 
 
-def test_a_budget_belongs_to_its_collator(tmp_path):
+def test_a_budget_belongs_to_its_collator():
     collator = SimpleNamespace(masked_token_budget=max)
     other = DataCollatorForLanguageModeling(None, mlm=False)
     check_budget(max, collator, collator)

@@ -216,7 +216,7 @@ def test_no_memory_is_one_line_of_its_rank(text, capsys, monkeypatch):
         raise RuntimeError("an other one")
 
 
-def test_every_case_is_checked(request):
+def test_every_case_is_checked():
     """The table of flags and the table of words name the same cases."""
     source = Path(__file__).read_text()
     for case in WORDS:
