@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -223,8 +224,8 @@ class LMTrainer(EvaluatingTrainer):
         """Nothing: :class:`gaudi_lm.training.resumed_state.Resumption` has said what counts."""
 
     def _issue_warnings_after_load(self, load_result):
-        tied = getattr(self.model, "_tied_weights_keys", None) or ()  # which checkpoints leave out
-        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        tied = re.compile("|".join(getattr(self.model, "_tied_weights_keys", None) or ["^$"]))  # not in checkpoints
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if not tied.search(key)]
         super()._issue_warnings_after_load(load_result)
 
 
