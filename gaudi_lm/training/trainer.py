@@ -95,11 +95,11 @@ class LMTrainer(EvaluatingTrainer):
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
         options = {**loader_options(args), "worker_init_fn": self.worker_init}
+        # A loader draws a seed when processes start: not from the numbers of dropout, however often that is.
+        options["generator"] = torch.Generator().manual_seed(args.seed)
+        options["persistent_workers"] = args.dataloader_persistent_workers
         draws = args.seed, data_ranks(args)[0]
         options["collate_fn"] = ignore_filler_samples(self.data_collator, self.causal, sequence_part(args), draws)
-        if args.dataloader_persistent_workers:
-            # They are started once in a whole run and again in a resumed one: dropout is not to depend on that.
-            options |= {"persistent_workers": True, "generator": torch.Generator().manual_seed(args.seed)}
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             return stream_batches(self.train_dataset, args.per_device_train_batch_size, options)
         seed = args.seed if args.data_seed is None else args.data_seed

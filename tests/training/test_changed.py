@@ -59,7 +59,11 @@ CHANGES = {
         ["--config_overrides", "n_embd=16,n_layer=2,n_head=2,n_positions=64"], 2,
         ["other names or shapes", "checkpoint-3"],
     ),
-    "without effect": (["--logging_steps", 1, "--save_steps", 4, "--dataloader_num_workers", 1], 0, []),
+    "without effect": (
+        ["--logging_steps", 1, "--save_steps", 4, "--dataloader_num_workers", 1, "--dataloader_persistent_workers"],
+        0,
+        [],
+    ),
 }  # fmt: skip
 
 
