@@ -11,15 +11,14 @@ import gc
 import importlib.util
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 
 from gaudi_lm.config_files import expand_config_file, split_flag
 from gaudi_lm.errors import UserError, memory_errors, user_errors
+from gaudi_lm.interruptions import end_on_signals
 from gaudi_lm.optimum_imports import import_in_parts
 
 _SECONDS = 5  # that ranks wait for each other before they end with an error
@@ -43,8 +42,7 @@ def run_script(main: Callable[[], object]) -> None:
     gc.freeze()  # what was imported stays, and processes that load data share it
     gc.set_threshold(*_THRESHOLDS)
     if os.environ.get("WORLD_SIZE", "1") == "1":  # a rank may wait for others, and Python's handlers with it
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, partial(_end_at_once, os.getpid()))  # training has handlers of its own
+        end_on_signals()
     try:
         with user_errors(), memory_errors():
             main()
@@ -83,17 +81,6 @@ def run_script(main: Callable[[], object]) -> None:
 def _meet() -> None:
     with suppress(Exception):  # where another rank has failed instead, there is nothing to wait for
         sys.modules["torch"].distributed.barrier()
-
-
-def _end_at_once(process: int, number: int, frame) -> None:
-    """On a signal that saves nothing: no traceback, and the status that the signal means."""
-    signal.signal(number, signal.SIG_DFL)
-    if os.getpid() == process:
-        why = "no training was running, or --save_on_signal is False"
-        with suppress(OSError):  # nobody reads any more
-            os.write(2, f"{signal.Signals(number).name}: ended, nothing more was saved: {why}\n".encode())
-        sys.exit(128 + number)
-    os.kill(os.getpid(), number)  # a process of a library's own, which has inherited this
 
 
 def _say_interrupted(kind: type[BaseException], error: BaseException, trace) -> None:

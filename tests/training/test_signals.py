@@ -208,6 +208,40 @@ def test_a_signal_outside_of_training(assets, masked_assets, instructions, tmp_p
         assert "Traceback" not in end.stderr and words in end.stderr
 
 
+SWALLOWING = """
+import os, signal, sys, time
+from gaudi_lm.device import run_script
+
+class Freed:
+    def __del__(self):
+        signal.raise_signal(number)
+
+def main():
+    if where == "freed":
+        Freed()
+    else:
+        os.register_at_fork(**{where: lambda: signal.raise_signal(number)})
+        os.fork() or os._exit(0)
+    time.sleep(20)
+    print("went on")
+
+where, number = sys.argv[1], int(sys.argv[2])
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("where", ["before", "after_in_parent", "freed"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_that_python_swallows(number, where):
+    """In hooks of fork and destructors what a handler raises was forgotten: "ended", and the run went on."""
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWING, where, str(int(number))],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (128 + number, ""), done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def wait_for_handlers(pid: int) -> None:
     """Until the script has begun: the kernel lists SIGUSR1, which Python leaves alone, as caught."""
     deadline = time.monotonic() + 60

@@ -1,0 +1,47 @@
+"""Signals outside of training, which end a process, also where Python would go on.
+
+An exception that a signal raises while a process is forked, or while an object is let go, is printed and forgotten.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+
+def end_on_signals() -> None:
+    """End at once on SIGTERM and SIGUSR1; training has handlers of its own."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, partial(_end_at_once, os.getpid()))
+    sys.unraisablehook = partial(_raise_again, sys.unraisablehook)
+
+
+def _end_at_once(process: int, number: int, frame) -> None:
+    """On a signal that saves nothing: no traceback, and the status that the signal means."""
+    signal.signal(number, signal.SIG_DFL)
+    if os.getpid() == process:
+        why = "no training was running, or --save_on_signal is False"
+        with suppress(OSError):  # nobody reads any more
+            os.write(2, f"{signal.Signals(number).name}: ended, nothing more was saved: {why}\n".encode())
+        sys.exit(128 + number)
+    os.kill(os.getpid(), number)  # a process of a library's own, which has inherited this
+
+
+def _raise_again(before: Callable[[sys.UnraisableHookArgs], object], lost: sys.UnraisableHookArgs) -> None:
+    """For ``sys.unraisablehook``: raise what ends this process a moment later, where it is not lost."""
+    ends = issubclass(lost.exc_type, (SystemExit, KeyboardInterrupt))
+    if not ends or threading.current_thread() is not threading.main_thread():
+        before(lost)
+        return
+    again = lost.exc_type(*lost.exc_value.args) if lost.exc_value else lost.exc_type()
+
+    def end(number: int, frame) -> None:
+        raise again
+
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
