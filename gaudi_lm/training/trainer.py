@@ -94,10 +94,9 @@ class LMTrainer(EvaluatingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
-        options = {**loader_options(args), "worker_init_fn": self.worker_init}
         # A loader draws a seed when processes start: not from the numbers of dropout, however often that is.
-        options["generator"] = torch.Generator().manual_seed(args.seed)
-        options["persistent_workers"] = args.dataloader_persistent_workers
+        own = {"generator": torch.Generator().manual_seed(args.seed), "worker_init_fn": self.worker_init}
+        options = {**loader_options(args), **own, "persistent_workers": args.dataloader_persistent_workers}
         draws = args.seed, data_ranks(args)[0]
         options["collate_fn"] = ignore_filler_samples(self.data_collator, self.causal, sequence_part(args), draws)
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
