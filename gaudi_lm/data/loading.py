@@ -19,7 +19,7 @@ from datasets import (
     load_dataset,
     load_dataset_builder,
 )
-from datasets.data_files import SPLIT_KEYWORDS
+from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from gaudi_lm.arguments.definitions import DataArguments, ModelArguments
@@ -51,8 +51,8 @@ def _load_hub(data_args: DataArguments, model_args: ModelArguments) -> DatasetDi
     folder = Path(data_args.dataset_name or "")
     if kind_of(str(folder)) and folder.is_file():
         raise UserError(f"--dataset_name {data_args.dataset_name}: is a file; give it by --train_file")
-    if saved := _saved_splits(folder):
-        return {split: _read(files, data_args, model_args) for split, files in saved.items()}
+    if saved := _saved_splits(folder):  # of no rows there is no file
+        return {split: _read(files, data_args, model_args) for split, files in saved.items() if files.paths}
     source = {"path": data_args.dataset_name, "name": data_args.dataset_config_name, "token": model_args.token}
     try:
         if folder.is_dir():
@@ -91,20 +91,21 @@ def _saved_splits(folder: Path) -> dict[str, FileSet]:
             files = json.loads((part / "state.json").read_text())["_data_files"]
             paths = [str((part / file["filename"]).resolve(strict=True)) for file in files]
             found[split] = FileSet("arrow", tuple(paths))
-        return {split: files for split, files in found.items() if files.paths}  # of no rows there is no file
-    except (OSError, ValueError, KeyError) as error:
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--dataset_name {folder}: not whole, as `save_to_disk` writes it ({error})") from error
 
 
 def _name_files_left_out(folder: Path, config: BuilderConfig) -> None:
-    """A word about data that nobody reads: where a folder has several formats, `datasets` takes the commonest."""
+    """A word about data that nobody reads: `datasets` takes the commonest format, and names that tell a split."""
     used = {Path(path).resolve() for paths in (config.data_files or {}).values() for path in paths}
     there = (name for name in sorted(glob.glob("**/*", root_dir=folder, recursive=True)) if kind_of(name))
-    no_data = {folder / "dataset_info.json", folder / "dataset_infos.json"}
-    left_out = [name for name in there if folder / name not in no_data and (folder / name).resolve() not in used]
+    no_data = {*FILES_TO_IGNORE, *SAVED}
+    left_out = [name for name in there if Path(name).name not in no_data and (folder / name).resolve() not in used]
     if left_out and config.name == "default":  # else its README may give them to another configuration
         names = ", ".join(left_out[:5] + ["..."] * (len(left_out) > 5))
-        logger.warning("--dataset_name %s: files of one format are read; left out: %s", folder, names)
+        why = "of another format, or not of the names that tell a split"
+        logger.warning("--dataset_name %s: files that are not read, %s: %s", folder, why, names)
 
 
 def _files_of_folder(config: BuilderConfig, split: str, data_args: DataArguments) -> FileSet | None:

@@ -634,8 +634,14 @@ def test_splits_that_datasets_has_saved(tmp_path, streaming):
     if not streaming:
         raw["train"].map(lambda row: {"n": 2})
     assert sorted(saved.rglob("*")) == before
+    own.select([]).save_to_disk(tmp_path / "none")
+    with pytest.raises(UserError, match="needs .* a dataset that has a split named train"):
+        read(tmp_path, streaming, train_file="", dataset_name=tmp_path / "none")
     (saved / "train/data-00000-of-00001.arrow").unlink()
     with pytest.raises(UserError, match="saved: not whole, as `save_to_disk` writes it .*data-00000-of-00001.arrow"):
+        read(tmp_path, streaming, True, train_file="", dataset_name=saved)
+    (saved / "train/state.json").write_text("[]")
+    with pytest.raises(UserError, match="saved: not whole"):
         read(tmp_path, streaming, True, train_file="", dataset_name=saved)
 
 
@@ -649,11 +655,15 @@ def test_files_of_a_folder_that_nobody_reads_are_named(tmp_path, streaming, capl
         (folder / name).write_text(json.dumps({"text": WORDS[number % 3]}) if name != "dataset_info.json" else "{}")
     raw = read(tmp_path, streaming, train_file="", dataset_name=folder)
     assert [row["text"] for row in raw["train"]] == WORDS[:2]
-    assert caplog.messages[-1].endswith("files of one format are read; left out: c.txt")
+    assert caplog.messages[-1].endswith(": c.txt")
     (folder / "c.txt").unlink()
     caplog.clear()
     read(tmp_path, streaming, train_file="", dataset_name=folder)
-    assert "left out" not in caplog.text
+    assert "not read" not in caplog.text
+    for name in ("train-0", "more"):  # `datasets` takes those that name a split
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": name}]).rename(folder / "more" / f"{name}.jsonl")
+    read(tmp_path, streaming, train_file="", dataset_name=folder)
+    assert caplog.messages[-1].endswith("not of the names that tell a split: a.jsonl, more/b.jsonl, more/more.jsonl")
 
 
 def test_a_glob_over_folders(tmp_path):
