@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Json, Value
 from transformers import PreTrainedTokenizerBase
 
 from gaudi_lm.data.columns import spell, values_of
-from gaudi_lm.data.conversations import is_conversation, read_messages, read_tools
+from gaudi_lm.data.conversations import from_json, is_conversation, read_messages, read_tools
 from gaudi_lm.errors import UserError
 
 logger = logging.getLogger("gaudi_lm")
@@ -121,11 +121,19 @@ def _system_column(there: list[str]) -> str | None:
     return next((name for name in SYSTEMS if name in there), None)
 
 
+def _tools_column(dataset: Dataset) -> str | None:
+    """``tools``, or ``functions`` where these are JSON schemas, not names alone."""
+    there = dataset.column_names
+    if "tools" in there:
+        return "tools"
+    value = from_json(_first_value(dataset, "functions")[1]) if "functions" in there else None
+    return "functions" if isinstance(value, list) and all(isinstance(tool, dict) for tool in value) else None
+
+
 def _find_conversations(dataset: Dataset) -> ExampleFormat | None:
     """The format of conversations in a column, or in two: prompts and completions that are lists of messages."""
     there = dataset.column_names
-    tools = next((name for name in ("tools", "functions") if name in there), None)
-    found = {"system": _system_column(there), "tools": tools}
+    found = {"system": _system_column(there), "tools": _tools_column(dataset)}
     more = {part: column for part, column in found.items() if column}
     for column in CONVERSATIONS:
         if column in there and (column == "messages" or is_conversation(_first_value(dataset, column)[1])):
@@ -221,5 +229,5 @@ def conversation(row: dict[str, Any], example_format: ExampleFormat) -> tuple[li
         messages, first = [{"role": "system", "content": str(parts["system"])}, *messages], first + bool(first)
     tools = read_tools(parts.get("tools"))
     if tools and example_format.columns["tools"] == "functions":  # as OpenAI named them first
-        tools = [{"type": "function", "function": tool} for tool in tools]
+        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     return messages, tools, first

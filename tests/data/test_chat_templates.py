@@ -566,11 +566,15 @@ def test_calls_of_functions_in_the_older_format(tokenizer, content):
     older = [user("hi"), assistant(content, function_call=call), {"role": "function", "name": "get", "content": "17"}]
     assert marked(tokenizer, TOOLS, [*older, TOOL_MESSAGES[3]]) == marked(tokenizer, TOOLS, TOOL_MESSAGES)
     function = {"name": "get", "parameters": {"city": "string"}}
-    rows = [{"messages": older, "functions": [function]}, {"messages": older, "functions": None}]
-    newer = [{"messages": older, "tools": [{"type": "function", "function": function}]}, {"messages": older}]
-    assert [row["input_ids"].tolist() for row in rows_of(tokenizer, rows)] == [
-        row["input_ids"].tolist() for row in rows_of(tokenizer, newer)
-    ]
+    tool = {"type": "function", "function": function}
+    for schemas in ([function], [tool]):  # the column may hold what is in tools now
+        rows = [{"messages": older, "functions": schemas}, {"messages": older, "functions": None}]
+        newer = [{"messages": older, "tools": [tool]}, {"messages": older}]
+        assert [row["input_ids"].tolist() for row in rows_of(tokenizer, rows)] == [
+            row["input_ids"].tolist() for row in rows_of(tokenizer, newer)
+        ]
+    (row,) = rows_of(tokenizer, [{"messages": older, "functions": ["get"]}])  # names alone are no schemas
+    assert "tools" not in tokenizer.decode(row["input_ids"])
 
 
 @pytest.mark.parametrize("as_text", [True, False])
