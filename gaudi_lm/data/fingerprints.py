@@ -119,6 +119,8 @@ class _Walk:
             self.visit((value.__func__, value.__self__))
         elif isinstance(value, property):
             self.visit((value.fget, value.fset))
+        elif isinstance(value, (functools.cached_property, functools.partialmethod)):
+            self.visit(vars(value))
         elif isinstance(value, types.FunctionType):
             self._function(value)
         elif hasattr(value, "__wrapped__"):  # a decorated function, or a static or class method

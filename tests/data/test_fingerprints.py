@@ -157,6 +157,10 @@ DIFFER = {
     "where a tuple ends": (((1,), 2), ((1, 2),)),
     "sets": ({"a"}, {"b"}),
     "functions given a value": (functools.partial(lambda x: x, 1), functools.partial(lambda x: x, 2)),
+    "methods given a value": (
+        made("class Made: f = functools.partialmethod(lambda self: 1)"),
+        made("class Made: f = functools.partialmethod(lambda self: 2)"),
+    ),
     "methods of instances": (Base(lambda: 1).get, Base(lambda: 2).get),
     "attributes": (Base(lambda: 1), Base(lambda: 2)),
     "decorated functions": (functools.cache(lambda: 1), functools.cache(lambda: 2)),
@@ -171,6 +175,7 @@ DIFFER = {
         for name, head in {
             "static methods": "@staticmethod\n def f()", "properties": "@property\n def f(self)",
             "class methods": "@classmethod\n def f(cls)", "special methods": "def __call__(self)",
+            "cached properties": "@functools.cached_property\n def f(self)",
         }.items()
     },
 }  # fmt: skip
