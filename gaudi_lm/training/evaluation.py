@@ -166,10 +166,9 @@ class EvaluatingTrainer(BestModelTrainer):
         if isinstance(dataset, str):  # one of those that the trainer has by name
             dataset = self.eval_dataset[dataset]
         if isinstance(dataset, dict):
-            metrics = {}
-            for name, part in dataset.items():
-                metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
-            return metrics
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {name: value for metrics in parts for name, value in metrics.items()}
+        self._synchronise()  # a step of training that had no memory may fail as late as here, and is not to be saved
         metrics = self._run_over(dataset, ignore_keys, metric_key_prefix, self.compute_metrics is not None).metrics
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from short_runs import common
 from tiny_models import tiny_model
 
-from gaudi_lm.training.evaluation import weights_as
+from gaudi_lm.training.evaluation import EvaluatingTrainer, weights_as
 
 FOLDERS = ("plain", "half")
 
@@ -74,6 +74,22 @@ def test_weights_come_back_bit_by_bit(model_type):
     with weights_as(model, torch.bfloat16, restore=False):
         pass
     assert model.dtype == torch.bfloat16
+
+
+def test_a_step_of_training_without_memory_is_not_an_evaluation():
+    """A card may tell of it as late as when it is waited for; half a step would be saved."""
+
+    class Trainer(EvaluatingTrainer):
+        eval_dataset, compute_metrics = [], None
+
+        def __init__(self):
+            pass
+
+        def _synchronise(self):
+            raise RuntimeError("Allocation failed for size")
+
+    with pytest.raises(RuntimeError, match="^Allocation failed for size$"):
+        Trainer().evaluate()
 
 
 @pytest.mark.slow
