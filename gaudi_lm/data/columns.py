@@ -29,15 +29,17 @@ def spell(value: object) -> str:
     return json.dumps(value, default=str).strip('"')
 
 
-def values_of(table: pa.Table, column: str) -> list:
+def values_of(table: pa.Table, column: str, keep_nulls: bool = False) -> list:
     """The values of a column as Python objects, those of JSON at any depth decoded.
 
-    Arrow gives every object the keys of all others, so keys that are null are left out; what JSON says is null stays.
     `datasets` decodes JSON by a library that reads 1.36 as 1.3599999999999999 and refuses 2^64.
+
+    Args:
+        keep_nulls: of Arrow's objects, each of which has the keys of all others; what JSON says is null stays anyway.
     """
     kind, values = table.schema.field(column).type, table.column(column).to_pylist()
-    changed = holds(kind, _is_json) or holds(kind, pa.types.is_struct)
-    return [_decoded(kind, value) for value in values] if changed else values
+    changed = holds(kind, _is_json) or (not keep_nulls and holds(kind, pa.types.is_struct))
+    return [_decoded(kind, value, keep_nulls) for value in values] if changed else values
 
 
 def holds(kind: pa.DataType, wanted: Callable[[pa.DataType], bool]) -> bool:
@@ -50,11 +52,12 @@ def _is_json(kind: pa.DataType) -> bool:
     return isinstance(kind, pa.JsonType)
 
 
-def _decoded(kind: pa.DataType, value):
+def _decoded(kind: pa.DataType, value, keep_nulls: bool):
     if isinstance(value, list) and not pa.types.is_map(kind):
-        return [_decoded(kind.value_type, part) for part in value]
+        return [_decoded(kind.value_type, part, keep_nulls) for part in value]
     if isinstance(value, dict):
-        return {name: _decoded(kind.field(name).type, part) for name, part in value.items() if part is not None}
+        there = [(name, part) for name, part in value.items() if keep_nulls or part is not None]
+        return {name: _decoded(kind.field(name).type, part, keep_nulls) for name, part in there}
     return json.loads(value) if _is_json(kind) and value is not None else value
 
 

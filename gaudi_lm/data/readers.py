@@ -109,7 +109,7 @@ class FileSet:
                 yield from parse_lines(*block)
         else:
             for table in self.tables(path):
-                columns = [values_of(table, name) for name in table.column_names]
+                columns = [values_of(table, name, keep_nulls=True) for name in table.column_names]
                 yield from (dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True))
 
 

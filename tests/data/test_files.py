@@ -285,6 +285,15 @@ def test_a_parquet_file_of_json(tmp_path, streaming):
 
 
 @both_ways
+def test_a_key_that_is_null_is_there(tmp_path, streaming):
+    """For one's own code, which reads the objects of a parquet file alike in a stream."""
+    more = [{"source": "web", "n": 1}, {"source": None, "n": 2}]
+    pyarrow.parquet.write_table(pa.table({"text": WORDS[:2], "more": more}), tmp_path / "a.parquet")
+    train = read(tmp_path, streaming, train_file=tmp_path / "a.parquet")["train"]
+    assert [row["more"] for row in train] == more
+
+
+@both_ways
 @pytest.mark.parametrize("ending", ("txt", "csv", "jsonl", "json"))
 def test_a_byte_order_mark_is_not_text(tmp_path, streaming, ending):
     rows = [{"text": line} for line in WORDS]
