@@ -134,12 +134,7 @@ def install_token_loss(
         if reason:
             with _uncompiled(self.config):
                 outputs = run(**kwargs)
-            if not isinstance(outputs, dict) or not torch.is_tensor(outputs.get("logits")):
-                raise UserError(
-                    f"{type(self).__name__}.forward made a {type(outputs).__name__} without logits: return them by "
-                    "name, as CausalLMOutput(logits=logits) of transformers"
-                )
-            loss_sum, correct = full_cross_entropy(outputs["logits"], labels, smoothing)
+            loss_sum, correct = full_cross_entropy(logits_of(self, outputs), labels, smoothing)
         else:
             rows = None
             if entry and max_predictions_per_seq is not None:
@@ -179,6 +174,20 @@ def install_token_loss(
     frozen = "" if head.weight.requires_grad else ", no gradient for the frozen head"
     where = " on masked positions only" if entry and max_predictions_per_seq is not None else ""
     return f"Loss of {objective} language modelling in row chunks{where}, without full logits{frozen}"
+
+
+def logits_of(model: nn.Module, outputs: object) -> Tensor:
+    """What a model's own forward returns by the name `logits`.
+
+    Raises:
+        UserError: nothing.
+    """
+    if not isinstance(outputs, dict) or not torch.is_tensor(outputs.get("logits")):
+        raise UserError(
+            f"{type(model).__name__}.forward made a {type(outputs).__name__} without logits: return them by name, as "
+            "CausalLMOutput(logits=logits) of transformers"
+        )
+    return outputs["logits"]
 
 
 def _run_without_head(model, run, kwargs, labels, entry, rows):

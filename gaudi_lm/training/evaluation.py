@@ -29,6 +29,7 @@ from gaudi_lm.data.sampling import (
 )
 from gaudi_lm.errors import memory_errors
 from gaudi_lm.modeling.cross_entropy import full_cross_entropy
+from gaudi_lm.modeling.loss import logits_of
 from gaudi_lm.training.best_model import BestModelTrainer
 from gaudi_lm.training.custom_parts import own_figures
 from gaudi_lm.training.length_warmup import of_length, several_lengths
@@ -258,7 +259,7 @@ class EvaluatingTrainer(BestModelTrainer):
             targets = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:] if self.causal else labels
             count = (targets != IGNORE_INDEX).sum()
             if self.compute_loss_func is None:
-                sums.add(*full_cross_entropy(outputs["logits"], targets), count)
+                sums.add(*full_cross_entropy(logits_of(base, outputs), targets), count)
             else:
                 mean = self.compute_loss_func(outputs, labels, num_items_in_batch=count.clamp(min=1))
                 sums.add(torch.where(count > 0, mean * count, 0.0), torch.zeros_like(count), count)

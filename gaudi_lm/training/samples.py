@@ -15,6 +15,7 @@ from gaudi_lm.data.instructions import show_targets
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX
 from gaudi_lm.data.sampling import ignore_filler_samples
 from gaudi_lm.errors import UserError
+from gaudi_lm.modeling.loss import logits_of
 from gaudi_lm.training.evaluation import EvaluationRows
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def most_probable_tokens(model: PreTrainedModel, input_ids: list[int], new_token
     for position in range(len(input_ids), row.shape[1]):
         inputs = {"input_ids": row, "attention_mask": (torch.arange(row.shape[1]) < position).long()[None]}
         on_card = {name: value.to(model.device) for name, value in inputs.items()}
-        logits = model(**on_card, use_cache=False).logits
+        logits = logits_of(model, model(**on_card, use_cache=False))
         token = int(logits[0, position - 1].argmax())
         if token in end:
             return row[0, len(input_ids) : position].tolist()

@@ -15,6 +15,7 @@ from documentation import REPOSITORY
 from optimum.habana.transformers.trainer import GaudiTrainer
 from running import ROOT, copy_elsewhere, load_script, log_history, losses, results, run, run_ranks
 from short_runs import common, scratch
+from tiny_models import tiny_model
 from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, Trainer
 
 from gaudi_lm.arguments.definitions import LMTrainingArguments
@@ -29,6 +30,7 @@ from gaudi_lm.training.custom_parts import (
     returning_loss,
 )
 from gaudi_lm.training.predictions import Predictions
+from gaudi_lm.training.samples import most_probable_tokens
 from gaudi_lm.training.trainer import LMTrainer, build_trainer
 
 from documentation import code_blocks  # isort: skip
@@ -458,7 +460,7 @@ def test_a_model_that_is_frozen_is_not_trained():
     check_weights(model, args)
 
 
-def test_a_forward_that_returns_no_logits_by_name():
+def test_a_forward_that_returns_no_logits_by_name(tmp_path):
     class Tuple(BertForMaskedLM):
         def forward(self, input_ids, labels=None):
             return super().forward(input_ids).to_tuple()
@@ -467,6 +469,30 @@ def test_a_forward_that_returns_no_logits_by_name():
     install_token_loss(model, "masked")
     with pytest.raises(UserError, match=r"^Tuple.forward made a tuple without logits: return them by name"):
         model(torch.ones(1, 2, dtype=int), labels=torch.ones(1, 2, dtype=int))
+    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_eval=True)
+    own = {"eval_dataset": Dataset.from_list([{"input_ids": [3, 4]}]), "compute_metrics": len}
+    trainer = build_trainer(Tuple(model.config), "masked", args, None, two_tokens, **own)
+    with pytest.raises(UserError, match=r"^Tuple.forward made a tuple without logits"):
+        trainer.evaluate()
+
+
+def two_tokens(rows) -> dict:
+    ids = torch.tensor([row["input_ids"].tolist() for row in rows])
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def test_a_forward_that_returns_a_dict():
+    """As training and evaluation take it, so do the samples of ``--generate``."""
+    model = tiny_model("gpt2").eval()
+
+    class Plain(type(model)):
+        def forward(self, input_ids, **kwargs):
+            return {"logits": super().forward(input_ids).logits}
+
+    same = Plain(model.config).eval()
+    same.load_state_dict(model.state_dict())
+    found = [most_probable_tokens(one, [3, 4], 4, []) for one in (model, same)]
+    assert found[0] == found[1] and len(found[0]) == 4
 
 
 def test_a_budget_belongs_to_its_collator():
