@@ -141,8 +141,7 @@ class ResumableTrainer(FSDPTrainer):
         return type(error)(f"{error}; the steps before it are saved in {folder}")
 
     def _inner_training_loop(self, batch_size=None, *args, **kwargs):
-        if not self.args.auto_find_batch_size:
-            batch_size = self.args.train_batch_size  # that of the checkpoint would win over the flag
+        batch_size = self.args.train_batch_size  # that of the checkpoint would win over the flag
         with self.loading:
             if self.resumption.checkpoint is not None:
                 self.loading.enter_context(checkpoints.data_only())  # until training begins
