@@ -17,8 +17,6 @@ from gaudi_lm.arguments.adapters import AdapterArguments
 from gaudi_lm.arguments.deepspeed_configs import check_saved_form
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adapters import adapter_config, add_adapter
-from gaudi_lm.training import merging
-from gaudi_lm.training.merging import check_base_model
 
 DATA = ("--train_on_inputs", "False", "--dataset_concatenation", "--chat_prompt", "--pad_to_max_length")
 STEPS = ["--max_steps", 8, "--learning_rate", 0.01]
@@ -166,26 +164,6 @@ def test_adalora_under_deepspeed_is_refused(instructions, tmp_path):
     done = run("run_lora_clm.py", *flags, env={**card, "MASTER_PORT": "29791"}, code=2)
     assert "error: --peft_type adalora: DeepSpeed hides the gradients" in done.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_norms_are_not_tuned_with_zero_3(monkeypatch):
-    """DeepSpeed ended with an AssertionError about dtypes, with ZeRO-3 alone."""
-    model_args = SimpleNamespace(model_name_or_path="a", adapter_name_or_path=None, merge_adapter=False)
-    model_args.load_meta_device = False
-    training_args = SimpleNamespace(
-        fsdp="",
-        gradient_checkpointing=False,
-        context_parallel_size=1,
-        flash_attention_causal_mask=False,
-        do_train=True,
-    )
-    check_base_model(model_args, "ln_tuning", training_args)
-    monkeypatch.setattr(merging, "is_deepspeed_zero3_enabled", lambda: True)
-    check_base_model(model_args, "lora", training_args)
-    with pytest.raises(UserError, match="^--peft_type ln_tuning: not with ZeRO-3"):
-        check_base_model(model_args, "ln_tuning", training_args)
-    training_args.do_train = False
-    check_base_model(model_args, "ln_tuning", training_args)
 
 
 GATHER = {"stage3_gather_16bit_weights_on_model_save": True}

@@ -3,7 +3,6 @@
 import json
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from gaudi_lm.arguments.adapters import SETTINGS, AdapterArguments
 from gaudi_lm.arguments.parsing import parse
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adapters import adapter_config, load_adapter
-from gaudi_lm.training.merging import check_base_model
 
 LORA = LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 TOKENS = torch.arange(20)[None]
@@ -143,27 +141,3 @@ def test_a_setting_of_another_kind_of_adapter_is_refused(flag):
 
 def test_every_flag_of_an_adapter_has_its_kinds():
     assert {*SETTINGS, "peft_type"} == {setting.name for setting in fields(AdapterArguments)}
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"embed_tokens": [1, 2]}}, {"use_dora": True}],
-)
-def test_what_looks_at_whole_weights_is_refused_with_fsdp(tmp_path, settings):
-    """Ranks would gather tensors of different sizes when the adapter is saved, after training; DoRA fails at once."""
-    LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **settings).save_pretrained(tmp_path)
-    model_args = SimpleNamespace(
-        model_name_or_path="x", adapter_name_or_path=str(tmp_path), merge_adapter=False, load_meta_device=False
-    )
-    args = {"do_train": True, "gradient_checkpointing": False, "context_parallel_size": 1}
-    with pytest.raises(UserError, match=f"^--fsdp: --adapter_name_or_path {tmp_path} has {min(settings)}"):
-        check_base_model(model_args, "lora", SimpleNamespace(fsdp=["auto_wrap"], **args))
-    check_base_model(model_args, "lora", SimpleNamespace(fsdp=[], **args))
-
-
-def test_adalora_is_refused_with_fsdp():
-    model_args = SimpleNamespace(model_name_or_path="x", adapter_name_or_path=None, merge_adapter=False)
-    args = {"gradient_checkpointing": False, "context_parallel_size": 1}
-    check_base_model(model_args, "adalora", SimpleNamespace(fsdp=[], **args))
-    with pytest.raises(UserError, match="^--peft_type adalora: not with FSDP"):
-        check_base_model(model_args, "adalora", SimpleNamespace(fsdp=["auto_wrap"], **args))

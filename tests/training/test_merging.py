@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LNTuningConfig, LoraConfig, get_peft_model
+from peft import AdaptionPromptConfig, LNTuningConfig, LoraConfig, get_peft_model
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from gaudi_lm.arguments.definitions import LMTrainingArguments
 from gaudi_lm.errors import UserError
+from gaudi_lm.training import merging
 from gaudi_lm.training.merging import check_base_model, save_merged
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -79,13 +79,62 @@ def test_experts_whose_weights_are_adapted(parameters, tmp_path):
         assert torch.equal(adapted(tokens).logits, expected)
 
 
-@pytest.mark.parametrize("setting", [{"alora_invocation_tokens": [3, 4]}, {"layer_replication": [[0, 2], [1, 2]]}])
-def test_what_no_weights_can_hold_is_refused_before_training(setting, tmp_path):
-    LoraConfig(target_modules=ATTENTION, task_type="CAUSAL_LM", **setting).save_pretrained(tmp_path)
-    flags = {"model_name_or_path": "a", "adapter_name_or_path": str(tmp_path), "merge_adapter": True}
-    args = LMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, do_train=True)
-    with pytest.raises(UserError, match=f"^--merge_adapter: --adapter_name_or_path .* has {next(iter(setting))}: "):
-        check_base_model(SimpleNamespace(**flags, load_meta_device=False), "lora", args)
+def refusals():
+    """What a line begins with, and all that it takes to get it."""
+    mask = {"flash_attention_causal_mask": True, "use_cpu": False}
+    yield "no model: ", {"model_name_or_path": None}
+    yield "--merge_adapter: DeepSpeed ZeRO-3 ", {"zero_3": True, "merge_adapter": True}
+    yield "--load_meta_device: DeepSpeed ZeRO-3 ", {"zero_3": True, "load_meta_device": True}
+    yield "--merge_adapter: no adapter", {"merge_adapter": True, "do_train": False}
+    yield "--gradient_checkpointing: prefix_tuning ", {"peft_type": "prefix_tuning", "gradient_checkpointing": True}
+    yield "--flash_attention_causal_mask: .* prefix_tuning ", {"peft_type": "prefix_tuning", **mask}
+    yield "--peft_type adalora: not with FSDP", {"peft_type": "adalora", "fsdp": ["auto_wrap"]}
+    yield "--peft_type ln_tuning: not with ZeRO-3", {"peft_type": "ln_tuning", "zero_3": True}
+    for kind in ("prompt_tuning", "prefix_tuning", "p_tuning"):
+        yield f"--context_parallel_size: {kind} ", {"peft_type": kind, "context_parallel_size": 2}
+        yield f"--peft_type {kind}: not with ZeRO-3 or FSDP", {"peft_type": kind, "zero_3": True}
+        yield f"--peft_type {kind}: not with ZeRO-3 or FSDP", {"peft_type": kind, "fsdp": ["full_shard"]}
+        yield f"--neftune_noise_alpha: not with {kind}", {"peft_type": kind, "neftune_noise_alpha": 5.0}
+        yield f"--merge_adapter: {kind} adds tokens", {"peft_type": kind, "merge_adapter": True}
+    llama = AdaptionPromptConfig(adapter_len=2, adapter_layers=1)
+    for kind, how in (("llama-adapter", {"peft_type": "llama-adapter"}), ("adaption_prompt", {"saved": llama})):
+        yield f"--context_parallel_size: {kind} ", {**how, "context_parallel_size": 2}
+        yield "--merge_adapter: a llama-adapter is a part of attention", {**how, "merge_adapter": True}
+    for setting, value, refused in (
+        ("modules_to_save", ["lm_head"], "fsdp"),
+        ("trainable_token_indices", {"embed_tokens": [1, 2]}, "fsdp"),
+        ("use_dora", True, "fsdp"),
+        ("alora_invocation_tokens", [3, 4], "merge_adapter"),
+        ("layer_replication", [[0, 2], [1, 2]], "merge_adapter"),
+    ):
+        saved = LoraConfig(target_modules=ATTENTION, task_type="CAUSAL_LM", **{setting: value})
+        yield f"--{refused}: --adapter_name_or_path .* has {setting}", {"saved": saved, refused: ["auto_wrap"]}
+
+
+@pytest.mark.parametrize(("said", "asked"), [pytest.param(*case, id=" ".join(case[1])) for case in refusals()])
+def test_what_an_adapter_cannot_do_is_refused_before_training(said, asked, tmp_path, monkeypatch):
+    """With all of it; without any one part of it, it goes on."""
+    usual = {
+        "model_name_or_path": "a", "adapter_name_or_path": None, "merge_adapter": False, "load_meta_device": False,
+        "peft_type": "lora", "saved": None, "zero_3": False, "fsdp": "", "do_train": True, "use_cpu": True,
+        "gradient_checkpointing": False, "flash_attention_causal_mask": False, "context_parallel_size": 1,
+        "neftune_noise_alpha": None,
+    }  # fmt: skip
+
+    def check(**flags) -> None:
+        args = SimpleNamespace(**usual | flags)
+        if args.saved is not None:
+            args.saved.save_pretrained(tmp_path)
+            args.adapter_name_or_path = str(tmp_path)
+        monkeypatch.setattr(merging, "is_deepspeed_zero3_enabled", lambda: args.zero_3)
+        check_base_model(args, args.peft_type, args)
+
+    with pytest.raises(UserError, match=f"^{said}"):
+        check(**asked)
+    for given in asked:
+        check(**{name: value for name, value in asked.items() if name != given})
+    if "ln_tuning" in said:
+        check(**asked, do_train=False)  # its weights are not divided where nothing trains them
 
 
 def test_an_adapter_that_peft_cannot_merge_is_one_line(tmp_path):
