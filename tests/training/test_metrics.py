@@ -58,6 +58,15 @@ def test_counts_beyond_float32_are_exact():
     assert sums.over_ranks() == {"loss_sum": [2.0], "correct": [2**25 + 2], "count": [2**25 + 2]}
 
 
+def test_sums_leave_the_card_every_32_batches():
+    sums, one, left = TokenSums(), torch.tensor(1), []
+    for _ in range(64):
+        sums.add(one.float(), one, one)
+        left.append(sums.count)
+    assert left == [0] * 31 + [32] * 32 + [64]
+    assert sums.over_ranks() == {"loss_sum": [64.0], "correct": [64], "count": [64]}
+
+
 def add_steps(loss: TrainingLoss, *steps: list[float]) -> TrainingLoss:
     """Steps of some batches each, whose losses are parts of their step's."""
     for batches in steps:
@@ -75,6 +84,17 @@ def test_the_training_loss_is_the_mean_over_steps():
     loss.on_step_end(None, None, None)
     assert loss.result() == {"train_loss": 11 / 3}
     assert TrainingLoss().result() == {}
+    loss.add(torch.tensor(1.0))
+    assert loss.take() == {}, "a step of which only a part is over"
+
+
+def test_what_is_added_to_the_loss_is_logged_beside_it():
+    loss = TrainingLoss(adds_orthogonality=True)
+    outputs = {"loss_sum": torch.tensor(6.0), "aux_loss": torch.tensor(0.5), "count": torch.tensor(2)}
+    for _ in range(2):
+        loss.add(torch.tensor(2.0), outputs, share=torch.tensor(0.25))
+    loss.on_step_end(None, None, None)
+    assert loss.take() == {"loss": 3.0, "aux_loss": 0.5, "orthogonality_loss": 0.5} and loss.batches == 2
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -88,6 +108,10 @@ def test_a_batch_that_is_not_finite_counts_as_those_before_it(bad):
     loss = add_steps(TrainingLoss(skip_nan=True), [2.0])
     loss.correct(torch.tensor(bad))
     assert loss.take() == {"loss": 2.0}
+    assert add_steps(loss, [4.0], [bad]).take() == {"loss": 4.0}
+    loss = add_steps(TrainingLoss(), [2.0])
+    loss.correct(torch.tensor(bad))
+    assert not math.isfinite(loss.take()["loss"])
 
 
 @pytest.mark.parametrize(("ranks", "own"), [(2, 5.0), (3, 3.0)])
@@ -95,18 +119,27 @@ def test_the_training_loss_goes_on_from_a_checkpoint(ranks, own, monkeypatch):
     """Each rank from its own sum, or from the mean where their number is another."""
     loss = add_steps(TrainingLoss(), [7.0])
     loss.take()
-    add_steps(loss, [1.0])
+    add_steps(loss, [0.5], [0.5])
     monkeypatch.setattr("gaudi_lm.training.sums.gather", lambda sums: [sums, [5.0]])
     loss.keep()
-    state = SimpleNamespace(global_step=2, stateful_callbacks={"TrainingLoss": loss.state()})
-    resumed = TrainingLoss()
+    state = SimpleNamespace(global_step=3, stateful_callbacks={"TrainingLoss": loss.state()})
+    resumed = TrainingLoss(skip_nan=True)
     resumed.on_train_begin(SimpleNamespace(world_size=ranks, process_index=1, device="cpu"), state, None)
     monkeypatch.setattr("gaudi_lm.training.sums.gather", lambda sums: [sums])
-    assert add_steps(resumed, [0.0]).take() == {"loss": own / 2}
-    assert resumed.result() == {"train_loss": (7.0 + own) / 3}
+    assert add_steps(resumed, [math.nan]).take() == {"loss": own / 2}, "as the two before it"
+    assert resumed.result() == {"train_loss": (7.0 + own * 3 / 2) / 4}
     state.global_step = 0  # training begins anew
     resumed.on_train_begin(None, state, None)
-    assert resumed.result() == {}
+    assert resumed.result() == {} and add_steps(resumed, [3.0]).result() == {"train_loss": 3.0}
+
+
+def test_the_training_loss_after_a_checkpoint_that_has_none(caplog):
+    state, loss = SimpleNamespace(global_step=4, stateful_callbacks={}), TrainingLoss()
+    with caplog.at_level("INFO"):
+        loss.on_train_begin(None, state, None)
+    assert "train_loss will be of the steps after 4" in caplog.text
+    assert state.stateful_callbacks == {"TrainingLoss": loss.state()}  # where the trainer looks for it
+    assert add_steps(loss, [3.0]).result() == {"train_loss": 3.0}
 
 
 def test_throughput_of_more_tokens_than_float32_counts(monkeypatch):
@@ -119,7 +152,7 @@ def test_throughput_of_more_tokens_than_float32_counts(monkeypatch):
 
 def test_throughput_is_of_all_ranks(monkeypatch):
     """Samples and tokens of all, in the time of the slowest, by steps that they take together."""
-    throughput, clock = Throughput(0, lambda: None, parts=2), iter([0.0, 10.0, 20.0, 25.0])
+    throughput, clock = Throughput(0, lambda: None, parts=2), iter([5.0, 15.0, 25.0, 30.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     assert Throughput(0, lambda: None).figures("train") == {}
     monkeypatch.setattr(metrics, "gather", lambda own: [own, [30, 50, 5.0]])
@@ -140,21 +173,32 @@ def test_throughput_is_of_all_ranks(monkeypatch):
 def test_no_label_gives_no_number():
     result = token_metrics(loss_sum=[0.0], correct=[0], count=[0])
     assert all(math.isnan(value) for value in result.values())
+    assert token_metrics(loss_sum=[1000.0], correct=[0], count=[1])["perplexity"] == math.inf
+
+
+def test_figures_of_data_and_time_are_no_results():
+    found = {"eval_loss": 2.5, "eval_f1": 1, "eval_samples": 4, "eval_runtime": 1.0, "eval_steps_per_second": 2.0}
+    found |= {"eval_padding_share": 0.1, "eval_tokens": 9, "eval_report": "good", "eval_perplexity": math.inf}
+    assert [name for name, value in found.items() if metrics.is_result(name, value)] == ["eval_loss", "eval_f1"]
 
 
 def test_throughput_leaves_out_warm_up_and_pauses(monkeypatch):
-    clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr("gaudi_lm.training.metrics.time.perf_counter", lambda: float(next(clock)))
-    waits = []
+    now, waits = [50.0], []
+    monkeypatch.setattr("gaudi_lm.training.metrics.time.perf_counter", lambda: now[0])
     throughput = Throughput(2, lambda: waits.append(1))
+    logged = []
     for step in range(6):
         throughput.begin_step()
+        now[0] += 5
         throughput.end_step(samples=4, tokens=30, positions=40)
         if step == 3:
             throughput.pause()
             throughput.pause()  # evaluation and saving after one step: the second changes nothing
-    throughput.pause()
-    # The clock moves 10 s a reading: two stretches, one from step 2 to the pause, one after it.
+            now[0] += 100
+        logged.append(throughput.since_last())
+    nothing, figures = {}, {"tokens_per_second": 6.0, "padding_share": 0.25}
+    assert logged == [nothing, nothing, *[figures] * 4] and throughput.since_last() == nothing
+    assert throughput.figures("train")["train_steps_per_second"] == 0.2
     assert (throughput.steps, throughput.samples, throughput.tokens, throughput.positions) == (4, 16, 120, 160)
     assert throughput.seconds == 20 and len(waits) == 3
 
