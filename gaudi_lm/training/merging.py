@@ -160,7 +160,7 @@ def _set_parameter(model: PreTrainedModel, name: str, weight: torch.nn.Parameter
 
 def _tie(weights: dict[str, torch.Tensor], names: set[str]) -> bool:
     """Make weights that are equal one, to be saved once; False if they are not equal."""
-    first, *others = (weights[name] for name in sorted(names))
+    first, *others = (weights[name] for name in names)
     if not all(torch.equal(first, other) for other in others):
         return False
     weights.update(dict.fromkeys(names, first))

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import AdaptionPromptConfig, LNTuningConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import merging
@@ -55,7 +56,10 @@ def test_the_merged_model_computes_what_the_adapter_does(tmp_path, kind, tied):
 
     merged, found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(found.values())
-    assert merged.config.tie_word_embeddings == (tied and kind in STAYS_TIED)
+    stays_tied = tied and kind in STAYS_TIED
+    assert merged.config.tie_word_embeddings == stays_tied
+    names = {*load_file(tmp_path / "merged" / "model.safetensors")}
+    assert names == {name for name, _ in merged.named_parameters()}, "a tied weight once, and no other's"
     with torch.no_grad():
         torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(adapted(tokens).logits, expected)  # the adapter goes on as it was
@@ -77,6 +81,17 @@ def test_experts_whose_weights_are_adapted(parameters, tmp_path):
         assert not any(found.values())
         torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(adapted(tokens).logits, expected)
+
+
+def test_what_a_model_has_beside_its_weights_is_in_the_file(tmp_path):
+    """GLM and DeepSeek keep the bias that chooses experts in a buffer; without it others are chosen."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "moe_intermediate_size": 16, "n_routed_experts": 4, "head_dim": 8}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("glm4_moe", **sizes, **layers))
+    bias = model.model.layers[1].mlp.gate.e_score_correction_bias.uniform_()
+    save_merged(trainer_of(get_peft_model(model, LoraConfig(target_modules=ATTENTION)), tmp_path))
+    merged, found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(found.values()) and torch.equal(merged.model.layers[1].mlp.gate.e_score_correction_bias, bias)
 
 
 def refusals():
