@@ -121,6 +121,8 @@ class Progress(ProgressCallback):
         self._batches = 0
         super().on_evaluate(args, state, control, **kwargs)
 
+    on_predict = on_evaluate  # the next one counts its batches anew
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not (self._training and state.is_world_process_zero and logs) or "train_runtime" in logs:
             return

@@ -106,14 +106,15 @@ def test_a_bar_goes_on_where_the_checkpoint_was(capsys):
     assert callback.training_bar is None and "41/100 |" in capsys.readouterr().err
 
 
-def test_a_long_evaluation_says_how_far_it_is(monkeypatch, caplog):
+@pytest.mark.parametrize("over", ["on_evaluate", "on_predict"])
+def test_a_long_evaluation_says_how_far_it_is(over, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "gaudi_lm")
     clock = iter([0.0, 20.0, 40.0, 60.0, 100.0, 140.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     callback = progress.Progress(bars=False)
     for _ in range(4):
         callback.on_prediction_step(None, None, None, eval_dataloader=range(7))
-    callback.on_evaluate(None, SimpleNamespace(is_world_process_zero=True), None)
+    getattr(callback, over)(None, SimpleNamespace(is_world_process_zero=True), None, metrics={})
     for _ in range(2):  # of the next one
         callback.on_prediction_step(None, None, None, eval_dataloader=range(7))
     assert caplog.messages == ["evaluation: batch 3/7, 01:20 left", "evaluation: batch 2/7, 03:20 left"]
