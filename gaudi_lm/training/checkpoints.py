@@ -102,6 +102,11 @@ def _flush(path: Path) -> None:
         os.close(number)
 
 
+def _flush_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
+
+
 def seal(folder: Path, run: dict) -> None:
     """Write the manifest of an incomplete folder and flush everything in it to the disk.
 
@@ -111,20 +116,17 @@ def seal(folder: Path, run: dict) -> None:
     files = {str(path.relative_to(folder)): path for path in _files(folder) if path.name != MANIFEST}
     listed = {name: {"size": path.stat().st_size, "sha256": _digest(path)} for name, path in files.items()}
     (folder / MANIFEST).write_text(json.dumps({"files": listed, "run": run}, indent=1) + "\n")
-    for path in [*_files(folder), *(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _flush(path)
+    _flush_all(folder)
 
 
 def publish(folder: Path) -> None:
     """Give a sealed folder its own name, in place of one that has it already."""
-    source = incomplete(folder)
+    older = folder.with_name(f"{REPLACED}{folder.name}")
     if folder.exists():
-        older = folder.with_name(f"{REPLACED}{folder.name}")
         os.rename(folder, older)
-        os.rename(source, folder)
+    os.rename(incomplete(folder), folder)
+    if older.exists():
         shutil.rmtree(older)
-    else:
-        os.rename(source, folder)
     _flush(folder.parent)
 
 
@@ -133,8 +135,7 @@ def publish_files(staging: Path, folder: Path) -> None:
 
     From the first rename on, all of it is on the disk: :func:`finish_moving` makes up for a kill in between.
     """
-    for path in _files(staging):
-        _flush(path)
+    _flush_all(staging)
     finish_moving(folder)  # where a kill was in between, and no training has begun since
     os.rename(staging, folder / COMPLETE)
     finish_moving(folder)
@@ -149,7 +150,8 @@ def finish_moving(folder: Path) -> bool:
         target = folder / path.relative_to(complete)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
-    _flush(folder)
+    for place in {folder, *(folder / path.relative_to(complete) for path in complete.rglob("*"))}:
+        _flush(place)
     shutil.rmtree(complete)
     return True
 

@@ -221,14 +221,20 @@ def test_the_state_of_another_transformers(output, caplog):
     assert "trainer_state.json is damaged" in caplog.text and "'newer'" in caplog.text
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """The second time it takes the place of another one; a machine that loses its power forgets what is not there."""
+@pytest.fixture
+def done(monkeypatch) -> list:
+    """What is flushed to the disk, and what is renamed to what, in this order."""
     done: list = []
     flush, rename = os.fsync, os.rename
     monkeypatch.setattr(
         os, "fsync", lambda number: (done.append(os.readlink(f"/proc/self/fd/{number}")), flush(number))
     )
     monkeypatch.setattr(os, "rename", lambda *names: (done.append(names), rename(*names)))
+    return done
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, done):
+    """The second time it takes the place of another one; a machine that loses its power forgets what is not there."""
     folder = tmp_path / "checkpoint-1"
     staging = checkpoints.incomplete(folder)
     for content in ("first", "second"):
@@ -241,6 +247,17 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
         assert written <= {*done[: done.index((staging, folder))]} and done[-1] == str(tmp_path)
         assert (folder / "inner" / "model.safetensors").read_text() == content
         assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_results_are_on_the_disk_before_they_are_moved_and_where_they_are_moved_to(tmp_path, done, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: done.append(folder))
+    staging = tmp_path / "incomplete-files"
+    (staging / "merged").mkdir(parents=True)
+    (staging / "merged" / "model.safetensors").touch()
+    written = {str(path) for path in (staging, *staging.rglob("*"))}
+    checkpoints.publish_files(staging, tmp_path)
+    moved, removed = done.index((staging, tmp_path / "complete-files")), done.index(tmp_path / "complete-files")
+    assert written <= {*done[:moved]} and {str(tmp_path), str(tmp_path / "merged")} <= {*done[moved:removed]}
 
 
 def test_results_that_were_being_moved_are_moved(output):
