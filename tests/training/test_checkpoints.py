@@ -212,6 +212,38 @@ def test_weights_alone_are_no_damage(output, adapter):
         find_checkpoint(arguments(output, resume_from_checkpoint=str(newest)))
 
 
+STATES = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+MODEL_STATES = ["latest", "rng_state_0.pth", "global_step6/mp_rank_00_model_states.pt"]
+PARTS = [f"global_step6/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
+NEEDED = {
+    "whole": ["model.safetensors", *STATES],
+    "adapter": ["adapter_model.bin", *STATES],
+    "FSDP": ["pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata", *STATES[1:]],
+    "ZeRO-2": [*MODEL_STATES, "rng_state_1.pth", *PARTS],
+    "stage 0": MODEL_STATES,
+}
+
+
+@pytest.mark.parametrize("kind", NEEDED)
+def test_what_a_checkpoint_needs(kind, tmp_path):
+    """Nothing is missing where it is all there, and something without any one file."""
+
+    def missing(without: str | None = None, latest: str = "global_step6") -> list[str]:
+        shutil.rmtree(tmp_path / "checkpoint-6", ignore_errors=True)
+        for name in ["trainer_state.json", *NEEDED[kind]]:
+            path = tmp_path / "checkpoint-6" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if name != without:
+                path.write_text(f"{latest}\n" if name == "latest" else "")
+        if kind == "stage 0":
+            checkpoints.seal(tmp_path / "checkpoint-6", {"zero_stage": 0})
+        return [fault for fault in checkpoints.faults(tmp_path / "checkpoint-6") if "missing" in fault]
+
+    assert not missing()
+    assert all(missing(name) for name in NEEDED[kind])
+    assert bool(missing(latest="global_step5")) == ("latest" in NEEDED[kind])
+
+
 def test_the_state_of_another_transformers(output, caplog):
     """With a value that this one does not know; the run ended in a traceback."""
     (output / "checkpoint-6" / "manifest.json").unlink()
@@ -219,6 +251,19 @@ def test_the_state_of_another_transformers(output, caplog):
     state.write_text(json.dumps({**json.loads(state.read_text()), "newer": 1}))
     assert find_checkpoint(arguments(output)) == str(output / "checkpoint-3")
     assert "trainer_state.json is damaged" in caplog.text and "'newer'" in caplog.text
+    named = (output / "checkpoint-6").rename(output / "best")  # no step in its name
+    (named / "trainer_state.json").write_text('{"global_step": "6"}')
+    assert checkpoints.faults(named) == ["trainer_state.json is damaged (global_step is no number)"]
+
+
+def test_a_byte_of_a_tensor_is_missed_without_a_manifest(output):
+    checkpoint = output / "checkpoint-6"
+    (checkpoint / "manifest.json").unlink()
+    data = bytearray((checkpoint / "optimizer.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (checkpoint / "optimizer.pt").write_bytes(data)
+    (fault,) = checkpoints.faults(checkpoint)
+    assert fault.startswith("optimizer.pt is damaged") and "checksum" in fault
 
 
 @pytest.fixture
@@ -385,8 +430,11 @@ def test_a_manifest_lists_every_file_and_keeps_no_secret(trained):
 def test_no_loader_can_ask_for_more_than_data(tmp_path):
     """DeepSpeed asks for ``weights_only=False``."""
     torch.save({"more": Payload(tmp_path / "executed")}, tmp_path / "file.pt")
-    with checkpoints.data_only(), pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "file.pt", weights_only=False)
+    with checkpoints.data_only():
+        with checkpoints.data_only():
+            pass
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / "file.pt", weights_only=False)
     assert not (tmp_path / "executed").exists()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 

@@ -129,6 +129,7 @@ def test_early_stopping_goes_on_counting(caplog):
     state = SimpleNamespace(global_step=3, max_steps=9, best_metric=1.0, stateful_callbacks=noted)
     callback, control = progress.EarlyStopping(early_stopping_patience=2), SimpleNamespace(should_training_stop=False)
     callback.on_train_begin(args, state, control)
+    assert state.stateful_callbacks["EarlyStopping"] == callback.state()  # where the trainer looks for it
     callback.on_evaluate(args, state, control, metrics={"eval_loss": 2.0})
     assert not control.should_training_stop
     callback.on_step_end(args, state, control)
@@ -138,6 +139,21 @@ def test_early_stopping_goes_on_counting(caplog):
     callback.on_train_end(args, state, control)
     callback.on_evaluate(args, state, control, metrics={"eval_loss": 2.0})
     assert len(caplog.messages) == 1 and callback.early_stopping_patience_counter == 2
+    state.global_step, state.stateful_callbacks = 0, {"EarlyStopping": callback.state()}
+    callback.on_train_begin(args, state, control)
+    assert callback.early_stopping_patience_counter == 0, "training begins anew"
+
+
+def test_an_epoch_is_over_with_its_last_batch():
+    """Of 5 batches, two a step; the last step has one."""
+    trainer = SimpleNamespace(
+        steps_per_epoch=3, batches_per_epoch=5, _window=(), throughput=SimpleNamespace(end_step=lambda: None)
+    )
+    state, args, seen = SimpleNamespace(epoch=None), SimpleNamespace(gradient_accumulation_steps=2), []
+    for state.global_step in range(1, 7):
+        progress.StepClock(trainer).on_step_end(args, state, None)
+        seen.append(state.epoch)
+    assert seen == [0.4, 0.8, 1.0, 1.4, 1.8, 2.0]
 
 
 @pytest.mark.slow
