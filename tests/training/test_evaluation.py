@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from running import copy_elsewhere, losses, run, run_several
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from short_runs import common
 from tiny_models import tiny_model
 
+from gaudi_lm.training import predictions
 from gaudi_lm.training.evaluation import EvaluatingTrainer, weights_as
 
 FOLDERS = ("plain", "half")
@@ -90,6 +92,36 @@ def test_a_step_of_training_without_memory_is_not_an_evaluation():
 
     with pytest.raises(RuntimeError, match="^Allocation failed for size$"):
         Trainer().evaluate()
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("samples", [7, 5, 1, 0])
+def test_predictions_are_in_the_order_of_the_dataset(samples, labelled, monkeypatch):
+    """Of three ranks with batches of two rows and other lengths, some of which only complete a batch."""
+    ranks, parts, long = [predictions.Predictions() for _ in range(3)], [], 0
+    for rank, own in enumerate(ranks):
+        rows = [*range(rank, samples, 3)]
+        for first in range(0, -(-samples // 6) * 2, 2):
+            places = torch.tensor([*rows[first : first + 2], -1, -1][:2])
+            ids = places[:, None].expand(2, (length := 2 + rank + first))
+            long = max(long, length)
+            halves = {"pairs": torch.stack([ids, -ids], 2).bfloat16(), "first": ids[:, 0].half(), "none": None}
+            own.add((halves, [ids]), ids if labelled else None, places >= 0)
+    monkeypatch.setattr(predictions, "gather", lambda own: parts.append(own) or [own])
+    for own in ranks:
+        own.over_ranks()
+    monkeypatch.setattr(predictions, "gather", lambda own: parts)
+    found, labels = ranks[1].over_ranks()
+    if not samples:
+        assert found is labels is None
+        return
+    expected = [[row] * (length := 2 + row % 3 + row // 6 * 2) + [-100] * (long - length) for row in range(samples)]
+    (halves, (ids,)), expected = found, np.array(expected)
+    assert (ids == expected).all() and halves["none"] is None
+    assert (labels == expected).all() if labelled else labels is None
+    assert (halves["pairs"] == np.stack([expected, np.where(expected < 0, -100, -expected)], 2)).all()
+    assert halves["first"].tolist() == [*range(samples)]
+    assert (ids.dtype, halves["pairs"].dtype, halves["first"].dtype) == (np.int64, np.float32, np.float32)
 
 
 @pytest.mark.slow
