@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, checked before they are used, and run nothing that lies in them."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from resuming import CARD, CPU, script_flags, start, zero
 
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import checkpoints
+from gaudi_lm.training.fsdp import check_kind, state_dict_type
 from gaudi_lm.training.resume import clear_the_way, find_checkpoint
 from gaudi_lm.training.resumed_state import Resumption
 
@@ -242,6 +244,31 @@ def test_what_a_checkpoint_needs(kind, tmp_path):
     assert not missing()
     assert all(missing(name) for name in NEEDED[kind])
     assert bool(missing(latest="global_step5")) == ("latest" in NEEDED[kind])
+
+
+@pytest.mark.parametrize("wanted", [None, "FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.safetensors", None), ("pytorch_model_fsdp.bin", "FULL_STATE_DICT"),
+        ("pytorch_model_fsdp_0", "SHARDED_STATE_DICT"),
+    ],
+)  # fmt: skip
+def test_what_fsdp_divides_in_another_way_is_refused(name, kind, wanted, tmp_path, monkeypatch):
+    (tmp_path / name).touch()
+    said = [f"with --fsdp and {one}" if one else "without --fsdp" for one in (kind, wanted)]
+    args = SimpleNamespace(fsdp=["full_shard"] if wanted else [], fsdp_config={"state_dict_type": wanted})
+    for _ in range(2):
+        with (
+            contextlib.nullcontext()
+            if kind == wanted
+            else pytest.raises(UserError, match=f"it was saved {said[0]}, this run is {said[1]}; go on with")
+        ):
+            check_kind(tmp_path, args)
+        args.fsdp_config = {}
+        monkeypatch.setenv("FSDP_STATE_DICT_TYPE", str(wanted))
+    monkeypatch.delenv("FSDP_STATE_DICT_TYPE")
+    assert state_dict_type(args) == (wanted and "FULL_STATE_DICT")
 
 
 def test_the_state_of_another_transformers(output, caplog):

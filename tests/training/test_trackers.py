@@ -3,10 +3,15 @@
 import json
 import re
 import struct
+from types import SimpleNamespace
 
 import pytest
 from running import ROOT, log_history, run, run_ranks
 from short_runs import scratch
+from transformers import TrainerCallback
+
+from gaudi_lm.errors import UserError
+from gaudi_lm.training.trackers import Trackers
 
 WAY_OUT = "; fix that, or give --report_to none"
 SERIES = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "padding_share"}
@@ -97,6 +102,50 @@ def test_a_tracker_without_an_account(assets, tmp_path):
     stranger = {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
     result = run("run_clm.py", *flags, env=stranger, code=2)
     assert re.search(rf"^error: --report_to wandb: .*wandb login.*{WAY_OUT}$", result.stderr, re.M)
+
+
+class Tracker(TrainerCallback):
+    """One whose server fails at what is in ``fails``."""
+
+    def __init__(self, *fails: str):
+        self.fails, self.seen = fails, []
+
+    def serve(self, event: str) -> None:
+        self.seen.append(event)
+        if event in self.fails:
+            raise OSError("the server\ndoes not answer")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.serve("begin")
+
+    def on_log(self, args, state, control, **kwargs):
+        self.serve("log")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.serve(f"end with {' and '.join(kwargs)}" if kwargs else "end")
+
+
+def test_a_tracker_ends_with_the_run_and_the_run_not_with_it(monkeypatch, caplog):
+    def run_with(*callbacks: TrainerCallback) -> None:
+        trainer = SimpleNamespace(args=SimpleNamespace(report_to=["mine"]), state=None, control=None, model=None)
+        trainer.processing_class, trainer.callback_handler = None, SimpleNamespace(callbacks=callbacks)
+        trackers = Trackers(trainer)
+        for event in ("train_begin", "log", "log", "train_end", "log"):
+            for callback in callbacks:
+                getattr(callback, f"on_{event}")(None, None, None)
+        trackers.close()
+
+    monkeypatch.setattr("gaudi_lm.training.trackers.get_reporting_integration_callbacks", lambda names: [Tracker])
+    other, failing = TrainerCallback(), Tracker("log", "end with model and processing_class")
+    run_with(other, failing)
+    assert failing.seen == ["begin", "log", "log", "log", "end with model and processing_class"]
+    line = "--report_to mine: the server does not answer; the run goes on, and figures may be missing there"
+    assert caplog.messages == [line], "once"
+    with pytest.raises(UserError, match=f"^--report_to mine: the server does not answer{WAY_OUT}$"):
+        run_with(Tracker("begin"))
+    monkeypatch.setattr("gaudi_lm.training.trackers.from_main", lambda problem: "it fails on the main rank")
+    with pytest.raises(UserError, match=f"^it fails on the main rank{WAY_OUT}$"):
+        run_with(Tracker())
 
 
 TRACKIO = """
