@@ -11,9 +11,12 @@ from huggingface_hub import ModelCard
 from running import load_elsewhere, log_history, losses, run, run_many, run_ranks
 from safetensors.torch import load_file
 from short_runs import scratch
+from transformers import GPT2Config, RobertaConfig
 
+from gaudi_lm.errors import UserError
 from gaudi_lm.training import saving
 from gaudi_lm.training.resumed_state import Resumption
+from gaudi_lm.training.samples import check_prompts
 
 EVALUATIONS = ("--do_train", "--do_eval", "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1)
 WORSE = ("--max_grad_norm", 0, "--optim", "sgd", "--learning_rate", 100, "--lr_scheduler_type", "constant")
@@ -133,6 +136,34 @@ def test_the_card_has_the_licence_of_the_base_model(assets, tmp_path):
         flags += ["--max_train_samples", 16, "--max_steps", 1, "--do_train", "--save_strategy", "no"]
         run("run_clm.py", *flags, "--output_dir", output)
         assert ModelCard.load(output / "README.md").data.license == licence
+
+
+MASKED = RobertaConfig(max_position_embeddings=12, pad_token_id=1)  # whose positions begin behind the padding's
+
+
+@pytest.mark.parametrize(
+    ("config", "prompt", "fsdp", "said"),
+    [
+        (MASKED, "[MASK] " * 10, "", None),
+        (MASKED, "[MASK] " * 11, "", "longer than the model takes"),
+        (MASKED, "word", "", "it has no .MASK. for the model to fill"),
+        (MASKED, "[MASK]", "full_shard", "not with --fsdp"),
+        (GPT2Config(n_positions=10), "word " * 9, "full_shard", None),
+        (GPT2Config(n_positions=10), "word " * 10, "", "longer than the model takes"),  # one is to be generated
+        (GPT2Config(n_positions=99), "word " * 19, "", None),  # what the tokenizer takes
+        (GPT2Config(n_positions=99), "word " * 20, "", "longer than the model takes"),
+        (GPT2Config(n_positions=10), "", "", "it is empty"),
+    ],
+)
+def test_prompts_that_a_model_cannot_take_are_refused(config, prompt, fsdp, said):
+    class Words:
+        mask_token, model_max_length = "[MASK]", 20
+        __call__ = staticmethod(lambda prompt: {"input_ids": prompt.split()})
+
+    args = SimpleNamespace(generate=[prompt], fsdp=fsdp)
+    with pytest.raises(UserError, match=f"^--generate.*{said}") if said else contextlib.nullcontext():
+        check_prompts(args, config is not MASKED, config, Words())
+    check_prompts(SimpleNamespace(generate=None, fsdp=fsdp), True, config, Words())
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What may be in --output_dir when a run begins there: logs of the launcher, of TensorBoard and of a shell."""
 
 import shlex
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from running import losses, results, run
 from short_runs import scratch
 
 from gaudi_lm.errors import UserError
+from gaudi_lm.training.model_card import command_line
 from gaudi_lm.training.resume import find_checkpoint, is_log
 
 
@@ -122,6 +124,23 @@ def test_a_prompt_of_code_does_not_end_the_command_in_the_card(assets, tmp_path)
     card = (tmp_path / "out" / "README.md").read_text()
     command = card.partition("\n````bash\n")[2].partition("\n````\n")[0]
     assert command.startswith("python ") and shlex.split(command)[-1] == prompt
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--hub_token", "s3cret", "--seed", "1"], "--hub_token <hidden> --seed 1"),
+        (["--hub-token=s3cret", "--seed=1"], "'--hub-token=<hidden>' --seed=1"),
+        (["--tok", "s3cret", "--generate", "a b", "--"], "--tok <hidden> --generate 'a b' --"),
+        (["--push-to-hub-t=s3cret", "--push_to_hub"], "'--push-to-hub-t=<hidden>' --push_to_hub"),
+        (["--my_own_token", "s3cret"], "--my_own_token <hidden>"),
+        (["--push_to_hub", "True", "--t", "token", "token"], "--push_to_hub True --t token token"),
+        (["--hub_model_id", "me/token", "--token_length", "3"], "--hub_model_id me/token --token_length 3"),
+    ],
+)
+def test_the_command_in_the_card_hides_tokens_alone(words, shown, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    assert command_line() == f"python run.py {shown}"
 
 
 @pytest.mark.slow
