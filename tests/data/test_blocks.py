@@ -1,5 +1,7 @@
 """Blocks against a plain-Python oracle: no token lost but the last partial block, whatever the rows look like."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -12,7 +14,7 @@ from gaudi_lm.data.blocks import cut, group_into_blocks, to_list_array
 from gaudi_lm.data.loading import split_rows
 from gaudi_lm.data.sampling import TrainingBatches, TrainingRows, row_lengths
 from gaudi_lm.errors import UserError
-from gaudi_lm.training.evaluation import FILLER_SAMPLE, EvaluationRows
+from gaudi_lm.training.evaluation import FILLER_SAMPLE, SAMPLE_ID, EvaluationRows
 
 rows_of_tokens = st.lists(st.lists(st.integers(0, 999), max_size=30), max_size=40)
 
@@ -115,15 +117,29 @@ def test_what_a_transform_draws_depends_on_the_batch_and_the_seed():
     assert torch.rand(()) == after, "dropout does not depend on it"
 
 
-@given(rows=st.integers(1, 30), batch=st.integers(1, 5), world=st.integers(1, 4), sized=st.booleans())
+@given(rows=st.integers(0, 30), batch=st.integers(1, 5), world=st.integers(1, 4), sized=st.booleans())
 def test_evaluation_takes_each_row_once(rows, batch, world, sized):
     data = Dataset.from_dict({"input_ids": [[n] for n in range(rows)]})
     if not sized:
-        data = data.to_iterable_dataset()
+        data = Dataset.from_dict({"input_ids": [[n] for n in range(rows + 1)]}).to_iterable_dataset().take(rows)
     parts = [list(EvaluationRows(data, batch, rank, world)) for rank in range(world)]
-    assert len({len(part) for part in parts}) == 1 and len(parts[0]) % batch == 0
+    assert {len(part) for part in parts} == {-(-rows // (batch * world)) * batch}
     real = [row["input_ids"][0] for part in parts for row in part if FILLER_SAMPLE not in row]
     assert sorted(real) == list(range(rows))
+    assert all(row[SAMPLE_ID] == row["input_ids"][0] for part in parts for row in part)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_processes_that_read_rows_for_evaluation_take_turns(workers, monkeypatch):
+    rows = EvaluationRows(Dataset.from_dict({"input_ids": [[n] for n in range(17)]}), 2, 1, 2)
+    whole, turns = list(rows), []
+    for turn in range(workers):
+        worker = SimpleNamespace(id=turn, num_workers=workers)
+        monkeypatch.setattr("gaudi_lm.training.evaluation.get_worker_info", lambda worker=worker: worker)
+        own = list(rows)
+        turns.append([own[start : start + 2] for start in range(0, len(own), 2)])
+    batches = [turns[number % workers][number // workers] for number in range(len(whole) // 2)]
+    assert sum(batches, []) == whole and sum(map(len, turns)) == len(batches)
 
 
 def test_no_step_of_training_rows():

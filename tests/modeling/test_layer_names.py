@@ -38,11 +38,18 @@ def test_what_fsdp_divides_is_chosen_and_told_to_the_libraries(monkeypatch):
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "before")
 
     def told(model, *options, **config) -> str:
-        choose_layers(model, training_args(*options, **config))
-        return os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"]
+        args = training_args(*options, **config)
+        choose_layers(model, args)
+        found = os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"]
+        assert args.fsdp_config.get("transformer_layer_cls_to_wrap") == (
+            found.split(",") if found != "before" else None
+        )
+        return found
 
     model = tiny_model("gpt2")
-    assert told(model) == told(model, "full_shard") == "before"
+    assert (
+        told(model) == told(model, "full_shard") == told(get_peft_model(tiny_model("gpt2"), LoraConfig())) == "before"
+    )
     assert told(model, "full_shard", "auto_wrap") == "GPT2Block"
     assert told(model, "auto_wrap", transformer_layer_cls_to_wrap=["GPT2MLP", "GPT2Attention"]) == (
         "GPT2MLP,GPT2Attention"
@@ -62,8 +69,9 @@ def test_what_fsdp_would_train_otherwise_is_refused(monkeypatch):
     flat = training_args("auto_wrap", weight_decay=0.1, use_orig_params=False)
     with pytest.raises(UserError, match=r"^--weight_decay 0.1: with use_orig_params false in --fsdp_config"):
         choose_layers(apart, flat)
-    flat.weight_decay = 0
-    choose_layers(apart, flat)
+    choose_layers(apart, training_args("auto_wrap", weight_decay=0.1))
+    choose_layers(apart, training_args("auto_wrap", use_orig_params=False))
+    choose_layers(get_peft_model(apart, LoraConfig()), flat)  # which has neither
 
 
 def test_settings_of_fsdp_that_are_not_used_are_named(monkeypatch, caplog):
