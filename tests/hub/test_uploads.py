@@ -4,6 +4,8 @@ import os
 import shutil
 import signal
 import time
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -103,6 +105,50 @@ def test_a_signal_does_not_wait_for_an_upload(assets, tmp_path, uploads, steps):
     assert end.returncode == 128 + signal.SIGTERM and not uploads.commits, end.stderr
     words = "Outputs saved to" if steps == 2 else "SIGTERM: training ends after step"
     assert words in end.stderr
+
+
+@pytest.mark.parametrize(
+    ("strategy", "places"),
+    [
+        ("end", []),
+        ("every_save", [None]),
+        ("checkpoint", [None, "last-checkpoint"]),
+        ("all_checkpoints", [None, "checkpoint-3"]),
+    ],
+)
+def test_which_checkpoints_are_uploaded_and_where_to(strategy, places, tmp_path, caplog):
+    """The folder's own files at the top without what is to resume from, then all of them; one upload at a time."""
+    begun, jobs = [], []
+
+    class Api:
+        endpoint = "http://hub"
+
+        def run_as_future(self, upload, *what) -> Future:
+            begun.append(what)
+            jobs.append(Future())
+            return jobs[-1]
+
+    flags = {"hub_model_id": None, "hub_private_repo": True, "hub_revision": "trial", "hub_always_push": False}
+    args = SimpleNamespace(
+        output_dir=tmp_path / "mine", hub_strategy=strategy, hub_token=None, push_to_hub=False, **flags
+    )
+    uploads = hub.HubUploads(args)
+    uploads._api = Api()
+    folder = tmp_path / "mine" / "checkpoint-3"
+    uploads.checkpoint(folder, 3)
+    assert [what[3] for what in begun] == places and {what[0] for what in begun} <= {folder}
+    assert [what[2] for what in begun] == [hub.TO_RESUME, None][: len(places)]
+    uploads.checkpoint(folder, 4)
+    assert len(begun) == len(places), "while the first is under way, or never"
+    for number, job in enumerate(jobs):
+        assert uploads.is_uploading(f"{folder}/") and not uploads.is_uploading(str(tmp_path))
+        job.set_exception(OSError("it was cut")) if number else job.set_result("me/mine")
+    assert not uploads.is_uploading(str(folder))
+    uploads.checkpoint(folder, 5)
+    assert len(begun) == 2 * len(places)
+    failed = "--push_to_hub: a checkpoint of mine was not uploaded (it was cut)"
+    command = f"`hf upload mine {tmp_path / 'mine'} --private --revision trial --exclude 'checkpoint-*' "
+    assert [failed in line and command in line for line in caplog.messages] == [True] * (len(places) - 1)
 
 
 def test_a_hub_that_does_not_answer(tmp_path, uploads, monkeypatch, caplog):

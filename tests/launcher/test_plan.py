@@ -65,6 +65,7 @@ def test_good_hostfiles(text, hosts):
 
 
 BAD_HOSTFILES = [
+    ("ab] slots=1", "line 1: 'ab]' is neither a host name nor an IP address"),
     ("", "names no host"),
     ("\n\n", "names no host"),
     ("# a slots=8\n", "names no host"),
