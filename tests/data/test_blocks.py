@@ -14,7 +14,7 @@ from gaudi_lm.data.blocks import cut, group_into_blocks, to_list_array
 from gaudi_lm.data.loading import split_rows
 from gaudi_lm.data.sampling import TrainingBatches, TrainingRows, row_lengths
 from gaudi_lm.errors import UserError
-from gaudi_lm.training.evaluation import FILLER_SAMPLE, SAMPLE_ID, EvaluationRows
+from gaudi_lm.training.evaluation import FILLER_SAMPLE, SAMPLE_ID, EvaluationRows, evaluation_loader
 
 rows_of_tokens = st.lists(st.lists(st.integers(0, 999), max_size=30), max_size=40)
 
@@ -127,6 +127,12 @@ def test_evaluation_takes_each_row_once(rows, batch, world, sized):
     real = [row["input_ids"][0] for part in parts for row in part if FILLER_SAMPLE not in row]
     assert sorted(real) == list(range(rows))
     assert all(row[SAMPLE_ID] == row["input_ids"][0] for part in parts for row in part)
+
+
+def test_a_stream_is_read_by_one_process_that_counts_its_rows():
+    data = Dataset.from_dict({"input_ids": [[1]]})
+    for rows, workers in ((data, 2), (data.to_iterable_dataset(), 0)):
+        assert evaluation_loader(rows, list, 2, 0, 1, num_workers=2, prefetch_factor=2).num_workers == workers
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

@@ -1,6 +1,7 @@
 """Checkpoints are whole or not there, checked before they are used, and run nothing that lies in them."""
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ from gaudi_lm.training import checkpoints
 from gaudi_lm.training.fsdp import check_kind, state_dict_type
 from gaudi_lm.training.resume import clear_the_way, find_checkpoint
 from gaudi_lm.training.resumed_state import Resumption
+from gaudi_lm.training.saving import SavingSteps, _reason
 
 FILES = [
     "config.json", "gaudi_config.json", "generation_config.json", "model.safetensors", "optimizer.pt", "rng_state.pth",
@@ -319,6 +321,49 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, done):
         assert written <= {*done[: done.index((staging, folder))]} and done[-1] == str(tmp_path)
         assert (folder / "inner" / "model.safetensors").read_text() == content
         assert list(tmp_path.iterdir()) == [folder]
+
+
+def chained(error: Exception, before: Exception, cause: bool) -> Exception:
+    """An error that was raised from another one, or while it was dealt with."""
+    error.__cause__, error.__context__ = (before, None) if cause else (None, before)
+    return error
+
+
+FULL = OSError(errno.ENOSPC, "any words")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FULL, "No space left on device"),
+        (Exception("Error while serializing: I/O error: File too large (os error 27)"), "File too large"),
+        (RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos"), "a file of torch was cut short"),
+        (RuntimeError("basic_ios::clear: iostream error"), "a file of torch was cut short"),
+        (chained(RuntimeError("unexpected pos"), FULL, cause=True), "No space left on device"),
+        (chained(RuntimeError("unexpected pos"), FULL, cause=False), "No space left on device"),
+        (RuntimeError("a shape is wrong"), None),
+        (ValueError("iostream"), None),
+        (OSError("of a library, without a number"), None),
+    ],
+)
+def test_why_a_file_could_not_be_written(error, reason):
+    assert _reason(error) == reason
+
+
+def test_the_last_step_of_an_epoch_is_saved_after_its_evaluation():
+    """Three steps an epoch, seven in all; what is to be saved is asked for after each second one and the last."""
+    steps = SavingSteps(SimpleNamespace(steps_per_epoch=3))
+    saved = {"step": [], "epoch": []}
+    for step in range(1, 8):
+        control = SimpleNamespace(should_save=step % 2 == 0 or step == 7)
+        state = SimpleNamespace(global_step=step, max_steps=7)
+        steps.on_step_end(None, state, control)
+        saved["step"] += [step] * control.should_save
+        if step in (3, 6, 7):
+            control.should_save = False
+            steps.on_epoch_end(None, state, control)
+            saved["epoch"] += [step] * control.should_save
+    assert saved == {"step": [2, 4], "epoch": [6, 7]}
 
 
 def test_results_are_on_the_disk_before_they_are_moved_and_where_they_are_moved_to(tmp_path, done, monkeypatch):

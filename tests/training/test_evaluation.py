@@ -65,6 +65,7 @@ def test_bf16_full_eval_rounds_no_saved_weight(runs, script, tmp_path):
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])  # tied embeddings; rotary frequencies
 def test_weights_come_back_bit_by_bit(model_type):
     model = tiny_model(model_type)
+    model.register_buffer("whole_number", torch.tensor(2**20 + 1))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(RuntimeError), weights_as(model, torch.bfloat16, restore=True):
         assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}

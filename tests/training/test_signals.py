@@ -17,8 +17,6 @@ from resuming import CARD, CPU, batch, essence, script_flags, start, zero
 from running import ROOT, environment, results, run_interrupted
 from simulator.cards import card_environment
 
-from gaudi_lm.training.signals import SaveOnSignal
-
 pytestmark = [pytest.mark.slow]
 STEPS, WAIT_FOR = 60, 12
 LONG = ["--max_steps", STEPS, "--save_steps", WAIT_FOR, "--eval_strategy", "no", "--save_total_limit", 2]
@@ -136,17 +134,6 @@ def read_until_gone(reader: list[int]) -> None:
         if select.select([ours], [], [], 0.05)[0]:
             os.read(ours, 1 << 16)
     os.close(ours)
-
-
-def test_nohup_is_heeded():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        signals = SaveOnSignal(main_rank=False)
-        with signals.watching():
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert not signals.received
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_ends_at_once(assets, masked_assets, instructions, tmp_path):
@@ -269,14 +256,3 @@ def test_processes_that_load_data_outlive_a_signal_to_all(number, assets, masked
     assert "training ends after step" in end.stderr
     with pytest.raises(ProcessLookupError):
         os.killpg(group[0], 0)
-
-
-def test_a_signal_that_comes_after_the_last_step(caplog, tmp_path):
-    """The results are written first, then the run ends."""
-    signals = SaveOnSignal(main_rank=False)
-    with signals.watching():
-        os.kill(os.getpid(), signal.SIGUSR1)
-    with caplog.at_level("INFO", "gaudi_lm"), pytest.raises(SystemExit) as end:
-        signals.end_after_training(tmp_path)
-    assert end.value.code == 138 and f"the model is in {tmp_path}" in caplog.text
-    SaveOnSignal(main_rank=False).end_after_training(tmp_path)
