@@ -40,7 +40,7 @@ def test_a_step_is_finished_and_saved_before_the_end(tmp_path, caplog):
     """Ranks have voted when a signal comes late in a step: it then counts in the next one."""
     run = Run(tmp_path)
     with caplog.at_level("INFO", "gaudi_lm"), pytest.raises(SystemExit) as end, run.signals.watching():
-        assert not run.tell(*STEP, "save", "pre_optimizer_step")
+        assert not run.tell(*STEP, "save", "pre_optimizer_step") and not run.signals.stopping.value
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert not run.tell("step_end", "save") and run.signals.stopping.value
@@ -58,6 +58,13 @@ def test_an_evaluation_is_the_last_one_too():
         os.kill(os.getpid(), signal.SIGHUP)
         assert run.tell("evaluate") and run.signals.decided == signal.SIGHUP
     assert not (other := Run()).signals.received and not other.tell(*STEP, "evaluate", "save")
+
+
+def test_what_the_flags_save_is_saved_without_a_signal():
+    run = Run()
+    run.control.should_save = True
+    with run.signals.watching():
+        assert run.tell(*STEP, "save", "evaluate", "save")
 
 
 def test_handlers_come_back_where_no_signal_has_come(handlers):
@@ -95,11 +102,14 @@ def test_another_thread_than_the_main_one_takes_no_signals(handlers):
     assert seen == [handlers]
 
 
-def test_nohup_is_heeded():
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_nohup_is_heeded_and_not_a_shell_that_starts_a_background_job():
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     with (run := Run()).signals.watching():
         os.kill(os.getpid(), signal.SIGHUP)
-    assert not run.signals.received
+        assert not run.signals.received
+        os.kill(os.getpid(), signal.SIGINT)
+    assert run.signals.received == signal.SIGINT
 
 
 def test_a_signal_that_comes_after_the_last_step(caplog, tmp_path):

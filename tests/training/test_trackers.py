@@ -134,6 +134,7 @@ def test_a_tracker_ends_with_the_run_and_the_run_not_with_it(monkeypatch, caplog
             for callback in callbacks:
                 getattr(callback, f"on_{event}")(None, None, None)
         trackers.close()
+        assert not any(vars(callback) for callback in callbacks if not isinstance(callback, Tracker))
 
     monkeypatch.setattr("gaudi_lm.training.trackers.get_reporting_integration_callbacks", lambda names: [Tracker])
     other, failing = TrainerCallback(), Tracker("log", "end with model and processing_class")
