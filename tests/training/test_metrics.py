@@ -95,6 +95,10 @@ def test_what_is_added_to_the_loss_is_logged_beside_it():
         loss.add(torch.tensor(2.0), outputs, share=torch.tensor(0.25))
     loss.on_step_end(None, None, None)
     assert loss.take() == {"loss": 3.0, "aux_loss": 0.5, "orthogonality_loss": 0.5} and loss.batches == 2
+    plain = TrainingLoss()
+    plain.add(torch.tensor(2.0), {**outputs, "aux_loss": None}, share=torch.tensor(0.25))
+    plain.on_step_end(None, None, None)
+    assert plain.take() == {"loss": 1.5}, "nothing is added"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
