@@ -129,7 +129,7 @@ def _write_json(path: Path, values: dict) -> None:
 
 
 def _read_json(path: Path) -> dict:
-    with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: not written by this suite
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # not by this suite
         return dict(json.loads(path.read_text()))
     return {}
 

@@ -10,6 +10,7 @@ from short_runs import scratch
 
 from gaudi_lm.errors import UserError
 from gaudi_lm.training.model_card import command_line
+from gaudi_lm.training.outputs import _read_json
 from gaudi_lm.training.resume import find_checkpoint, is_log
 
 
@@ -50,6 +51,12 @@ def test_a_folder_of_logs_and_more_is_an_obstacle(tmp_path):
     for name in ("rank0.log", "notes.txt"):
         (tmp_path / name).touch()
     assert not is_log(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "null", "3", "[1]"])
+def test_figures_that_another_tool_has_written_are_no_obstacle(tmp_path, text):
+    (tmp_path / "all_results.json").write_text(text)
+    assert _read_json(tmp_path / "all_results.json") == {}
 
 
 @pytest.mark.slow
