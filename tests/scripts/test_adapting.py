@@ -256,6 +256,14 @@ def test_rows_that_are_no_dataset_are_refused(tmp_path, where):
 
 
 @pytest.mark.slow
+def test_an_evaluation_set_without_rows_is_refused(tmp_path):
+    rows = Dataset.from_list([{"input_ids": [3, 4]}])
+    none = rows.select([])
+    for given, name in ((none, ""), ({"a": rows, "b": none}, " b")):
+        with pytest.raises(UserError, match=f"^eval_dataset{name} has no rows$"):
+            parts(tmp_path, eval_dataset=given)
+
+
 def test_another_metric(assets, tmp_path):
     script = adapted(tmp_path / "mine", "compute_metrics")
     run("run_clm.py", *scratch(assets, tmp_path / "plain", *EVALUATE))
