@@ -27,6 +27,10 @@ def token_metrics(loss_sum: list[float], correct: list[int], count: list[int]) -
     """
     total = sum(count)
     if not total:
+        logger.warning(
+            "no token to predict in the evaluation: there is no loss, perplexity and accuracy of it; more rows have "
+            "some (--max_eval_samples), and of a masked model also a higher --mlm_probability"
+        )
         return {"loss": math.nan, "perplexity": math.nan, "accuracy": math.nan}
     loss = math.fsum(loss_sum) / total
     return {
@@ -38,7 +42,7 @@ def token_metrics(loss_sum: list[float], correct: list[int], count: list[int]) -
 
 def is_result(name: str, value: object) -> bool:
     """Whether a figure of an evaluation is about the model, and neither about the data nor about time."""
-    return not name.endswith(NO_RESULTS) and isinstance(value, (int, float)) and math.isfinite(value)
+    return not name.endswith(NO_RESULTS) and isinstance(value, (int, float))
 
 
 class Throughput:

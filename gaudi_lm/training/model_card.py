@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 import re
 import shlex
@@ -80,6 +81,7 @@ def write_model_card(
         eval_results=[
             EvalResult(task, metric_type=name.removeprefix("eval_"), metric_value=value, **evaluated)
             for name, value in results.items()
+            if math.isfinite(value)
         ],
     )
     rows: list[tuple[str, object]] = [("optimizer steps", f"{state.global_step} ({state.epoch or 0:.3g} epochs)")]

@@ -125,7 +125,9 @@ def aligned(metrics: dict[str, float]) -> list[str]:
 
 
 def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=4, sort_keys=True) + "\n")
+    # JSON has no NaN and no infinity: many readers refuse a file with them.
+    known = json.loads(json.dumps(values), parse_constant=lambda name: None)
+    path.write_text(json.dumps(known, indent=4, sort_keys=True) + "\n")
 
 
 def _read_json(path: Path) -> dict:

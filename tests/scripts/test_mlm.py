@@ -1,6 +1,7 @@
 """run_mlm.py: masks, rows, and runs as a user makes them."""
 
 import itertools
+import json
 import re
 from functools import partial
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from running import (
@@ -364,6 +366,21 @@ def test_on_a_simulated_card(assets, masked_assets, tmp_path):
     lengths = re.search(r"padded to one of the lengths \[([\d, ]+)\]", ends[1].log)
     assert lengths and 1 <= len(lengths[1].split(",")) <= 4
     assert results(tmp_path / "bert")["train_padding_share"] < results(tmp_path / "distilbert")["train_padding_share"]
+
+
+def test_an_evaluation_in_which_no_token_is_masked(assets, masked_assets, tmp_path):
+    """Its loss is no number: a warning says why, the card says so, and files of figures are JSON, which has no NaN."""
+    (tmp_path / "short.txt").write_text("hello world\n")
+    flags = [*masked_assets.scratch("bert"), "--validation_file", tmp_path / "short.txt", "--line_by_line"]
+    flags += ["--mlm_probability", 0.001, "--do_eval", "--use_cpu", "--output_dir", tmp_path / "out", "--do_train"]
+    flags += ["--train_file", assets.train, "--max_train_samples", 8, "--max_steps", 1, "--save_strategy", "no"]
+    log = run("run_mlm.py", *flags).stderr
+    assert "no token to predict in the evaluation" in log and "--mlm_probability" in log
+    for name in ("all_results.json", "eval_results.json"):
+        found = json.loads((tmp_path / "out" / name).read_text(), parse_constant=pytest.fail)
+        assert found["eval_tokens"] == 0 and found["eval_loss"] is found["eval_perplexity"] is None
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "| eval loss | nan |" in card.content and not card.data.eval_results
 
 
 def test_bad_input(assets, masked_assets, tmp_path):

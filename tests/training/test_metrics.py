@@ -1,5 +1,6 @@
 """Figures against their definitions."""
 
+import json
 import math
 import subprocess
 import sys
@@ -184,6 +185,13 @@ def test_figures_of_data_and_time_are_no_results():
     found = {"eval_loss": 2.5, "eval_f1": 1, "eval_samples": 4, "eval_runtime": 1.0, "eval_steps_per_second": 2.0}
     found |= {"eval_padding_share": 0.1, "eval_tokens": 9, "eval_report": "good", "eval_perplexity": math.inf}
     assert [name for name, value in found.items() if metrics.is_result(name, value)] == ["eval_loss", "eval_f1"]
+
+
+def test_the_files_of_figures_are_json(tmp_path):
+    """What is no number is null, in lists and tables of a compute_metrics of one's own, too."""
+    outputs._write_json(tmp_path / "a.json", {"a": math.nan, "b": [math.inf, 1.5], "c": {"d": -math.inf}, "e": 2})
+    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"a": None, "b": [None, 1.5], "c": {"d": None}, "e": 2}
 
 
 def test_throughput_leaves_out_warm_up_and_pauses(monkeypatch):
