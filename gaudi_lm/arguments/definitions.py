@@ -199,9 +199,12 @@ class LMTrainingArguments(GaudiTrainingArguments):
     dry_run_cards: int | None = field(
         default=None, metadata={"help": "With --dry_run in one process: the number of cards that it stands for."}
     )
-    card_memory_gb: float = field(
-        default=96,
-        metadata={"help": "With --dry_run: memory of a card, in units of 2^30 bytes: 96 on Gaudi 2, 128 on Gaudi 3."},
+    card_memory_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "With --dry_run: memory of a card, in units of 2^30 bytes: 96 on Gaudi 2 (the default), 128 on "
+            "Gaudi 3."
+        },
     )
 
     def __post_init__(self):

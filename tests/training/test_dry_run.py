@@ -177,6 +177,9 @@ def test_where_it_does_not_fit_flags_are_named_that_make_it_fit(jobs, tmp_path):
     assert "zero_" in text
     text = run(script, *flags, "--card_memory_gb", 1e-6, env={"GAUDI_SIMULATOR": "1"}).stdout
     assert "no other flag makes it fit" in text
+    smaller = {"GAUDI_SIMULATOR": "1", "GAUDI_SIMULATOR_MEMORY_GB": "0.04"}
+    assert "and a card has 0.04 (--card_memory_gb)" in run(script, *flags, env=smaller).stdout
+    assert " of 2 GB (--card_memory_gb)" in run(script, *flags, "--card_memory_gb", 2, env=smaller).stdout
 
 
 @pytest.mark.parametrize("flags, said", [
