@@ -137,7 +137,7 @@ class Throughput:
 def save_loss_curve(history: list[dict], path: Path) -> bool:
     """Draw losses and learning rate over optimizer steps as a PNG picture.
 
-    The training loss is smoothed over its logged values; single peaks do not make the rest flat.
+    The training loss is a running median of its logged values; single peaks do not make the rest flat.
 
     Args:
         history: ``trainer.state.log_history``, of one evaluation set or several.
@@ -165,7 +165,7 @@ def save_loss_curve(history: list[dict], path: Path) -> bool:
     figure.subplots_adjust(left=0.12, right=0.92, bottom=0.11, top=0.94)  # a layout engine draws all of it once more
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    smooth = loss.rolling(1 + len(loss) // 100 * 2 + 2 * (len(loss) > 20), center=True, min_periods=1).mean()
+    smooth = loss.rolling(1 + len(loss) // 100 * 2 + 2 * (len(loss) > 20), center=True, min_periods=1).median()
     dense = len(loss) > 2000
     axes.plot(loss, ".", color="lightsteelblue", markersize=1 if dense else 5, alpha=0.3 if dense else 1)
     marker = "." if len(loss) == 1 else None
@@ -173,7 +173,8 @@ def save_loss_curve(history: list[dict], path: Path) -> bool:
     for number, line in enumerate(evaluations, 1):
         label = f"evaluation {line.name[len('eval_') : -len('_loss')]}".strip()
         lines += axes.plot(line, color=f"C{number}", marker="o" if len(line) <= 50 else ".", label=label)
-    shown = pd.concat([loss.quantile([0.002, 0.99]), smooth[len(smooth) // 50 :], *evaluations]).dropna()
+    most = loss.quantile([0.002, 0.99], interpolation="lower")
+    shown = pd.concat([most, smooth[len(smooth) // 50 :], *evaluations]).dropna()
     margin = 0.05 * (shown.max() - shown.min()) or 0.05
     axes.set_ylim(shown.min() - margin, shown.max() + margin)
     if len(steps := {*loss.index, *(step for line in evaluations for step in line.index)}) == 1:

@@ -273,6 +273,19 @@ def test_the_loss_curve_has_a_line_for_each_evaluation_set(tmp_path, monkeypatch
     assert drawn[1].get_xlim() == (0, 2), "no thousandths of steps"
 
 
+@pytest.mark.parametrize("points", [30, 100, 3000])
+def test_a_single_peak_of_the_loss_does_not_make_the_rest_flat(tmp_path, monkeypatch, points):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure.axes[0]))
+    losses = [5 - 3 * step / points for step in range(points)]
+    losses[points // 2] = 500.0
+    save_loss_curve([{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)], tmp_path / "peak.png")
+    low, high = drawn[0].get_ylim()
+    assert 1 < low < 2.1 and 4.8 < high < 6
+
+
 @pytest.mark.slow
 def test_requirements_leave_habanas_builds_alone(tmp_path):
     """With torch, torchvision and DeepSpeed installed as SynapseAI does, requirements.txt replaces none of them."""
