@@ -29,16 +29,21 @@ CODE = "    "  # what Markdown takes for code, whatever it holds
 SECRETS = ("--token", "--hub_token", "--push_to_hub_token")  # a flag may be abbreviated
 
 
-def command_line() -> str:
-    """The command of this process, to be pasted into a shell; the values of tokens are left out."""
+def without_secrets(argv: list[str]) -> list[str]:
+    """The words of a command line, ``<hidden>`` in place of the values of tokens."""
     words, hide = [], False
-    for word in sys.argv:
+    for word in argv:
         flag, equals, _ = split_flag(word)
         short = len(flag) > 3 and flag != "--push_to_hub" and any(full.startswith(flag) for full in SECRETS)
         secret = short or (flag.startswith("--") and flag.endswith("token"))
         words.append("<hidden>" if hide else f"{word.partition('=')[0]}=<hidden>" if secret and equals else word)
         hide = secret and not equals
-    return shlex.join(["python", *words]).replace("'<hidden>'", "<hidden>")
+    return words
+
+
+def command_line() -> str:
+    """The command of this process, to be pasted into a shell; the values of tokens are left out."""
+    return shlex.join(["python", *without_secrets(sys.argv)]).replace("'<hidden>'", "<hidden>")
 
 
 def write_model_card(

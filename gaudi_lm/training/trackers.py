@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 
 from transformers import Trainer, TrainerCallback
@@ -10,6 +11,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from gaudi_lm.errors import UserError
 from gaudi_lm.training.agreement import from_main
+from gaudi_lm.training.model_card import without_secrets
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -34,12 +36,15 @@ class Trackers:
     def _guard(self, callback: TrainerCallback, name: str) -> None:
         def guarded(event: Callable, begins: bool) -> Callable:
             def call(*args, **kwargs):
-                problem = None
+                problem, argv = None, sys.argv
+                sys.argv = without_secrets(argv)  # wandb shows it with the run
                 try:
                     event(*args, **kwargs)
                 except Exception as error:  # of any kind that its package may raise
                     logger.debug("the error of the tracker", exc_info=error)
                     problem = f"--report_to {name}: {' '.join(str(error).split())[:300] or type(error).__name__}"
+                finally:
+                    sys.argv = argv
                 if begins and (problem := from_main(problem)):  # the main rank has the tracker, and all of them end
                     raise UserError(f"{problem}; fix that, or give --report_to none")
                 if problem and problem not in self._said:

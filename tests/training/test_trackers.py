@@ -73,6 +73,8 @@ def test_what_a_run_reports_is_there(assets, tmp_path, monkeypatch):
     assert any({f"train/{name}" for name in SERIES} <= row.keys() for row in rows)
     assert [row["eval/loss"] for row in rows if "eval/loss" in row] == [pytest.approx(evaluation["eval_loss"])]
     assert config["block_size"] == 64 and "hf_secret" not in json.dumps(config)
+    (whole,) = tmp_path.rglob("offline-run-*/run-*.wandb")  # the command, too
+    assert b"--hub_token" in whole.read_bytes() and b"hf_secret" not in whole.read_bytes()
 
     client = MlflowClient(folders["MLFLOW_TRACKING_URI"])
     (one,) = client.search_runs([client.get_experiment_by_name("Default").experiment_id])
