@@ -67,6 +67,8 @@ def check_base_model(model_args, peft_type: str, training_args: LMTrainingArgume
         raise UserError(f"--neftune_noise_alpha: not with {kind}, where transformers does not find the embeddings")
     if kind == "adalora" and training_args.fsdp:
         raise UserError("--peft_type adalora: not with FSDP, which divides the ranks it reduces; leave --fsdp out")
+    if kind == "adalora" and training_args.gradient_checkpointing and training_args.fp8:
+        raise UserError("--gradient_checkpointing: not with --fp8 and AdaLoRA at once, which optimum-habana excludes")
     if kind == "ln_tuning" and training_args.do_train and is_deepspeed_zero3_enabled():
         raise UserError(
             "--peft_type ln_tuning: not with ZeRO-3, which cannot divide its copies of norms; use ZeRO-1 or 2"

@@ -104,6 +104,8 @@ def refusals():
     yield "--gradient_checkpointing: prefix_tuning ", {"peft_type": "prefix_tuning", "gradient_checkpointing": True}
     yield "--flash_attention_causal_mask: .* prefix_tuning ", {"peft_type": "prefix_tuning", **mask}
     yield "--peft_type adalora: not with FSDP", {"peft_type": "adalora", "fsdp": ["auto_wrap"]}
+    fp8 = {"fp8": True, "gradient_checkpointing": True}
+    yield "--gradient_checkpointing: not with --fp8 and AdaLoRA", {"peft_type": "adalora", **fp8}
     yield "--peft_type ln_tuning: not with ZeRO-3", {"peft_type": "ln_tuning", "zero_3": True}
     for kind in ("prompt_tuning", "prefix_tuning", "p_tuning"):
         yield f"--context_parallel_size: {kind} ", {"peft_type": kind, "context_parallel_size": 2}
@@ -133,7 +135,7 @@ def test_what_an_adapter_cannot_do_is_refused_before_training(said, asked, tmp_p
         "model_name_or_path": "a", "adapter_name_or_path": None, "merge_adapter": False, "load_meta_device": False,
         "peft_type": "lora", "saved": None, "zero_3": False, "fsdp": "", "do_train": True, "use_cpu": True,
         "gradient_checkpointing": False, "flash_attention_causal_mask": False, "context_parallel_size": 1,
-        "neftune_noise_alpha": None,
+        "neftune_noise_alpha": None, "fp8": False,
     }  # fmt: skip
 
     def check(**flags) -> None:
