@@ -201,10 +201,7 @@ class LMTrainingArguments(GaudiTrainingArguments):
     )
     card_memory_gb: float | None = field(
         default=None,
-        metadata={
-            "help": "With --dry_run: memory of a card, in units of 2^30 bytes: 96 on Gaudi 2 (the default), 128 on "
-            "Gaudi 3."
-        },
+        metadata={"help": "With --dry_run: memory of a card in GB of 2^30 bytes; by default 96, a Gaudi 2's."},
     )
 
     def __post_init__(self):

@@ -76,10 +76,10 @@ def check_parts(
                 f"build_trainer takes a datasets.Dataset, not a {type(rows).__name__}: "
                 "datasets.Dataset.from_list(rows) makes one"
             )
-    sets = eval_dataset.items() if isinstance(eval_dataset, dict) else [(None, eval_dataset)]
+    sets = eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]
     for name, rows in sets:
         if isinstance(rows, Dataset) and not len(rows):  # its loss would be the mean of nothing
-            raise UserError(f"eval_dataset{'' if name is None else f' {name}'} has no rows")
+            raise UserError(f"eval_dataset{name and f' {name}'} has no rows")
     if isinstance(train_dataset, IterableDataset) and not hasattr(train_dataset, "__len__") and args.max_steps <= 0:
         raise UserError("--max_steps: the length of a stream is not known in advance; give the number of steps")
 
