@@ -213,6 +213,7 @@ def main():
     print("went on")
 
 where, number = sys.argv[1], int(sys.argv[2])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 run_script(main)
 """
 
