@@ -14,7 +14,8 @@ from gaudi_lm.training.signals import SIGNALS, SaveOnSignal
 def handlers():
     """Those of the tests themselves, which come back."""
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGCHLD)}
-    yield before
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored
+    yield {number: signal.getsignal(number) for number in before}
     for number, handler in before.items():
         signal.signal(number, handler)
 
