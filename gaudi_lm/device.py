@@ -18,7 +18,7 @@ from contextlib import suppress
 
 from gaudi_lm.config_files import expand_config_file, split_flag
 from gaudi_lm.errors import UserError, memory_errors, user_errors
-from gaudi_lm.interruptions import end_on_signals
+from gaudi_lm.interruptions import end_children, end_on_signals, ended_by_signals
 from gaudi_lm.optimum_imports import import_in_parts
 
 _SECONDS = 5  # that ranks wait for each other before they end with an error
@@ -44,7 +44,7 @@ def run_script(main: Callable[[], object]) -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1":  # a rank may wait for others, and Python's handlers with it
         end_on_signals()
     try:
-        with user_errors(), memory_errors():
+        with user_errors(), memory_errors(), ended_by_signals():
             main()
     except SystemExit as end:
         status = end.code
@@ -66,7 +66,9 @@ def run_script(main: Callable[[], object]) -> None:
         meeting = threading.Thread(target=_meet, daemon=True)
         meeting.start()
         meeting.join(_SECONDS)
-    if not by_signal:
+    if by_signal:
+        end_children()
+    else:
         threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     gc.collect()  # closes forgotten files

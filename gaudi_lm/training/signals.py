@@ -19,6 +19,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from gaudi_lm.interruptions import end_children
 from gaudi_lm.training.agreement import Vote
 
 logger = logging.getLogger("gaudi_lm")
@@ -131,14 +132,8 @@ class SaveOnSignal(TrainerCallback):
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             drop_lost_streams()
             logger.info("%s: training ends after step %d; the checkpoint is %s", name, state.global_step, folder)
-            self._end_children()
+            end_children()
             raise SystemExit(128 + self.decided)
-
-    def _end_children(self) -> None:
-        """End the processes that load data: they have been told to survive signals."""
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would take their end for a failure
-        for child in multiprocessing.active_children():
-            child.kill()
 
     def end_after_training(self, folder: Path) -> None:
         """Once everything that was trained is in ``folder``: end for a signal that came too late for a last step."""

@@ -197,6 +197,7 @@ def test_a_signal_outside_of_training(assets, masked_assets, instructions, tmp_p
 
 SWALLOWING = """
 import os, signal, sys, time
+import multiprocess
 from gaudi_lm.device import run_script
 
 class Freed:
@@ -206,6 +207,14 @@ class Freed:
 def main():
     if where == "freed":
         Freed()
+    elif where == "with a child":
+        multiprocess.get_context("fork").Process(target=time.sleep, args=(100,)).start()
+        signal.raise_signal(number)
+    elif where == "tidied up":
+        try:
+            signal.raise_signal(number)
+        finally:
+            [][0]
     else:
         os.register_at_fork(**{where: lambda: signal.raise_signal(number)})
         os.fork() or os._exit(0)
@@ -218,10 +227,13 @@ run_script(main)
 """
 
 
-@pytest.mark.parametrize("where", ["before", "after_in_parent", "freed"])
+@pytest.mark.parametrize("where", ["before", "after_in_parent", "freed", "tidied up", "with a child"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_that_python_swallows(number, where):
-    """In hooks of fork and destructors what a handler raises was forgotten: "ended", and the run went on."""
+    """In hooks of fork and destructors what a handler raises was forgotten: "ended", and the run went on.
+
+    Where a library tidies up and raises another error, that was traced; what it had just started was waited for.
+    """
     done = subprocess.run(
         [sys.executable, "-c", SWALLOWING, where, str(int(number))],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False,
