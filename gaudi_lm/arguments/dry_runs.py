@@ -28,9 +28,6 @@ def prepare_dry_run(args) -> None:
             "out, or start the script alone"
         )
     args.push_to_hub = False
-    if args.card_memory_gb is None:
-        simulated = os.environ.get("GAUDI_SIMULATOR") and os.environ.get("GAUDI_SIMULATOR_MEMORY_GB")
-        args.card_memory_gb = float(simulated or 96)
     if (args.deepspeed or args.fsdp) and "WORLD_SIZE" not in os.environ:
         # What a launcher would set for one rank; ranks are asked for by the libraries as soon as they divide a model.
         with socket.socket() as free:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -159,7 +160,9 @@ def _report_memory(trainer, batch: dict[str, torch.Tensor], setting: Setting) ->
     if _can_checkpoint(trainer):
         ways["with --gradient_checkpointing"] = True
     found = {on: _measure(trainer, batch, replace(setting, checkpointing=on)) for on in ways.values()}
-    now, limit = found[setting.checkpointing], trainer.args.card_memory_gb
+    now = found[setting.checkpointing]
+    simulated = os.environ.get("GAUDI_SIMULATOR") and os.environ.get("GAUDI_SIMULATOR_MEMORY_GB")
+    limit = trainer.args.card_memory_gb or float(simulated or 96)
     print("memory of a card at the peak of a step, in GB of 2^30 bytes:")
     print(" " * 14 + "".join(f"{way:>32}" for way in ways))
     for kind in (*KINDS, "peak"):

@@ -180,6 +180,9 @@ def test_where_it_does_not_fit_flags_are_named_that_make_it_fit(jobs, tmp_path):
     smaller = {"GAUDI_SIMULATOR": "1", "GAUDI_SIMULATOR_MEMORY_GB": "0.04"}
     assert "and a card has 0.04 (--card_memory_gb)" in run(script, *flags, env=smaller).stdout
     assert " of 2 GB (--card_memory_gb)" in run(script, *flags, "--card_memory_gb", 2, env=smaller).stdout
+    wrong = {**smaller, "GAUDI_SIMULATOR_MEMORY_GB": "much"}
+    said = run(script, *flags, env=wrong, code=2, fresh=True).stderr
+    assert said.strip().splitlines()[-1].startswith("error: GAUDI_SIMULATOR_MEMORY_GB is 'much'")
 
 
 @pytest.mark.parametrize("flags, said", [
