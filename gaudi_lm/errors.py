@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 # Of the system, on a path that a user gave: whatever asks first whether it is there gets these.
 _OF_PATHS = (errno.EACCES, errno.ENAMETOOLONG)
-# In what PyTorch says where a Gaudi (a simulated one too) or the host has no memory left.
+# Of PyTorch's messages where a Gaudi, a simulated one too, or the host is out of memory.
 _NO_MEMORY = ("Allocation failed for size", "can't allocate memory")
 
 
@@ -26,14 +26,14 @@ class UserError(Exception):
 
 
 class MemoryLimit(UserError):
-    """What a run needs is more than its card or the host has."""
+    """A card or the host is out of memory."""
 
     status = 1
 
 
 @contextmanager
-def memory_errors(way_out: str = "--dry_run tells what a step of training takes, and which flags help most"):
-    """Raise :class:`MemoryLimit` instead of PyTorch's errors of memory, with the rank, which may be the only one."""
+def memory_errors(way_out: str = "--dry_run shows what a training step needs, and which flags save most"):
+    """Raise :class:`MemoryLimit` where PyTorch is out of memory, with the rank: the others may have enough."""
     try:
         yield
     except RuntimeError as error:

@@ -97,15 +97,15 @@ def _saved_splits(folder: Path) -> dict[str, FileSet]:
 
 
 def _name_files_left_out(folder: Path, config: BuilderConfig) -> None:
-    """A word about data that nobody reads: `datasets` takes the commonest format, and names that tell a split."""
+    """Warn of data that is not read: `datasets` takes the commonest format, and file names that tell a split."""
     used = {Path(path).resolve() for paths in (config.data_files or {}).values() for path in paths}
     there = (name for name in sorted(glob.glob("**/*", root_dir=folder, recursive=True)) if kind_of(name))
     no_data = {*FILES_TO_IGNORE, *SAVED}
     left_out = [name for name in there if Path(name).name not in no_data and (folder / name).resolve() not in used]
     if left_out and config.name == "default":  # else its README may give them to another configuration
         names = ", ".join(left_out[:5] + ["..."] * (len(left_out) > 5))
-        why = "of another format, or not of the names that tell a split"
-        logger.warning("--dataset_name %s: files that are not read, %s: %s", folder, why, names)
+        why = "another format, or a name that belongs to no split"
+        logger.warning("--dataset_name %s: files that are not read (%s): %s", folder, why, names)
 
 
 def _files_of_folder(config: BuilderConfig, split: str, data_args: DataArguments) -> FileSet | None:

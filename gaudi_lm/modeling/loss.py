@@ -177,10 +177,10 @@ def install_token_loss(
 
 
 def logits_of(model: nn.Module, outputs: object) -> Tensor:
-    """What a model's own forward returns by the name `logits`.
+    """The logits that a model's forward has returned, by name.
 
     Raises:
-        UserError: nothing.
+        UserError: it has returned none.
     """
     if not isinstance(outputs, dict) or not torch.is_tensor(outputs.get("logits")):
         raise UserError(

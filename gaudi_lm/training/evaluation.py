@@ -183,7 +183,8 @@ class EvaluatingTrainer(BestModelTrainer):
     def _run_over(self, dataset, ignore_keys: list[str] | None, prefix: str, predict: bool) -> PredictionOutput:
         args = self.args
         options = {**loader_options(args), "worker_init_fn": self.worker_init}
-        rows = args.eval_batch_size, *data_ranks(args), self.causal, sequence_part(args)
+        options |= {"labels_from_inputs": self.causal, "part": sequence_part(args)}
+        rows = args.eval_batch_size, *data_ranks(args)
         loader = evaluation_loader(dataset, self.evaluation_collator, *rows, **options)
         model = self._evaluation_model()
         self.callback_handler.eval_dataloader = loader

@@ -28,8 +28,8 @@ def token_metrics(loss_sum: list[float], correct: list[int], count: list[int]) -
     total = sum(count)
     if not total:
         logger.warning(
-            "no token to predict in the evaluation: there is no loss, perplexity and accuracy of it; more rows have "
-            "some (--max_eval_samples), and of a masked model also a higher --mlm_probability"
+            "the evaluation has no token to predict, so loss, perplexity and accuracy are NaN: give it more samples "
+            "(--max_eval_samples), or a masked model a higher --mlm_probability"
         )
         return {"loss": math.nan, "perplexity": math.nan, "accuracy": math.nan}
     loss = math.fsum(loss_sum) / total

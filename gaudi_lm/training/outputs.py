@@ -131,7 +131,7 @@ def _write_json(path: Path, values: dict) -> None:
 
 
 def _read_json(path: Path) -> dict:
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # not by this suite
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # written by another tool
         return dict(json.loads(path.read_text()))
     return {}
 
@@ -151,7 +151,7 @@ def save(trainer: LMTrainer, save_model: bool = True) -> None:
         logger.warning("--load_best_model_at_end: no evaluation found a best model; this is that of the last step")
     merged, anew = Path(args.output_dir, "merged"), getattr(args, "flags", {}).get("merge_adapter")
     if state.global_step > trainer.resumption.step and (merged / "config.json").is_file() and not anew:
-        logger.warning("%s is of an earlier run, not of this adapter; --merge_adapter makes it anew", merged)
+        logger.warning("%s is from an earlier run, without this adapter; --merge_adapter writes it anew", merged)
     trainer.signals.end_after_training(Path(args.output_dir))
 
 

@@ -211,7 +211,7 @@ def test_no_memory_is_one_line_of_its_rank(text, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="1"), user_errors(), memory_errors():
         raise RuntimeError(text)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: rank 1: out of memory: {text.splitlines()[0]}; --dry_run tells"), line
+    assert line.startswith(f"error: rank 1: out of memory: {text.splitlines()[0]}; --dry_run shows"), line
     with pytest.raises(RuntimeError, match="other"), user_errors(), memory_errors():
         raise RuntimeError("an other one")
 

@@ -111,7 +111,7 @@ def test_resume_is_exact_and_equals_a_plain_loop(instructions, tmp_path):
     (tmp_path / "whole" / "merged" / "config.json").write_text("{}")
     resumed = run(copy_elsewhere("run_lora_clm.py", tmp_path / "elsewhere"), *whole, cwd=tmp_path / "elsewhere")
     assert "checkpoint-7" in resumed.stderr
-    assert "merged is of an earlier run, not of this adapter; --merge_adapter makes it anew" in resumed.stderr
+    assert "merged is from an earlier run, without this adapter; --merge_adapter writes it anew" in resumed.stderr
     assert (tmp_path / "whole" / "adapter_model.safetensors").read_bytes() == saved[0]
 
     tokenizer = AutoTokenizer.from_pretrained(instructions.llama)
