@@ -375,7 +375,7 @@ def test_an_evaluation_in_which_no_token_is_masked(assets, masked_assets, tmp_pa
     flags += ["--mlm_probability", 0.001, "--do_eval", "--use_cpu", "--output_dir", tmp_path / "out", "--do_train"]
     flags += ["--train_file", assets.train, "--max_train_samples", 8, "--max_steps", 1, "--save_strategy", "no"]
     log = run("run_mlm.py", *flags).stderr
-    assert "no token to predict in the evaluation" in log and "--mlm_probability" in log
+    assert "the evaluation has no token to predict" in log and "--mlm_probability" in log
     for name in ("all_results.json", "eval_results.json"):
         found = json.loads((tmp_path / "out" / name).read_text(), parse_constant=pytest.fail)
         assert found["eval_tokens"] == 0 and found["eval_loss"] is found["eval_perplexity"] is None
