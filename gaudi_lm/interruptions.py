@@ -45,7 +45,6 @@ def end_children() -> None:
     Of those of `multiprocess`, which `datasets` uses, one that has only begun is waited for without end.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would take their end for a failure
-    threading.excepthook = lambda args: None  # of threads that talk to them
     for module in filter(None, map(sys.modules.get, ("multiprocessing", "multiprocess"))):
         for child in module.active_children():
             child.kill()
@@ -63,6 +62,7 @@ def _end_at_once(process: int, number: int, frame) -> None:
         why = "no training was running, or --save_on_signal is False"
         with suppress(OSError):  # nobody reads any more
             os.write(2, f"{signal.Signals(number).name}: ended, nothing more was saved: {why}\n".encode())
+        sys.excepthook = lambda *error: None  # of threads that talk to processes which load data
         sys.exit(128 + number)
     os.kill(os.getpid(), number)  # a process of a library's own, which has inherited this
 
