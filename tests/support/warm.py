@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -65,6 +66,10 @@ class Warm:
                 message = json.dumps({"stage": stage, "environment": environment}).encode()
                 socket.send_fds(parent.socket, [message], [other.fileno(), self.stderr.fileno()])
 
+    @property
+    def closed(self) -> bool:
+        return self.socket.fileno() == -1
+
     def close(self) -> None:
         self.socket.close()
         self.stderr.close()
@@ -89,15 +94,16 @@ class Warm:
             streams.write(json.dumps(runs).encode())
             streams.flush()
             socket.send_fds(self.socket, [b"run"], [streams.fileno(), *(file.fileno() for file in files)])
-            pids = self.receive(120)
             try:
+                pids = self.receive(120)
                 if meanwhile is not None:
                     meanwhile(pids)
+                self.socket.send(b"wait")
                 statuses = self.receive(seconds)
             except BaseException:
-                for pid in pids:
-                    os.killpg(pid, signal.SIGKILL)
-                self.receive(60)
+                # Its runs end with it. The next run would take an answer of theirs for its own ids, and 0 is a status:
+                # a signal to process 0 reaches everything that started the tests.
+                self.close()
                 raise
             texts = []
             for file in files:
@@ -126,7 +132,7 @@ def run(
         environment: the whole environment of the run.
         card: the variables that the simulated card reads; empty on the CPU.
         seconds: after so many, all children are killed and ``TimeoutError`` is raised.
-        meanwhile: called with the process ids while they run.
+        meanwhile: called with the process ids while they run. No other process gets one of them before it returns.
     """
     late = {name: value for name, value in environment.items() if name.startswith(LATE + CARD)}
     early = {name: value for name, value in environment.items() if name not in late}
@@ -150,7 +156,8 @@ def _grow(early: dict[str, str], card: dict[str, str]) -> Warm:
     warm = None
     for stage, variables in stages.items():
         key = (stage, *sorted(variables.items()))
-        warm = _warm.pop(key, None) or Warm(variables, stage, warm)
+        kept = _warm.pop(key, None)
+        warm = Warm(variables, stage, warm) if kept is None or kept.closed else kept
         _warm[key] = warm  # the last one is the one used last
     leaves = [key for key in _warm if key[0] in ("card", "cpu")]
     for key in leaves[:-MOST]:
@@ -217,8 +224,26 @@ def _serve(connection: socket.socket) -> dict | None:
         for descriptor in descriptors[1:]:
             os.close(descriptor)
         connection.send(json.dumps(pids).encode())
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        connection.send(json.dumps(statuses).encode())
+        statuses = _wait(pids, connection)
+        with contextlib.suppress(BrokenPipeError):
+            connection.send(json.dumps(statuses).encode())
+
+
+def _wait(pids: list[int], connection: socket.socket) -> list[int]:
+    """How children end; they are killed where the other side closes the connection before."""
+    with contextlib.suppress(ConnectionResetError):
+        connection.recv(8)  # until then, what has ended is a zombie, and keeps its id
+    running = {os.pidfd_open(pid): pid for pid in pids}
+    while running:
+        ready, _, _ = select.select([connection, *running], [], [])
+        for pid in running.values() if connection in ready else ():
+            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # no session yet
+                os.killpg(pid, signal.SIGKILL)
+        for descriptor in running.keys() & ready:
+            os.close(descriptor)
+            del running[descriptor]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 def _import(wanted: dict, connection: socket.socket) -> dict | None:
