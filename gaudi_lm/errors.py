@@ -54,24 +54,30 @@ def user_errors():
     try:
         yield
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print_line(f"error: {' '.join(str(error).split())}")
         sys.exit(error.status)
     except OSError as error:
         if error.errno not in _OF_PATHS or error.filename is None:
             raise
         logging.getLogger("gaudi_lm").debug("the error of the system", exc_info=error)
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print_line(f"error: {error.filename}: {error.strerror}")
         sys.exit(UserError.status)
     except KeyboardInterrupt:
         why = "no training was running, or --save_on_signal is False"
-        print(f"interrupted: nothing more was saved: {why}", file=sys.stderr)
+        print_line(f"interrupted: nothing more was saved: {why}")
         sys.exit(130)
+
+
+def print_line(text: str) -> None:
+    """A line on stderr in one write, as other ranks print there as well: `print` writes the end of a line alone."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def warn(message: str) -> None:
     """One line on stderr, from the main rank, before there is a log."""
     if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
-        print(f"warning: {message}", file=sys.stderr)
+        print_line(f"warning: {message}")
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -2,16 +2,19 @@
 
 import errno
 import gzip
+import io
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from running import ROOT, run, run_many
 
 import gaudi_simulator
-from gaudi_lm.errors import memory_errors, user_errors
+from gaudi_lm.errors import UserError, memory_errors, user_errors, warn
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +217,18 @@ def test_no_memory_is_one_line_of_its_rank(text, capsys, monkeypatch):
     assert line.startswith(f"error: rank 1: out of memory: {text.splitlines()[0]}; --dry_run shows"), line
     with pytest.raises(RuntimeError, match="other"), user_errors(), memory_errors():
         raise RuntimeError("an other one")
+
+
+@pytest.mark.parametrize("error", [UserError("x"), OSError(errno.EACCES, "denied", "x"), KeyboardInterrupt()])
+def test_a_line_is_written_in_one_piece(error, monkeypatch):
+    """Ranks share a terminal: what one writes in two parts stands in the line of another."""
+    written = io.StringIO()
+    written.write = Mock()
+    monkeypatch.setattr(sys, "stderr", written)
+    with pytest.raises(SystemExit), user_errors():
+        raise error
+    warn("x")
+    assert [call.args[0].count("\n") for call in written.write.call_args_list] == [1, 1]
 
 
 def test_every_case_is_checked():

@@ -13,7 +13,7 @@ import time
 
 
 def told(number, _):
-    print(f"rank {rank} got {signal.Signals(number).name}", flush=True)
+    sys.stdout.write(f"rank {rank} got {signal.Signals(number).name}\n")
     sys.exit(0)
 
 
@@ -23,7 +23,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN if "deaf" in sys.argv else told)
 # A process of its own session, as a data loader that has gone astray would be.
 subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"], start_new_session=True)
-print(f"rank {rank} is here", flush=True)
+sys.stdout.write(f"rank {rank} is here\n")  # in one write: print would write the end of the line alone
 [together] = [word.partition("=")[2] for word in sys.argv if word.startswith("together=")] or [None]
 if together and rank != chosen:
     while not os.path.exists(together):

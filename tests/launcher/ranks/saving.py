@@ -18,5 +18,5 @@ def save(*_):
 
 rank = os.environ["RANK"]
 signal.signal(signal.SIGINT, save)
-print(f"rank {rank} is here", flush=True)
+sys.stdout.write(f"rank {rank} is here\n")  # in one write: print would write the end of the line alone
 time.sleep(600)
