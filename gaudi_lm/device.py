@@ -18,7 +18,7 @@ from contextlib import suppress
 
 from gaudi_lm.config_files import expand_config_file, split_flag
 from gaudi_lm.errors import UserError, memory_errors, user_errors
-from gaudi_lm.interruptions import end_children, end_on_signals, ended_by_signals
+from gaudi_lm.interruptions import end_by_default, end_children, end_on_signals, ended_by_signals
 from gaudi_lm.optimum_imports import import_in_parts
 
 _SECONDS = 5  # that ranks wait for each other before they end with an error
@@ -53,6 +53,7 @@ def run_script(main: Callable[[], object]) -> None:
             raise
         sys.excepthook(*sys.exc_info())
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
+    end_by_default()
     by_signal = isinstance(status, int) and status > 128  # whoever sent it waits for no upload in a thread
     if not (_has_process_group() or by_signal):
         sys.exit(status)

@@ -22,6 +22,13 @@ def end_on_signals() -> None:
     sys.unraisablehook = partial(_raise_again, sys.unraisablehook)
 
 
+def end_by_default() -> None:
+    """From here on signals end the process as they do any program: of exit handlers Python forgets what one raises."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Raise what a signal has raised, where a library has raised another error while it tidied up.

@@ -242,6 +242,21 @@ def test_a_signal_that_python_swallows(number, where):
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_exit_handlers_is_no_success(number):
+    """All is saved by then. What a handler raises there is forgotten: "ended", and the status was 0."""
+    code = (
+        "import atexit, signal; from gaudi_lm.device import run_script; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"atexit.register(signal.raise_signal, {int(number)}); "
+        "run_script(lambda: None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (-number, b"")
+
+
 def wait_for_handlers(pid: int) -> None:
     """Until the script has begun: the kernel lists SIGUSR1, which Python leaves alone, as caught."""
     deadline = time.monotonic() + 60
