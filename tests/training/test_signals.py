@@ -31,20 +31,41 @@ def when_training(output: Path, send) -> None:
     send()
 
 
+# A run that waits in the midst of its steps until the signals have been sent, or they might come after the last one.
+WAITING = """
+import runpy, sys, time
+from pathlib import Path
+from transformers.trainer_callback import CallbackHandler
+
+def on_step_begin(self, args, state, control):
+    while state.global_step == {step} and not Path({sent!r}).exists():
+        time.sleep(0.005)
+    return begin(self, args, state, control)
+
+begin, CallbackHandler.on_step_begin = CallbackHandler.on_step_begin, on_step_begin
+sys.path[0] = {root!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
 def interrupted(script: str, ranks: int, output: Path, flags: list, *numbers: int, to: int = 0):
     """Run until the signals end it; they go to one rank, or to all where ``to`` is -1."""
+    sent, waiting = output.with_name(f"{output.name} sent"), output.with_name(f"waiting_{script}")
+    where = {"step": STEPS - 10, "sent": str(sent), "root": str(ROOT), "script": str(ROOT / script)}
+    waiting.write_text(WAITING.format(**where))
 
     def send(pids: list[int]) -> None:
         for number in numbers:
             for pid in pids if to == -1 else [pids[to]]:
                 os.kill(pid, number)
+        sent.touch()
 
     flags = [*flags, *batch(ranks), "--output_dir", output]
     env = card_environment(ranks) if "--use_habana" in flags else {}
     alone = ranks == 1 and "--deepspeed" not in flags
     return run_interrupted(
         0 if alone else ranks,
-        script,
+        waiting,
         *flags,
         env=env,
         meanwhile=lambda pids: when_training(output, lambda: send(pids)),
@@ -150,8 +171,7 @@ def test_a_second_interrupt_ends_at_once(assets, masked_assets, instructions, tm
 
 
 def twice(pid: int) -> None:
-    wait_for_words(pid, "sample 0")
-    time.sleep(2)  # until it trains
+    wait_for_handler(pid, signal.SIGHUP)  # the last one that training sets
     os.kill(pid, signal.SIGINT)
     wait_for_words(pid, "finishing the step")
     os.kill(pid, signal.SIGINT)
@@ -189,7 +209,7 @@ def test_a_signal_outside_of_training(assets, masked_assets, instructions, tmp_p
     ):
         (end,) = run_interrupted(
             0, "run_clm.py", *flags, *CPU, *batch(1), "--output_dir", tmp_path / "out",
-            meanwhile=lambda pids, number=number: (wait_for_handlers(pids[0]), os.kill(pids[0], number)),
+            meanwhile=lambda pids, number=number: signal_in_the_midst(pids[0], number),
         )  # fmt: skip
         assert end.returncode == 128 + number, end.stderr
         assert "Traceback" not in end.stderr and words in end.stderr
@@ -257,13 +277,18 @@ def test_a_signal_to_exit_handlers_is_no_success(number):
     assert (done.returncode, done.stderr) == (-number, b"")
 
 
-def wait_for_handlers(pid: int) -> None:
-    """Until the script has begun: the kernel lists SIGUSR1, which Python leaves alone, as caught."""
-    deadline = time.monotonic() + 60
-    while not int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16) >> 9 & 1:
-        assert time.monotonic() < deadline, "the script has not begun"
+def signal_in_the_midst(pid: int, number: int) -> None:
+    wait_for_handler(pid, signal.SIGUSR1)  # which Python leaves alone: the script has begun
+    time.sleep(0.3)
+    os.kill(pid, number)
+
+
+def wait_for_handler(pid: int, number: int) -> None:
+    """Until the kernel lists a signal as caught by a process."""
+    deadline = time.monotonic() + 120
+    while not int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16) >> number - 1 & 1:
+        assert time.monotonic() < deadline, f"{number!r} has no handler"
         time.sleep(0.005)
-    time.sleep(0.3)  # somewhere in the midst of it
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -271,7 +296,7 @@ def test_processes_that_load_data_outlive_a_signal_to_all(number, assets, masked
     """Ctrl-C and Slurm reach them too; they go on until the step is over and the checkpoint saved."""
     flags = [*script_flags("run_clm.py", assets, masked_assets, instructions), *LONG, *CPU, *batch(1)]
     output = tmp_path / "out"
-    flags += ["--dataloader_num_workers", 2, "--output_dir", output]
+    flags += ["--dataloader_num_workers", 2, "--output_dir", output, "--max_steps", 100_000]
     group = []
 
     def signal_all(pids: list[int]) -> None:
