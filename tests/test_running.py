@@ -2,10 +2,12 @@
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
+from ports import reserved_port
 from running import ROOT, environment, run_interrupted
 from warm import run
 
@@ -75,3 +77,11 @@ def test_a_run_that_takes_too_long_is_ended(script):
         run([str(script), "0", "waits"], environment(), ROOT, {}, 0.5, meanwhile=started.extend)
     until(lambda: not any(map(state, started)))
     assert run([str(script), "5"], environment(), ROOT, {}, 60)[0].returncode == 5
+
+
+def test_a_reserved_port_is_that_of_rank_0():
+    with reserved_port() as port, socket.socket() as other:
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("", port))
+        with socket.create_server(("127.0.0.1", port)):
+            pass

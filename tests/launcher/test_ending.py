@@ -27,7 +27,7 @@ def end(last: str, rounds: int, folder) -> tuple[list[str], str]:
     """Lines of stdout, and stderr, of rounds of ranks that end so."""
     done = subprocess.run(
         [sys.executable, ROOT / "tests/launcher/ranks/ending.py", last, str(rounds), folder],
-        env=environment(PYTHONPATH=str(ROOT)),
+        env=environment(PYTHONPATH=f"{ROOT}:{ROOT}/tests/support"),
         capture_output=True,
         text=True,
         timeout=50 * rounds,

@@ -10,6 +10,7 @@ import subprocess
 import threading
 
 import pytest
+from ports import reserved_port
 
 from launcher.spawning import BACKENDS, HOSTILE, OPTIONS, RANKS, Launch, dumped, last_line, log_of, spawn
 
@@ -68,11 +69,10 @@ def test_ranks_are_bound_to_cores_by_mpirun(ranks):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_own_choices_are_kept(backend, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    options = ["--master_port", str(port), "--map_by", "none", DUMP]
     environ = {"OMP_NUM_THREADS": "7", "RANK": "5", "WORLD_SIZE": "9", "TMPDIR": str(tmp_path)}
-    done = spawn(*BACKENDS[backend], "--world_size", "2", *options, environ=environ)
+    with reserved_port() as port:
+        options = ["--master_port", str(port), "--map_by", "none", DUMP]
+        done = spawn(*BACKENDS[backend], "--world_size", "2", *options, environ=environ)
     assert done.returncode == 0, done.stderr
     got = dumped(done.stdout)
     assert got["environment"]["MASTER_PORT"] == str(port)
@@ -106,10 +106,13 @@ def test_fewer_cpus_are_shared_out_as_they_are():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shown_command_runs_alone(backend):
     """What `--dry_run` shows is the plain command of the backend, for whoever wants to do without this launcher."""
-    plan = spawn(*BACKENDS[backend], "--world_size", "2", "--dry_run", DUMP, "a b")
-    assert plan.returncode == 0
-    [command] = [line.removeprefix("command: ") for line in plan.stdout.splitlines() if line.startswith("command: ")]
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    with reserved_port() as port:
+        options = ["--world_size", "2", "--master_port", str(port), "--dry_run"]
+        plan = spawn(*BACKENDS[backend], *options, DUMP, "a b")
+        assert plan.returncode == 0
+        [command] = [line for line in plan.stdout.splitlines() if line.startswith("command: ")]
+        command = command.removeprefix("command: ")
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     got = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     name = "OMPI_COMM_WORLD_RANK" if backend == "mpi" else "RANK"

@@ -10,6 +10,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ports import reserved_port
 
 from gaudi_lm import device, host, variables
 from gaudi_lm.errors import UserError
@@ -372,17 +373,16 @@ def test_threads_per_rank(cpus, ranks, quota, threads, monkeypatch, tmp_path):
 
 
 def test_a_busy_port_is_refused_and_a_claimed_one_not_taken_twice():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        busy = server.getsockname()[1]
+    with reserved_port() as busy:
+        with socket.create_server(("127.0.0.1", busy)), pytest.raises(UserError, match=f"--master_port {busy}"):
+            host.claim_port(busy)
+        claim = host.claim_port(busy)
+        assert claim.getsockname()[1] == busy
         with pytest.raises(UserError, match=f"--master_port {busy}"):
             host.claim_port(busy)
-    claim = host.claim_port(busy)
-    assert claim.getsockname()[1] == busy
-    with pytest.raises(UserError, match=f"--master_port {busy}"):
-        host.claim_port(busy)
-    with socket.create_server(("", busy)):  # rank 0
-        pass
-    claim.close()
+        with socket.create_server(("", busy)):  # rank 0
+            pass
+        claim.close()
 
 
 CLAIMS = """

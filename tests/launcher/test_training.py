@@ -6,13 +6,13 @@ A signal to the launcher ends them: the ranks save a checkpoint, and the launche
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ports import reserved_port
 from running import environment, losses
 
 from launcher.spawning import BACKENDS, ROOT, Launch, clm_flags, log_of
@@ -62,13 +62,12 @@ PLAIN = {
 @pytest.mark.parametrize("backend", PLAIN)
 def test_without_gaudi_spawn(backend, assets, one_rank, tmp_path):
     """The backends by themselves, as docs/many_hosts.md shows them: the same results."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
     python = [] if backend != "mpirun" else [sys.executable]
-    words = [word.replace("PORT", port) for word in PLAIN[backend]]
     script = [*python, str(ROOT / "run_clm.py"), *clm_flags(assets, tmp_path / "out", 4, "--use_cpu")]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environ = environment(PATH=path, **({"MASTER_PORT": port} if backend == "mpirun" else {}))
-    done = subprocess.run([*words, *script], env=environ, capture_output=True, text=True, timeout=280, check=False)
+    with reserved_port() as port:
+        words = [word.replace("PORT", str(port)) for word in PLAIN[backend]]
+        environ = environment(PATH=path, **({"MASTER_PORT": str(port)} if backend == "mpirun" else {}))
+        done = subprocess.run([*words, *script], env=environ, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "out") == pytest.approx(one_rank, abs=1e-5)

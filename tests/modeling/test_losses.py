@@ -4,7 +4,6 @@ import copy
 import functools
 import inspect
 import os
-import socket
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from accelerate.utils import convert_outputs_to_fp32, extract_model_from_paralle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from ports import reserved_port
 from tiny_models import (
     CAUSAL,
     EXPERTS,
@@ -563,10 +563,8 @@ def _save_gradients(rank, port, folder):
 @pytest.mark.xdist_group("cards")
 @pytest.mark.slow
 def test_data_parallel_with_accumulation(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    with reserved_port() as port:
+        torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
     model = tiny_model_with_loss("gpt2")
     model(**make_batch("causal", rows=8)).loss.backward()
     scale = max(g.norm().item() for g in gradients(model).values())

@@ -1,12 +1,12 @@
 """Several simulated cards at once: collectives under mpirun and torchrun, ZeRO under the launcher of DeepSpeed."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from cards import card_environment
+from ports import reserved_port
 from running import ROOT, environment
 
 import gaudi_simulator
@@ -15,27 +15,20 @@ RANKS = ROOT / "tests" / "simulator" / "ranks"
 BIN = Path(sys.executable).parent
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return str(free.getsockname()[1])
-
-
 def launch(*command: str | Path, **changes: str) -> str:
     """Standard output of two ranks."""
-    port = free_port()
     env = environment(
         **card_environment(2, **changes),
         PYTHONPATH=gaudi_simulator.STAND_IN,
         MASTER_ADDR="localhost",
-        MASTER_PORT=port,
         PATH=f"{BIN}:/usr/bin:/bin",
         PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe",
     )
-    result = subprocess.run(
-        [str(part).replace("PORT", port) for part in command],
-        capture_output=True, text=True, env=env, timeout=900,
-    )  # fmt: skip
+    with reserved_port() as port:
+        result = subprocess.run(
+            [str(part).replace("PORT", str(port)) for part in command],
+            capture_output=True, text=True, env={**env, "MASTER_PORT": str(port)}, timeout=900,
+        )  # fmt: skip
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return result.stdout
 

@@ -27,6 +27,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from ports import reserved_port
+
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = (
     *("torch", "torch.distributed.tensor", "torch._dynamo", "pandas", "pyarrow.dataset"),
@@ -137,16 +139,14 @@ def run(
     late = {name: value for name, value in environment.items() if name.startswith(LATE + CARD)}
     early = {name: value for name, value in environment.items() if name not in late}
     warm = _grow(early, card)
-    runs = [{"argv": argv, "cwd": str(cwd), "env": late}]
-    if ranks:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    one = {"argv": argv, "cwd": str(cwd), "env": late}
+    if not ranks:
+        return warm.run([one], seconds, meanwhile)
+    with reserved_port() as port:
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
         meeting["LOCAL_WORLD_SIZE"] = str(ranks)
         places = [{**late, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-        runs = [{**runs[0], "env": environ} for environ in places]
-    return warm.run(runs, seconds, meanwhile)
+        return warm.run([{**one, "env": environ} for environ in places], seconds, meanwhile)
 
 
 def _grow(early: dict[str, str], card: dict[str, str]) -> Warm:

@@ -9,7 +9,6 @@ process group, and which both leave work to the threads of gloo; or `refuse`, wh
 import gc
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import time
 import torch
 import torch._dynamo  # here, or each rank would do it
 import torch.distributed as dist
+from ports import reserved_port
 from torch.nn.parallel import DistributedDataParallel
 
 from gaudi_lm.device import run_script
@@ -66,19 +66,15 @@ def speak_later() -> None:
     print("of a thread", end=" ")
 
 
-def one_round(meeting_place: str) -> list[int]:
-    ranks, port = [], None
-    if sys.argv[1] == "refuse":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+def one_round(meeting_place: str, port: int) -> list[int]:
+    ranks = []
     for rank in range(RANKS):
         process = os.fork()
         if process == 0:
             torch.set_num_threads(1)
             store = (
                 dist.FileStore(meeting_place, RANKS)
-                if port is None
+                if sys.argv[1] != "refuse"
                 else dist.TCPStore("127.0.0.1", port, RANKS, rank == 0)
             )
             dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
@@ -88,4 +84,5 @@ def one_round(meeting_place: str) -> list[int]:
 
 
 gc.freeze()
-print("\n" + json.dumps([one_round(f"{sys.argv[3]}/{number}") for number in range(int(sys.argv[2]))]))
+with reserved_port() as port:
+    print("\n" + json.dumps([one_round(f"{sys.argv[3]}/{number}", port) for number in range(int(sys.argv[2]))]))
