@@ -105,10 +105,18 @@ class Launch:
         self.process = subprocess.Popen(command, env=own, preexec_fn=heed_signals, **pipes)
         self.begun_here.append(self)
 
-    def wait_for(self, text: bytes) -> None:
-        """Read standard output up to a line that has ``text``."""
-        for line in self.process.stdout:
-            if text in line:
+    def wait_for(self, text: bytes, lines: int = 1) -> None:
+        """Read standard output up to as many lines that have ``text``."""
+        self._read(self.process.stdout, text, lines)
+
+    def wait_for_error(self, text: bytes) -> None:
+        """Read standard error up to a line that has ``text``."""
+        self._read(self.process.stderr, text, 1)
+
+    def _read(self, stream, text: bytes, lines: int) -> None:
+        for line in stream:
+            lines -= text in line
+            if not lines:
                 return
         raise AssertionError(f"{text!r} was not printed; {self.process.stderr.read().decode(errors='replace')}")
 

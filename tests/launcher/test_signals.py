@@ -3,6 +3,7 @@
 ``make stress`` sets STRESS_ROUNDS to 20: that many launches for each backend and signal.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -27,9 +28,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launcher")]
 @pytest.mark.parametrize("round_", range(ROUNDS // 2))
 def test_running_jobs(backend, deaf, round_, tmp_path):
     """Each signal to a job of its own; the jobs run side by side, do not disturb one another, and leave no files."""
-    jobs, places = {}, {}
+    jobs, places, grace = {}, {}, GRACE if deaf else 100.0  # as eight ranks may take their time
     for number in SIGNALS:
-        options = ["--world_size", "2", "--grace", str(GRACE), "--log_dir", str(tmp_path / number.name)]
+        options = ["--world_size", "2", "--grace", str(grace), "--log_dir", str(tmp_path / number.name)]
         places[number] = tmp_path / f"{number.name} files"
         places[number].mkdir()
         environ = {"TMPDIR": str(places[number])}
@@ -47,7 +48,7 @@ def test_running_jobs(backend, deaf, round_, tmp_path):
         job.process.send_signal(number)
     for number, job in jobs.items():
         done = job.finish()
-        assert job.survivors(GRACE + 5.0) == []
+        assert job.survivors(GRACE + 20.0) == []
         assert list(places[number].iterdir()) == []
         if number == signal.SIGKILL:
             assert done.returncode == -signal.SIGKILL
@@ -112,12 +113,13 @@ def test_a_launcher_that_is_killed_while_it_starts_the_job_leaves_nothing(tmp_pa
 
 def test_a_second_ctrl_c_does_not_wait():
     job = Launch("--use_mpi", "--world_size", "2", "--grace", "100", ACT, "0", "wait", "deaf")
-    job.wait_for(b"rank 0 is here")
+    job.wait_for(b"is here", lines=2)
     job.process.send_signal(signal.SIGINT)
+    job.wait_for_error(b"SIGINT: passed on to all ranks; 100 s to end")
     time.sleep(0.5)
     assert job.process.poll() is None
     job.process.send_signal(signal.SIGINT)
-    assert job.finish(30).returncode == 130
+    assert job.finish(60).returncode == 130
     assert job.survivors(5.0) == []
 
 
@@ -125,8 +127,7 @@ def test_a_second_ctrl_c_does_not_wait():
 def test_ranks_save_though_nobody_reads_what_they_print(backend, tmp_path):
     """Ctrl-C ends a `tee` behind the launcher as well, and mpirun would end the ranks for want of a reader."""
     job = Launch(*BACKENDS[backend], "--world_size", "2", SAVING, str(tmp_path), stderr=subprocess.STDOUT)
-    for _ in range(2):
-        job.wait_for(b"is here")
+    job.wait_for(b"is here", lines=2)
     job.process.stdout.close()
     job.process.send_signal(signal.SIGINT)
     assert job.process.wait(60) == 130
@@ -180,7 +181,8 @@ def test_a_killed_mpirun_leaves_no_files(tmp_path):
     [server] = filter(None, places)
     assert Path(server).is_relative_to(tmp_path) and any(Path(server).iterdir())
     for process in below:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end with the one above it
+            process.kill()
     job.finish()
     assert list(tmp_path.iterdir()) == []
 
@@ -207,8 +209,7 @@ def test_jobs_of_others_are_left_alone():
 def test_a_backend_that_is_stopped_from_outside_is_no_success(backend, number):
     """Nor is there anything to send to the launcher: only the backend or the script opens a port."""
     job = Launch(*BACKENDS[backend], "--world_size", "2", "--grace", str(GRACE), ACT, "0", "wait")
-    for _ in range(2):  # a rank that is yet to start its script may be seen twice, as its child is a copy at first
-        job.wait_for(b"is here")
+    job.wait_for(b"is here", lines=2)  # before that a rank may be seen twice, as its child is a copy at first
     launcher = psutil.Process(job.process.pid)
     [supervisor] = launcher.children()
     [child] = supervisor.children()
