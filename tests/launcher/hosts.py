@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -65,6 +66,15 @@ class SimulatedHost:
         """Set the link ``up`` or ``down``."""
         self.run("ip", "link", "set", "cable", state)
 
+    def wait_for_sshd(self) -> None:
+        """Until it listens: by IPv4 and IPv6, as the kernel lists it."""
+        deadline = time.monotonic() + 60
+        tables = [Path(f"/proc/{self.process.pid}/net/{name}") for name in ("tcp", "tcp6")]
+        while not all(re.search(r": 0+:0016 0+:0000 0A ", table.read_text()) for table in tables):
+            if time.monotonic() > deadline or self.sshd.poll() is not None:
+                raise RuntimeError(f"no sshd on {self.name}")
+            time.sleep(0.02)
+
     def stop_sshd(self) -> None:
         """End the sshd with all its sessions, and nothing that runs below them."""
         pids = [self.sshd.pid]
@@ -80,7 +90,7 @@ class SimulatedHost:
 def start_host(name: str, address: str, folder: Path) -> SimulatedHost:
     process = subprocess.Popen(["unshare", "-n", "-m", "-u", "sleep", "infinity"])
     host = SimulatedHost(name, address, f"fd77::{address[-1]}", process)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while os.readlink(f"/proc/{process.pid}/ns/uts") == os.readlink("/proc/self/ns/uts") or not Path(
         f"/proc/{process.pid}/comm"
     ).read_text().startswith("sleep"):
@@ -136,4 +146,6 @@ def two_hosts(folder: Path, sshd_lines: str = "") -> Iterator[tuple[SimulatedHos
             )
             stack.callback(host.sshd.wait)
             stack.callback(host.sshd.kill)
+        for host in hosts:
+            host.wait_for_sshd()
         yield first, second
