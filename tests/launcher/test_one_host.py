@@ -92,7 +92,7 @@ def test_settings_of_a_job_around_do_not_send_ranks_to_its_hosts(backend, tmp_pa
     environ |= {"SLURM_JOB_ID": "7", "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_NNODES": "2", "PET_NNODES": "2"}
     for one in (environ, {"PRTE_MCA_prte_default_hostfile": str(tmp_path / "hosts")}):
         job = Launch(*BACKENDS[backend], "--world_size", "2", DUMP, environ=one)
-        done = job.finish(60)
+        done = job.finish()
         assert done.returncode == 0, done.stderr
         assert done.stdout.count('"arguments"') == 2
 
@@ -192,7 +192,7 @@ def test_output_of_ranks_goes_to_the_terminal_as_from_a_terminal():
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert job.process.wait(60) == 0
+    assert job.process.wait(120) == 0
     reader.join()
     lines = [line for line in seen.decode().splitlines() if line.startswith("{")]
     assert [json.loads(line)["terminal"] for line in lines] == [[True, True]] * 2

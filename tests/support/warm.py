@@ -97,7 +97,7 @@ class Warm:
             streams.flush()
             socket.send_fds(self.socket, [b"run"], [streams.fileno(), *(file.fileno() for file in files)])
             try:
-                pids = self.receive(120)
+                pids = self.receive(280)  # after all imports
                 if meanwhile is not None:
                     meanwhile(pids)
                 self.socket.send(b"wait")
