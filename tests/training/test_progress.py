@@ -163,9 +163,10 @@ def test_preparing_data_shows_how_far_it_is(instructions, tmp_path):
         "--model_name_or_path", instructions.llama, "--train_file", instructions.train, "--max_seq_length", 128,
         "--do_train", "--use_cpu", "--max_steps", 1, "--pack_sequences", "--output_dir",
     ]  # fmt: skip
-    bars = {"TQDM_DELAY": "0", "TQDM_MININTERVAL": "0"}
     for name, more in (("on", []), ("off", ["--disable_tqdm"])):
-        log = run("run_lora_clm.py", *flags, tmp_path / name, *more, env=bars, fresh=True).stderr
+        # A cache of its own: in the common one, another test may have prepared the same data.
+        env = {"TQDM_DELAY": "0", "TQDM_MININTERVAL": "0", "HF_DATASETS_CACHE": str(tmp_path / f"{name} cache")}
+        log = run("run_lora_clm.py", *flags, tmp_path / name, *more, env=env, fresh=True).stderr
         for what in ("Tokenising: 100%", "Packing: 100%"):
             assert (what in log) == (name == "on"), log
 
