@@ -92,16 +92,21 @@ def test_a_checkpoint_stays_while_it_is_uploaded(assets, tmp_path, uploads, stra
 @pytest.mark.parametrize("steps", [2, 100_000], ids=["of the result", "of a checkpoint"])
 def test_a_signal_does_not_wait_for_an_upload(assets, tmp_path, uploads, steps):
     """A platform that sends SIGTERM kills what is still there some seconds later."""
-    uploads.delay = 20
+    uploads.answering.clear()
 
     def stop(processes: list[int]) -> None:
+        deadline = time.monotonic() + 120
         while not uploads.created:  # the first request of an upload
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         os.kill(processes[0], signal.SIGTERM)
 
     more = ["--do_train", "--max_steps", steps, "--save_steps", 5, "--save_total_limit", 2, "--push_to_hub"]
     flags = scratch(assets, tmp_path / "x", *more, "--hub_strategy", "end" if steps == 2 else "every_save")
-    (end,) = run_interrupted(0, "run_clm.py", *flags, meanwhile=stop, env=uploads.environment)
+    try:
+        (end,) = run_interrupted(0, "run_clm.py", *flags, meanwhile=stop, env=uploads.environment)
+    finally:
+        uploads.answering.set()
     assert end.returncode == 128 + signal.SIGTERM and not uploads.commits, end.stderr
     words = "Outputs saved to" if steps == 2 else "SIGTERM: training ends after step"
     assert words in end.stderr

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import threading
 import time
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +22,7 @@ class UploadHub(Served):
     Attributes:
         fault: ``"down"`` drops each connection, ``"denied"`` answers 401, ``"cut"`` drops connections in a commit.
         delay: seconds that the question how files are to be sent takes to answer.
+        answering: cleared, that question gets no answer at all until it is set again.
     """
 
     def __init__(self):
@@ -29,6 +31,8 @@ class UploadHub(Served):
         self.commits: list[str] = []
         self.fault: str | None = None
         self.delay = 0.0
+        self.answering = threading.Event()
+        self.answering.set()
         hub = self
 
         class Bound(_Handler):
@@ -77,6 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
             files = self.hub.files[name, revision]
             if what == "preupload":
                 time.sleep(self.hub.delay)
+                self.hub.answering.wait()
                 asked = [file["path"] for file in json.loads(body)["files"]]
                 self.answer(200, {"files": [self.known(path, files.get(path)) for path in asked]})
             elif what == "commit":
