@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterator
 
 from gaudi_lm.errors import UserError
+from gaudi_lm.host import claim_port
 
 
 def prepare_dry_run(args) -> None:
@@ -30,9 +30,9 @@ def prepare_dry_run(args) -> None:
     args.push_to_hub = False
     if (args.deepspeed or args.fsdp) and "WORLD_SIZE" not in os.environ:
         # What a launcher would set for one rank; ranks are asked for by the libraries as soon as they divide a model.
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        claim = claim_port(None)
+        port = str(claim.getsockname()[1])
+        claim.detach()  # open until this process ends: another one could get the port before it is listened on
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(alone)
 

@@ -1,10 +1,16 @@
 """--dry_run: nothing is loaded or written, and what it says is what the run then takes."""
 
 import json
+import os
 import re
+import socket
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 from running import ROOT, results, run, run_ranks
+
+from gaudi_lm.arguments.dry_runs import prepare_dry_run
 
 CARD = ["--use_habana", "--use_lazy_mode"]
 GPT2 = "n_embd=256,n_layer=3,n_head=4,n_positions=64"
@@ -217,3 +223,15 @@ def test_every_adapter_is_planned(instructions, tmp_path, kind):
     trained, total = re.search(r"parameters: ([\d,]+) of llama, ([\d,]+)", text).groups()[::-1]
     assert int(trained.replace(",", "")) < 0.5 * int(total.replace(",", ""))
     assert "it fits" in text
+
+
+def test_the_port_of_one_process_that_stands_for_all_is_its_own():
+    """Another process could get it before it is listened on."""
+    with patch.dict(os.environ):
+        os.environ.pop("WORLD_SIZE", None)
+        prepare_dry_run(SimpleNamespace(do_train=True, dry_run_cards=None, deepspeed="zero_2.json", fsdp=""))
+        address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(address)
+    with socket.create_server(address):  # as TCPStore does
+        pass
