@@ -117,7 +117,9 @@ class Host:
                 os.kill(members[name]["pid"], self.number)
         if None not in backends.values():
             self.deadline = min(self.deadline, time.monotonic() + SILENCE)
-        goes_on = left or not self.number and (None in backends.values() or not settled)
+        # A backend that is not to be stopped prints what ranks said last, and another host may need it.
+        waits = None in backends.values() and not (self.failure or self.outside)
+        goes_on = left or waits or not (self.number or settled)
         return bool(goes_on) and time.monotonic() < self.deadline
 
     def _stop(self, number: int, grace: float) -> None:

@@ -187,6 +187,23 @@ def test_a_killed_mpirun_leaves_no_files(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_ranks_say_last_is_printed():
+    """By mpirun, which may get no processor meanwhile: it was killed once the ranks were gone."""
+    job = Launch("--use_mpi", "--world_size", "2", "--grace", "100", ACT, "0", "wait")
+    job.wait_for(b"is here", lines=2)
+    below = psutil.Process(job.process.pid).children(recursive=True)
+    [mpirun] = [process for process in below if process.name() == "prterun"]
+    scripts = [process for process in below if process.cmdline()[-2:] == ["0", "wait"]]
+    mpirun.suspend()
+    job.process.send_signal(signal.SIGINT)
+    psutil.wait_procs(scripts, timeout=60)
+    time.sleep(0.5)
+    mpirun.resume()
+    done = job.finish()
+    assert done.returncode == 130
+    assert [f"rank {rank} got SIGINT" in done.stdout for rank in range(2)] == [True, True]
+
+
 def test_jobs_of_others_are_left_alone():
     """A job of the same script and flags goes on when another one fails and is cleaned up."""
     other = Launch("--use_deepspeed", "--world_size", "2", ACT, "1", "wait")

@@ -97,9 +97,10 @@ def test_names_of_hosts_and_folders_that_mpirun_does_not_take(backend, hosts, tm
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ranks_save_on_both_hosts_though_nobody_reads_what_they_print(backend, hosts, tmp_path):
+    """And though the other host is done before: mpirun ended all ranks once a host was gone."""
     (tmp_path / "hosts").write_text("hosta slots=1\nhostb slots=1\n")
     (tmp_path / "saved").mkdir()
-    options = ["--hostfile", str(tmp_path / "hosts"), SAVING, str(tmp_path / "saved")]
+    options = ["--hostfile", str(tmp_path / "hosts"), SAVING, str(tmp_path / "saved"), "slow"]
     how = {"inside": ["env", *hosts[0].inside()], "stderr": subprocess.STDOUT}
     job = Launch(BACKENDS[backend], *options, **how)
     job.wait_for(b"is here", lines=2)
