@@ -13,6 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.adalora import RankReduction
 from gaudi_lm.modeling.virtual_tokens import load_encoder, save_encoder
+from gaudi_lm.training.checkpoints import checkpoints_in
 from gaudi_lm.training.metrics import is_result
 from gaudi_lm.training.saving import ResumableTrainer
 
@@ -40,6 +41,16 @@ class BestModelTrainer(ResumableTrainer):
         if better:
             self.state.best_global_step = self.state.global_step  # transformers forgets it for --save_strategy best
         return better
+
+    def _sorted_checkpoints(self, output_dir=None, *args, **kwargs) -> list[str]:
+        """The oldest first, as rotation deletes them, the best one late; none that is being uploaded.
+
+        Nor copies of a user's own, such as ``checkpoint-2-kept``, which transformers takes for checkpoints.
+        """
+        found = checkpoints_in(Path(output_dir))[::-1]
+        if (best := Path(self.state.best_model_checkpoint or "")) in found[:-1]:
+            found.insert(-1, found.pop(found.index(best)))
+        return [str(one) for one in found if not self.uploads.is_uploading(str(one))]
 
     def _load_best_model(self):
         best = self.state.best_model_checkpoint

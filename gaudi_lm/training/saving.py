@@ -223,10 +223,6 @@ class ResumableTrainer(FSDPTrainer):
         if self.args.push_to_hub and self.args.should_save:
             self.uploads.checkpoint(folder, self.state.global_step)
 
-    def _sorted_checkpoints(self, *args, **kwargs) -> list[str]:
-        """Without any that is being uploaded: rotation deletes the first ones."""
-        return [one for one in super()._sorted_checkpoints(*args, **kwargs) if not self.uploads.is_uploading(one)]
-
     @contextlib.contextmanager
     def files_at_top(self) -> Iterator[Path]:
         """A folder for files that are then moved to the top of ``output_dir``; all ranks must come here.

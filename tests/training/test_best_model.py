@@ -3,6 +3,8 @@
 import contextlib
 import json
 import shutil
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +13,11 @@ from huggingface_hub import ModelCard
 from running import load_elsewhere, log_history, losses, run, run_many, run_ranks
 from safetensors.torch import load_file
 from short_runs import scratch
-from transformers import GPT2Config, RobertaConfig
+from transformers import GPT2Config, RobertaConfig, Trainer
 
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import saving
+from gaudi_lm.training.best_model import BestModelTrainer
 from gaudi_lm.training.resumed_state import Resumption
 from gaudi_lm.training.samples import check_prompts
 
@@ -99,6 +102,24 @@ def test_every_rank_loads_the_best_model(assets, tmp_path):
     best = min(rows, key=rows.get)
     assert best < 3 and equal(output, output / f"checkpoint-{best}")
     assert json.loads((output / "all_results.json").read_text())["eval_loss"] == pytest.approx(rows[best])
+
+
+@pytest.mark.parametrize("best", [None, 2, 12])
+def test_rotation_deletes_no_copy_of_a_users_own(best, tmp_path):
+    """Which may lie behind the newest one, and counts for nothing."""
+    for name in ("2", "10", "12", "2-kept", "12-kept", "best"):
+        (tmp_path / f"checkpoint-{name}").mkdir()
+    state = SimpleNamespace(best_model_checkpoint=best and str(tmp_path / f"checkpoint-{best}"))
+    uploads = SimpleNamespace(is_uploading=lambda path: path == str(tmp_path / "checkpoint-10"))
+    trainer = SimpleNamespace(state=state, args=SimpleNamespace(save_total_limit=1), uploads=uploads)
+    order = partial(BestModelTrainer._sorted_checkpoints, trainer)
+    assert [Path(one).name for one in order(str(tmp_path))] == ["checkpoint-2", "checkpoint-12"]
+    trainer._sorted_checkpoints, uploads.is_uploading = order, lambda path: False
+    Trainer._rotate_checkpoints(trainer, output_dir=str(tmp_path))
+    left = {2, 12} if best == 2 else {12}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(f"checkpoint-{step}" for step in left), "checkpoint-2-kept", "checkpoint-12-kept", "checkpoint-best",
+    }  # fmt: skip
 
 
 @pytest.mark.slow
