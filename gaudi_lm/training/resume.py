@@ -169,11 +169,11 @@ def clear_the_way(folder: Path, resumption: Resumption, remove: bool) -> None:
             if path.is_file():
                 path.unlink()
         if (folder / "merged" / "config.json").is_file():  # of --merge_adapter
-            shutil.rmtree(folder / "merged")
+            _remove(folder / "merged")
     for path in checkpoints.checkpoints_in(folder):
         newer = (checkpoints.checkpoint_step(path) or 0) > resumption.step
         if remove:
-            shutil.rmtree(path)
+            _remove(path)
             logger.warning("%s is of an earlier run; removed, for --overwrite_output_dir", path)
         elif newer or not resumption.follows(path):
             aside = path.with_name(f"{UNUSED}{path.name}")
@@ -183,3 +183,11 @@ def clear_the_way(folder: Path, resumption: Resumption, remove: bool) -> None:
                 aside = aside.with_name(f"{UNUSED}{aside.name}")
             os.rename(path, aside)
             logger.warning("%s is not what training resumes from; it is now %s", path, aside.name)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder; of one that is elsewhere, on a larger disk, only the link to it."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)

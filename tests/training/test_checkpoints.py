@@ -409,6 +409,17 @@ def test_overwriting_removes_what_a_kill_has_left(output):
     assert not list(output.iterdir())
 
 
+def test_overwriting_removes_links_to_folders_on_another_disk(output, tmp_path):
+    """And nothing on that disk; it ended in a traceback, with the model at the top already removed."""
+    disk = shutil.move(output / "checkpoint-6", tmp_path / "disk")
+    (disk / "config.json").touch()
+    for name in ("checkpoint-6", "merged"):
+        (output / name).symlink_to(disk)
+    before = sorted(disk.iterdir())
+    clear_the_way(output, Resumption(), remove=True)
+    assert not list(output.iterdir()) and sorted(disk.iterdir()) == before
+
+
 @pytest.mark.parametrize("remove", [False, True])
 def test_what_is_not_on_the_way_to_the_checkpoint_is_set_aside(output, remove):
     """Not removed, even where overwriting is asked for: a named checkpoint may be among them."""
