@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, pipeline
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
 from gaudi_lm.architectures import architecture_of
 from gaudi_lm.data.instructions import show_targets
@@ -28,21 +28,23 @@ NEW_TOKENS = 40
 CANDIDATES = 3  # for a mask
 
 
-def _new_tokens(prompt: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+def _new_tokens(prompt: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens follow a prompt, within what the model takes; negative where the prompt alone is too long."""
+    config, adapter = model.config, getattr(model, "active_peft_config", None)
     first = architecture_of(config).position_of_first_token(config)
+    first += getattr(adapter, "num_virtual_tokens", None) or 0
     limit = (getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length) - first
     return min(NEW_TOKENS, min(limit, tokenizer.model_max_length) - len(tokenizer(prompt)["input_ids"]))
 
 
-def check_prompts(training_args, causal: bool, config: PretrainedConfig, tokenizer) -> None:
+def check_prompts(training_args, causal: bool, model: PreTrainedModel, tokenizer) -> None:
     """Before training: a UserError for a prompt that is empty or too long, or lacks a mask for a masked model."""
     if training_args.generate and training_args.fsdp and not causal:
         raise UserError("--generate: not with --fsdp, which divides the weights; fill masks with the saved model")
     for prompt in training_args.generate or []:
         if not causal and tokenizer.mask_token not in prompt:
             raise UserError(f"--generate {prompt!r}: it has no {tokenizer.mask_token} for the model to fill")
-        if not prompt or _new_tokens(prompt, config, tokenizer) < causal:
+        if not prompt or _new_tokens(prompt, model, tokenizer) < causal:
             raise UserError(f"--generate {prompt!r}: it is {'longer than the model takes' if prompt else 'empty'}")
 
 
@@ -105,7 +107,7 @@ def generate(trainer: LMTrainer, task: str) -> list[tuple[str, str]]:
     for prompt in prompts:
         if run is None:
             end = getattr(base.generation_config, "eos_token_id", tokenizer.eos_token_id)
-            ids, new_tokens = tokenizer(prompt)["input_ids"], _new_tokens(prompt, model.config, tokenizer)
+            ids, new_tokens = tokenizer(prompt)["input_ids"], _new_tokens(prompt, model, tokenizer)
             end = end if isinstance(end, list) else [end]
             tokens = most_probable_tokens(trainer.computing_model, ids, new_tokens, end)
             # Together with the prompt: some tokenizers drop a space where a text begins.
@@ -117,7 +119,7 @@ def generate(trainer: LMTrainer, task: str) -> list[tuple[str, str]]:
             words = [", ".join(f"{one['token_str'].strip()} ({one['score']:.2f})" for one in mask) for mask in masks]
             answers.append((prompt, "; ".join(words)))
         else:
-            options = {"max_new_tokens": _new_tokens(prompt, model.config, tokenizer), "return_full_text": False}
+            options = {"max_new_tokens": _new_tokens(prompt, model, tokenizer), "return_full_text": False}
             (found,) = run(prompt, do_sample=False, temperature=1.0, pad_token_id=tokenizer.eos_token_id, **options)
             answers.append((prompt, found["generated_text"]))
         logger.info("%r -> %r", *answers[-1])

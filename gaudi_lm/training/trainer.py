@@ -279,7 +279,7 @@ def build_trainer(
         given = METRICS if loss_func is None else ("loss",)
         check_best_metric(training_args.metric_for_best_model, eval_dataset, given)
     custom_parts.check_weights(model, training_args)
-    check_prompts(training_args, objective == "causal", model.config, tokenizer)
+    check_prompts(training_args, objective == "causal", model, tokenizer)
     choose_layers(model, training_args)
     trainer = trainer_class(
         model=model,

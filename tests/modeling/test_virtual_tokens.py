@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from gaudi_lm.modeling.virtual_tokens import (
     save_encoder,
     virtual_token_config,
 )
+from gaudi_lm.training.samples import check_prompts
 
 torch.set_num_threads(1)
 KINDS = ("prompt_tuning", "prefix_tuning", "p_tuning")
@@ -146,6 +148,21 @@ def test_a_prefix_continues_a_prompt_on_a_card(instructions, tmp_path):
     ends.append(run_and_read(tmp_path / "card", instructions, *more, *CARD, env=card_environment())[2])
     found = [[line.partition(" -> ")[2] for line in log.splitlines() if "statement.' -> " in line] for log in ends]
     assert len(found[0]) == 1 and found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_virtual_tokens_take_positions_from_a_prompt(kind):
+    """It was generated beyond the last position: a traceback after training, and no model card."""
+    model = get_peft_model(tiny_model("gpt2"), virtual_token_config(kind, 5, 32))
+    room = model.config.max_position_embeddings - 5
+
+    class Words:
+        model_max_length = 10**6
+        __call__ = staticmethod(lambda prompt: {"input_ids": prompt.split()})
+
+    check_prompts(SimpleNamespace(generate=["word " * (room - 1)], fsdp=""), True, model, Words())
+    with pytest.raises(UserError, match="longer than the model takes"):
+        check_prompts(SimpleNamespace(generate=["word " * room], fsdp=""), True, model, Words())
 
 
 def test_the_network_behind_virtual_tokens_is_that_of_its_adapter(tmp_path):

@@ -183,8 +183,8 @@ def test_prompts_that_a_model_cannot_take_are_refused(config, prompt, fsdp, said
 
     args = SimpleNamespace(generate=[prompt], fsdp=fsdp)
     with pytest.raises(UserError, match=f"^--generate.*{said}") if said else contextlib.nullcontext():
-        check_prompts(args, config is not MASKED, config, Words())
-    check_prompts(SimpleNamespace(generate=None, fsdp=fsdp), True, config, Words())
+        check_prompts(args, config is not MASKED, SimpleNamespace(config=config), Words())
+    check_prompts(SimpleNamespace(generate=None, fsdp=fsdp), True, SimpleNamespace(config=config), Words())
 
 
 @pytest.mark.slow
