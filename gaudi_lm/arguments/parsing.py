@@ -207,6 +207,15 @@ def check_flags_of_script(name: str, *dataclass_types: type) -> None:
             _checked[key] = _read(argv, *dataclass_types)
 
 
+def _check_encoding(words: list[str]) -> None:
+    """Refuse what is no UTF-8, such as file names of old: neither libraries in Rust nor the model card can hold it."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{word!r} is not UTF-8: rename the file, or type it in UTF-8") from None
+
+
 def _check_once(path: str, written: list[str], flags: list[str]) -> None:
     """Refuse two keys of a file that are the same flag: one with dashes, an old name, the beginning of a name."""
     first: dict[str, str] = {}
@@ -221,6 +230,7 @@ def _read(argv: list[str], *dataclass_types: type) -> dict[str, object]:
     # Of each action the first name: the others are the same with dashes.
     known = [action.option_strings[0] for action in parser._actions if action.option_strings[0] != "-h"]
     words = expand_config_file(argv)
+    _check_encoding([*argv, *words])
     typed = argv[1:] if begins_with_file(argv) else argv
     in_file = _join_negative_values(words[: len(words) - len(typed)])
     flags = _full_names(in_file, known)

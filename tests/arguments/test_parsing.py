@@ -1,6 +1,8 @@
 """How flags are read, from the command line and from files."""
 
 import json
+import os
+import shutil
 from dataclasses import dataclass, field
 
 import pytest
@@ -92,6 +94,21 @@ def test_mappings_and_lists_of_a_file(tmp_path):
         read = flags(str(tmp_path / name))
         assert json.loads(read.deepspeed) == mapping
         assert read.report_to == ["a", "b"]
+
+
+def test_words_that_are_not_utf_8(tmp_path):
+    """Such as a file name of old: a traceback of the tokenizer in the first checkpoint, or of the model card."""
+    (tmp_path / "run.json").write_text('{"model_revision": "\\ud83d"}')
+    shutil.copy(tmp_path / "run.json", tmp_path / (old := os.fsdecode(b"t\xe9.json")))
+    for words, shown in (
+        (["--model_revision", os.fsdecode(b"t\xe9")], r"'t\udce9'"),
+        ([str(tmp_path / "run.json")], r"\ud83d"),
+        ([str(tmp_path / old), "--model_revision", "x"], r"/t\udce9.json"),
+    ):
+        with pytest.raises(UserError) as caught:
+            flags(*words)
+        assert shown in str(caught.value) and "is not UTF-8" in str(caught.value)
+    assert flags("--model_revision", "té").model_revision == "té"
 
 
 @pytest.mark.parametrize(
