@@ -31,6 +31,7 @@ from gaudi_lm.training.hub import HubUploads
 from gaudi_lm.training.resume import clear_the_way
 from gaudi_lm.training.resumed_state import Resumption
 from gaudi_lm.training.signals import SaveOnSignal, begin_loading
+from gaudi_lm.training.sums import TrainingLoss
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -113,12 +114,15 @@ class ResumableTrainer(FSDPTrainer):
             "eval_data": {name: digests.data_digest(one) for name, one in sets.items()},
         }
 
+    @property
+    def training_loss(self) -> TrainingLoss:
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TrainingLoss))
+
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = next(map(str, checkpoints.checkpoints_in(Path(self.args.output_dir))), True)
-        self.resumption = Resumption.of(
-            self, None if resume_from_checkpoint in (True, False) else resume_from_checkpoint
-        )
+        checkpoint = None if resume_from_checkpoint in (True, False) else resume_from_checkpoint
+        self.resumption = Resumption.of(self, checkpoint)
         if self.resumption.checkpoint is not None and self.args.fp8:
             logger.warning(
                 "--fp8: its scales are not in a checkpoint; losses will be near those of a whole run, not equal"
@@ -199,6 +203,7 @@ class ResumableTrainer(FSDPTrainer):
         if trial is None:
             self.store_flos()
         run = Resumption.facts(self)
+        self.training_loss.keep()
 
         def publish(staging: Path) -> None:
             checkpoints.seal(staging, run)

@@ -139,10 +139,6 @@ class LMTrainer(EvaluatingTrainer):
             self._uncompiled = ()
         return batches, items
 
-    @property
-    def training_loss(self) -> TrainingLoss:
-        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, TrainingLoss))
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # A mean over the batch, so that what wrappers add to it (AdaLoRA) gets the batch's share of the step too.
         # Gradients are averaged over ranks, while label tokens are of all ranks.
@@ -206,7 +202,6 @@ class LMTrainer(EvaluatingTrainer):
             if self.args.save_strategy == SaveStrategy.BEST:
                 self.control.should_save = self.control.should_save or is_best
         if self.control.should_save:
-            self.training_loss.keep()
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
