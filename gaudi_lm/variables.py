@@ -6,12 +6,14 @@ import fnmatch
 import os
 import re
 
+from gaudi_lm.config_files import split_flag
 from gaudi_lm.errors import UserError
 from gaudi_simulator import STAND_IN
 
 FORWARDED = ["PT_*", "HABANA_*", "HCCL_*", "HF_*", "OMP_*", "GAUDI_SIMULATOR", "LD_LIBRARY_PATH", "PYTHONPATH"]
 FORWARDED += ["NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"]
 SECRET = ["*TOKEN", "*_KEY", "*PASSWORD*", "*SECRET*"]
+TOKENS = ("--token", "--hub_token", "--push_to_hub_token")
 # Left over from a job around this one, these would give the ranks wrong places.
 STALE = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK", "ROLE_RANK", "CROSS_*"]
 STALE += ["MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_*", "OMPI_COMM_WORLD_*", "PMIX_*", "PMI_*", "GAUDI_SPAWN_JOB"]
@@ -27,12 +29,19 @@ def is_secret(name: str) -> bool:
     return matches(name.upper().replace("-", "_"), SECRET)
 
 
+def is_secret_flag(word: str) -> bool:
+    """Whether a word is a flag for a token, a key or a password; those of the scripts may be abbreviated."""
+    flag = split_flag(word)[0]
+    short = len(flag) > 3 and flag != "--push_to_hub" and any(full.startswith(flag) for full in TOKENS)
+    return flag.startswith("--") and (short or is_secret(flag))
+
+
 def hide(words: tuple[str, ...]) -> list[str]:
     """Arguments with asterisks for the values of flags such as ``--hub_token``."""
     shown, follows = [], False
     for word in words:
         name, equals, _ = word.partition("=")
-        secret = name.startswith("--") and is_secret(name)
+        secret = is_secret_flag(word)
         shown.append("***" if follows and not word.startswith("--") else f"{name}=***" if secret and equals else word)
         follows = secret and not equals
     return shown

@@ -6,7 +6,7 @@ import pytest
 from running import ROOT
 
 # From the bottom up: each may import those before it, and its own package.
-LAYERS = ["errors", "interruptions", "variables", "config_files", "optimum_imports", "device", "host"]
+LAYERS = ["errors", "interruptions", "config_files", "variables", "optimum_imports", "device", "host"]
 LAYERS += ["architectures", "arguments", "data", "modeling", "training"]
 LAUNCHER = {"errors", "variables", "config_files", "device", "host", "launcher"}
 MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "gaudi_lm").rglob("*.py"))

@@ -18,25 +18,23 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 
 from gaudi_lm.arguments.definitions import DataArguments
-from gaudi_lm.config_files import split_flag
 from gaudi_lm.training.metrics import is_result
+from gaudi_lm.variables import is_secret_flag
 
 SHOWN = (
     "learning_rate", "lr_scheduler_type", "per_device_train_batch_size",
     "gradient_accumulation_steps", "world_size", "optim", "weight_decay", "max_grad_norm", "warmup_ratio", "seed",
 )  # fmt: skip
 CODE = "    "  # what Markdown takes for code, whatever it holds
-SECRETS = ("--token", "--hub_token", "--push_to_hub_token")  # a flag may be abbreviated
 
 
 def without_secrets(argv: list[str]) -> list[str]:
     """The words of a command line, ``<hidden>`` in place of the values of tokens."""
     words, hide = [], False
     for word in argv:
-        flag, equals, _ = split_flag(word)
-        short = len(flag) > 3 and flag != "--push_to_hub" and any(full.startswith(flag) for full in SECRETS)
-        secret = short or (flag.startswith("--") and flag.endswith("token"))
-        words.append("<hidden>" if hide else f"{word.partition('=')[0]}=<hidden>" if secret and equals else word)
+        name, equals, _ = word.partition("=")
+        secret = is_secret_flag(word)
+        words.append("<hidden>" if hide else f"{name}=<hidden>" if secret and equals else word)
         hide = secret and not equals
     return words
 

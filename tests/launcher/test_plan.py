@@ -223,6 +223,8 @@ def test_commands_over_ssh_survive_the_other_shell(arguments):
 def test_shown_commands_hide_secrets():
     words = ["--hub_token", "hf_abc", "--api_key=k1", "--token", "--lr", "1", "--tokens", "5", "--api-key", "k2"]
     shown = ["--hub_token", "***", "--api_key=***", "--token", "--lr", "1", "--tokens", "5", "--api-key", "***"]
+    words += ["--hub_tok", "hf_def", "--push-to-hub-t=x", "--push_to_hub", "True", "token"]  # as the scripts take them
+    shown += ["--hub_tok", "***", "--push-to-hub-t=***", "--push_to_hub", "True", "token"]
     assert variables.hide(words) == shown
 
 
