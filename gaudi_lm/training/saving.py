@@ -11,13 +11,10 @@ import copy
 import functools
 import logging
 import math
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -32,31 +29,9 @@ from gaudi_lm.training.resume import clear_the_way
 from gaudi_lm.training.resumed_state import Resumption
 from gaudi_lm.training.signals import SaveOnSignal, begin_loading
 from gaudi_lm.training.sums import TrainingLoss
+from gaudi_lm.training.write_errors import WriteError, reason_of, size_of_state
 
 logger = logging.getLogger("gaudi_lm")
-
-
-class WriteError(UserError):
-    """A file that could not be written: the run ends with one line, what was complete before still is."""
-
-    status = 1
-
-
-def _reason(error: BaseException | None) -> str | None:
-    """Why a file could not be written; None where the error is another one.
-
-    Libraries in Rust put the number of the error into a text, and torch raises an error of its own while that of the
-    system passes by.
-    """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            return os.strerror(error.errno)
-        if found := re.search(r"\(os error (\d+)\)", str(error)):
-            return os.strerror(int(found[1]))
-        if isinstance(error, RuntimeError) and any(word in str(error) for word in ("inline_container", "iostream")):
-            return "a file of torch was cut short"
-        error = error.__cause__ or error.__context__
-    return None
 
 
 class SavingSteps(TrainerCallback):
@@ -245,12 +220,17 @@ class ResumableTrainer(FSDPTrainer):
     def _written_whole(self, folder: Path, publish: Callable[[Path], None]) -> Iterator[Path]:
         """A folder for all ranks to write into; when all of them have, the main one publishes it."""
         staging = checkpoints.incomplete(folder)
-        failure = None
+        failure: Exception | None = None
         try:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
-            gather(None)
+        except OSError as error:
+            failure = self._write_error(folder, error)
+        # On all ranks: the others would write there, and then wait for this one without end.
+        if (failure := next(filter(None, gather(failure)), None)) is not None:
+            raise failure
+        try:
             yield staging
         except Exception as error:
             failure = self._write_error(folder, error)
@@ -272,13 +252,13 @@ class ResumableTrainer(FSDPTrainer):
 
     def _write_error(self, folder: Path, error: Exception) -> Exception:
         """The line for the user, or the error itself where it is no matter of disks."""
-        reason = _reason(error)
+        reason = reason_of(error)
         if reason is None:
             return error
         output = folder.parent
         older = [path for path in checkpoints.checkpoints_in(output) if path != folder]
         intact = next((path for path in older if not checkpoints.faults(path)), None)
-        needed = checkpoints.size_of(older[0]) if older else _size_of_state(self)
+        needed = checkpoints.size_of(older[0]) if older else size_of_state(self)
         try:
             # What is half-written is given back.
             free = shutil.disk_usage(output).free + checkpoints.size_of(checkpoints.incomplete(folder))
@@ -290,11 +270,3 @@ class ResumableTrainer(FSDPTrainer):
             f"{output}: {what} could not be written ({reason}): about {needed / 1e6:.1f} MB are needed, "
             f"{free / 1e6:.1f} MB are free; {left}"
         )
-
-
-def _size_of_state(trainer: ResumableTrainer) -> int:
-    """Bytes of weights and optimizer state in memory: about what a first checkpoint takes."""
-    tensors = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    for state in getattr(trainer.optimizer, "state", {}).values():
-        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -8,17 +8,19 @@ import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from resuming import CARD, CPU, script_flags, start, zero
 
 from gaudi_lm.errors import UserError
-from gaudi_lm.training import checkpoints
+from gaudi_lm.training import checkpoints, saving
 from gaudi_lm.training.fsdp import check_kind, state_dict_type
 from gaudi_lm.training.resume import clear_the_way, find_checkpoint
 from gaudi_lm.training.resumed_state import Resumption
-from gaudi_lm.training.saving import SavingSteps, _reason
+from gaudi_lm.training.saving import ResumableTrainer, SavingSteps
+from gaudi_lm.training.write_errors import WriteError, reason_of
 
 FILES = [
     "config.json", "gaudi_config.json", "generation_config.json", "model.safetensors", "optimizer.pt", "rng_state.pth",
@@ -347,7 +349,40 @@ FULL = OSError(errno.ENOSPC, "any words")
     ],
 )
 def test_why_a_file_could_not_be_written(error, reason):
-    assert _reason(error) == reason
+    assert reason_of(error) == reason
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_folder_that_cannot_be_made_ends_all_ranks(rank, tmp_path, monkeypatch):
+    """The disk was mounted anew, read-only: ranks then waited for one another in different places, without end."""
+    said = []
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(should_save=rank == 0), _write_error=lambda *args: WriteError("full")
+    )
+    monkeypatch.setattr(saving, "gather", lambda value: said.append(value) or [said[0] or WriteError("full"), None])
+    monkeypatch.setattr(saving, "from_main", pytest.fail)
+    monkeypatch.setattr(Path, "mkdir", Mock(side_effect=OSError(errno.EROFS, "read-only")))
+    with (
+        pytest.raises(WriteError, match="full"),
+        ResumableTrainer._written_whole(trainer, tmp_path / "checkpoint-1", pytest.fail),
+    ):
+        pytest.fail("it wrote")
+    assert len(said) == 1 and isinstance(said[0], WriteError) == (rank == 0)
+
+
+def test_what_a_kill_has_left_is_not_written_with_what_follows(tmp_path):
+    """An evaluation alone looks for nothing that is half-written."""
+    staging = checkpoints.incomplete(tmp_path / "files")
+    staging.mkdir()
+    (staging / "model.safetensors").touch()
+    trainer, found = SimpleNamespace(args=SimpleNamespace(should_save=True)), []
+
+    def publish(folder: Path) -> None:
+        found.extend(path.name for path in folder.iterdir())
+
+    with ResumableTrainer._written_whole(trainer, tmp_path / "files", publish) as folder:
+        (folder / "eval_results.json").touch()
+    assert found == ["eval_results.json"]
 
 
 def test_the_last_step_of_an_epoch_is_saved_after_its_evaluation():
