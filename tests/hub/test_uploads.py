@@ -156,6 +156,26 @@ def test_which_checkpoints_are_uploaded_and_where_to(strategy, places, tmp_path,
     assert [failed in line and command in line for line in caplog.messages] == [True] * (len(places) - 1)
 
 
+def test_a_last_checkpoint_that_failed_is_named_though_the_result_is_uploaded(tmp_path, caplog):
+    ends = iter([OSError("it was cut"), None])
+
+    class Api:
+        endpoint = "http://hub"
+
+        def run_as_future(self, *what) -> Future:
+            job = Future()
+            job.set_exception(error) if (error := next(ends)) else job.set_result("me/mine")
+            return job
+
+    flags = {"hub_model_id": None, "hub_private_repo": None, "hub_revision": None, "hub_always_push": False}
+    args = SimpleNamespace(output_dir=tmp_path, hub_strategy="every_save", hub_token=None, push_to_hub=False, **flags)
+    uploads = hub.HubUploads(args)
+    uploads._api = Api()
+    uploads.checkpoint(tmp_path / "checkpoint-3", 3)
+    uploads.result("End of training")
+    assert f"--push_to_hub: a checkpoint of {tmp_path.name} was not uploaded (it was cut)" in caplog.text
+
+
 def test_a_hub_that_does_not_answer(tmp_path, uploads, monkeypatch, caplog):
     monkeypatch.setattr(constants, "ENDPOINT", uploads.environment["HF_ENDPOINT"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
