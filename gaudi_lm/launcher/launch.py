@@ -93,8 +93,7 @@ def make_plan(options: argparse.Namespace, environ: dict[str, str], cards: int) 
     local = tuple(host.own_address(one.name) is not None for one in hosts) if path else (True,)
     here = [one for one, is_here in zip(hosts, local, strict=True) if is_here]
     if len(here) > 1:
-        names = " and ".join(one.name for one in here)
-        raise UserError(f"--hostfile {path}: {names} are all this host; give it one line")
+        raise UserError(f"--hostfile {path}: {' and '.join(one.name for one in here)} are this host: give it one line")
     on_cpu, on_card = wanted_card(options.arguments)
     host.check_cards(cards, sum(one.slots for one in here), on_cpu, on_card)
     by_ssh = not all(local) and not options.dry_run

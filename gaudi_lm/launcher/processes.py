@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import importlib
 import json
 import os
@@ -17,7 +16,6 @@ from pathlib import Path
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 PARENT_ENDED = signal.SIGUSR2
 JOB_VARIABLE = "GAUDI_SPAWN_JOB"
-SPACE = 512  # bytes of most reports, so that none is seen half-written where it takes another's place
 
 
 def python(function: str, *arguments: str) -> list[str]:
@@ -80,15 +78,12 @@ def kill_descendants() -> None:
 
 def report(folder: str, name: str, **what: object) -> None:
     """Tell the supervisor that this process is there, is ``stopped``, or how it ends: ``status`` and ``what``."""
-    text = json.dumps({"pid": os.getpid(), "time": time.monotonic(), **what}).ljust(SPACE)
+    text = json.dumps({"pid": os.getpid(), "time": time.monotonic(), **what}).ljust(512)  # bytes of most reports
     with contextlib.suppress(FileNotFoundError):  # the job is over
         try:
             Path(folder, f".{name}").write_text(text)
             os.rename(f"{folder}/.{name}", f"{folder}/{name}.report")
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            # A signal is to be passed on, and an end told, on a full disk too: the report before has its place there.
+        except OSError:  # on a full disk too a signal is passed on, and an end told: the report before has its place
             with open(f"{folder}/{name}.report", "r+") as file:
                 file.write(text)
 

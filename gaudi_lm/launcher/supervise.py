@@ -57,7 +57,6 @@ class Host:
             job["environ"].setdefault("OMP_NUM_THREADS", str(threads_per_rank(job["slots"])))
             Path(self.folder, "job").write_text(json.dumps(job))
             environ = {**os.environ, **self.order["environ"], processes.JOB_VARIABLE: self.folder}
-            # A session of its own: a terminal's Ctrl-C goes to the launcher alone.
             how = {"start_new_session": True, "preexec_fn": processes.die_with_parent, "cwd": self.order["cwd"]}
             backends: dict[int, int | None] = {}
             for command in self.order["commands"]:
@@ -98,9 +97,8 @@ class Host:
         backends.update((pid, status) for pid, status in processes.reap().items() if pid in backends)
         members = processes.reports(self.folder)  # all that they had to say before that
         stopped = bool(self.number) or set(backends.values()) != {None}
-        for name in gone:
-            killed = {"status": 137, "what": f"{name} was killed, {processes.named(137)}", "stopped": stopped}
-            members[name] = killed | members[name]
+        killed = {"status": 137, "stopped": stopped}
+        members |= {n: {**killed, "what": f"{n} was killed, {processes.named(137)}", **members[n]} for n in gone}
         failed = sorted((m for m in members.values() if m.get("status")), key=lambda m: m["time"])
         settled = self.number or self.remote or not failed or time.monotonic() > failed[0]["time"] + self.order["wait"]
         for end in failed if settled else []:
@@ -117,10 +115,9 @@ class Host:
                 os.kill(members[name]["pid"], self.number)
         if None not in backends.values():
             self.deadline = min(self.deadline, time.monotonic() + SILENCE)
-        # A backend that is not to be stopped prints what ranks said last, and another host may need it.
+        # A backend prints what ranks said last, and the ranks of another host may need it.
         waits = None in backends.values() and not (self.failure or self.outside)
-        goes_on = left or waits or not (self.number or settled)
-        return bool(goes_on) and time.monotonic() < self.deadline
+        return bool(left or waits or not (self.number or settled)) and time.monotonic() < self.deadline
 
     def _stop(self, number: int, grace: float) -> None:
         """Have all ranks and other hosts get a signal, and set a limit to their end."""

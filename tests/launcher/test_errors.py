@@ -97,7 +97,7 @@ def test_world_size_and_hostfile_must_agree(backend, tmp_path):
 def test_one_host_under_two_names(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
-    refused(run("--hostfile", str(path), "--use_mpi", DUMP), "localhost and 127.0.0.1 are all this host")
+    refused(run("--hostfile", str(path), "--use_mpi", DUMP), "localhost and 127.0.0.1 are this host")
 
 
 def test_more_ranks_than_cards():
