@@ -46,7 +46,7 @@ ON_CARD = (
 LATE = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ACCELERATE_", "WANDB_", "MLFLOW_", "TMPDIR", "PWD")
 LATE += ("PYTORCH_NVML_",)  # of CUDA; libraries set it in the tests' own process, some time
 HUB = ("HF_", "http", "HTTP", "no_proxy", "NO_PROXY")  # libraries other than Hugging Face's read none while imported
-CARD = ("GAUDI_", "PT_HPU_")  # the scripts read none while imported, but the device does
+CARD = ("GAUDI_", "PT_HPU_", "PT_TE_")  # the scripts read none while imported, but the device does
 MOST = 6  # processes that runs fork from at a time; each holds some hundred megabytes of its own
 _warm: dict[tuple, Warm] = {}
 
