@@ -182,6 +182,8 @@ def _check_fsdp(args, config: dict) -> None:
         raise UserError("--save_only_model: not with SHARDED_STATE_DICT, whose shards are what a run goes on from")
     if not any(name in os.environ for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")):
         raise UserError("--fsdp: it splits a model over ranks, which a launcher starts: gaudi_spawn.py --world_size N")
+    if args.save_on_each_node:
+        raise UserError("--save_on_each_node: not with --fsdp, whose checkpoints need a folder that all hosts share")
     args.fsdp_config = config
 
 

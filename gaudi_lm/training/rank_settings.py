@@ -1,4 +1,4 @@
-"""What all ranks of a job must have alike in their environment, whoever has started them."""
+"""What all ranks of a job must have alike, whoever has started them: settings, and the folder that they write to."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import hashlib
 import os
 import socket
 import sys
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
 
 from gaudi_lm.errors import UserError
-from gaudi_lm.training.agreement import gather
+from gaudi_lm.training.agreement import from_main, gather
 
 SETTINGS = ("PT_", "HCCL_", "HABANA_")
 # The few among them that differ between cards or hosts by nature.
 OWN = ("HABANA_VISIBLE_", "HABANA_LOGS", "HCCL_SOCKET_IFNAME")
+SECONDS = 60.0  # until what one host writes is seen by another: as long as NFS keeps what it has read of a folder
 
 
 def digests(environ: dict[str, str]) -> dict[str, str]:
@@ -43,6 +48,58 @@ def check_settings() -> None:
     """
     ranks = gather((socket.gethostname(), digests(dict(os.environ))))
     if problem := disagreement(ranks):
-        if os.environ.get("RANK", "0") == "0":
-            raise UserError(problem)
-        sys.exit(2)
+        _end(problem)
+
+
+def check_output_folder(args) -> None:
+    """See that all hosts write to one ``--output_dir``, or each host to its own with ``--save_on_each_node``.
+
+    Each rank writes a part of a checkpoint: with a folder on each host it would be without those of all other hosts.
+
+    Args:
+        args: :class:`gaudi_lm.arguments.definitions.LMTrainingArguments`.
+
+    Raises:
+        UserError: on rank 0, naming rank and host.
+    """
+    if args.world_size == 1 or not (args.save_strategy != "no" or args.save_on_signal):
+        return
+    folder = Path(args.output_dir)
+    mark, new, failure = folder / from_main(f".rank-0-{uuid.uuid4().hex}"), list[Path](), None
+    if args.process_index == 0:
+        new = [one for one in (folder, *folder.parents) if not one.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            failure = f"--output_dir {folder}: {error.strerror}"
+    failure = from_main(failure)
+    deadline = time.monotonic() + SECONDS * (not args.save_on_each_node)
+    while not (failure or (seen := mark.exists())) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ranks = gather((socket.gethostname(), args.should_save, not failure and seen))
+    if args.process_index == 0:
+        with suppress(OSError):
+            mark.unlink(missing_ok=True)
+            for one in new:
+                one.rmdir()
+    for rank, (host, saves, seen) in enumerate(ranks):
+        if not args.save_on_each_node and not seen:
+            failure = failure or (
+                f"--output_dir {folder}: rank {rank} on host {host} does not see what rank 0 writes there: its part "
+                "of checkpoints would be lost; give a folder that all hosts share, or --save_on_each_node"
+            )
+        elif args.save_on_each_node and rank and saves and seen:
+            failure = failure or (
+                f"--save_on_each_node: host {host} would write the files of rank 0 in --output_dir {folder} as well; "
+                "leave the flag out where all hosts share that folder"
+            )
+    if failure:
+        _end(failure)
+
+
+def _end(problem: str) -> None:
+    """One line of rank 0, and the same exit code on all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        raise UserError(problem)
+    sys.exit(2)

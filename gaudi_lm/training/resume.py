@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 from pathlib import Path
 
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.virtual_tokens import ENCODER
 from gaudi_lm.training import checkpoints
-from gaudi_lm.training.agreement import from_main
+from gaudi_lm.training.agreement import from_main, gather
 from gaudi_lm.training.fsdp import check_kind
+from gaudi_lm.training.rank_settings import check_output_folder
 from gaudi_lm.training.resumed_state import Resumption
 
 logger = logging.getLogger("gaudi_lm")
@@ -48,6 +50,8 @@ def find_checkpoint(training_args) -> str | None:
     """
     if not training_args.do_train:
         return None
+    if not training_args.dry_run:
+        check_output_folder(training_args)
     outcome: str | UserError | None = None
     if training_args.process_index == 0:
         try:
@@ -57,6 +61,9 @@ def find_checkpoint(training_args) -> str | None:
     outcome = from_main(outcome)
     if isinstance(outcome, UserError):
         raise outcome
+    there = gather((socket.gethostname(), outcome is None or Path(outcome, checkpoints.STATE).is_file()))
+    if missing := [f"rank {rank} on host {host}" for rank, (host, found) in enumerate(there) if not found]:
+        raise UserError(f"{outcome}: {missing[0]} does not see this checkpoint; it must be there on all hosts")
     return outcome
 
 

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from gaudi_lm.arguments.context_parallel import data_ranks
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import checkpoints
+from gaudi_lm.training.agreement import gather
 from gaudi_lm.training.digests import may_be_same
 from gaudi_lm.training.progress import EarlyStopping, evaluations_without_better
 
@@ -167,9 +168,8 @@ class Resumption:
             elif not Path(trainer.state.best_model_checkpoint).is_dir():
                 logger.warning("%s, the best checkpoint, is gone", trainer.state.best_model_checkpoint)
                 trainer.state.best_model_checkpoint = trainer.state.best_metric = None
-        states = [f"rng_state_{rank}.pth" for rank in range(trainer.args.world_size)]
-        states = states if trainer.args.world_size > 1 else ["rng_state.pth"]
-        if not all((Path(self.checkpoint) / name).is_file() for name in states):
+        own = f"rng_state_{trainer.args.process_index}.pth" if trainer.args.world_size > 1 else "rng_state.pth"
+        if not all(gather(Path(self.checkpoint, own).is_file())):
             logger.warning("%s has no RNG state for this number of ranks: a new one is used", self.checkpoint)
         elif trainer.args.use_habana and self.changed.get("use_habana"):
             logger.warning("%s has no RNG state of a card: a new one is used", self.checkpoint)

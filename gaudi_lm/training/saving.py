@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from gaudi_lm.data.memory import host_copies
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import checkpoints, digests
-from gaudi_lm.training.agreement import from_main, gather
+from gaudi_lm.training.agreement import gather
 from gaudi_lm.training.fsdp import FSDPTrainer
 from gaudi_lm.training.hub import HubUploads
 from gaudi_lm.training.resume import clear_the_way
@@ -135,8 +135,9 @@ class ResumableTrainer(FSDPTrainer):
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs) -> None:
         """Upload what is at the top of ``--output_dir``; where that fails, the log says so. All ranks must call it."""
-        if self.args.should_save:
+        if self.args.process_index == 0:
             self.uploads.result(commit_message or "End of training")
+        if self.args.should_save:
             self._rotate_checkpoints(use_mtime=False, output_dir=self.args.output_dir)
         gather(None)  # the other ranks wait as long as it takes
 
@@ -200,7 +201,7 @@ class ResumableTrainer(FSDPTrainer):
                 self.state.save_to_json(str(staging / checkpoints.STATE))
         if self.args.should_save:
             self._rotate_checkpoints(use_mtime=False, output_dir=str(run_dir))
-        if self.args.push_to_hub and self.args.should_save:
+        if self.args.push_to_hub and self.args.process_index == 0:
             self.uploads.checkpoint(folder, self.state.global_step)
 
     @contextlib.contextmanager
@@ -244,8 +245,7 @@ class ResumableTrainer(FSDPTrainer):
                 publish(staging)
             except OSError as error:
                 failure = self._write_error(folder, error)
-        failure = from_main(failure)
-        if failure is not None:
+        if (failure := next(filter(None, gather(failure)), None)) is not None:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
             raise failure

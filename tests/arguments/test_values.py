@@ -199,7 +199,8 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
 
     class Flags:
         optim = "adamw_torch"
-        deepspeed, fsdp, save_only_model, gradient_checkpointing = "zero.json", "", False, True
+        deepspeed, fsdp, save_only_model, save_on_each_node = "zero.json", "", False, False
+        gradient_checkpointing = True
         warmup_steps = warmup_ratio = 0
 
     config = tmp_path / "zero.json"
@@ -251,6 +252,9 @@ def test_deepspeed_and_fsdp_need_a_launcher_and_exclude_each_other(monkeypatch, 
     Flags.save_only_model = True
     with pytest.raises(UserError, match="--save_only_model: not with SHARDED_STATE_DICT"):
         _check_fsdp(Flags, {})
+    Flags.save_only_model, Flags.save_on_each_node = False, True
+    with pytest.raises(UserError, match="--save_on_each_node: not with --fsdp"):
+        _check_fsdp(Flags, {})
     Flags.fsdp = "ful_shard"
     with pytest.raises(UserError, match="--fsdp ful_shard: unknown; did you mean full_shard"):
         _check_fsdp(Flags, {})
@@ -265,7 +269,7 @@ def test_an_optimizer_that_looks_at_whole_weights_gets_no_shares_of_them(monkeyp
     """On two cards its result would be another one than on one; DeepSpeed makes Adagrad anew, without its schedule."""
     flags = SimpleNamespace(
         optim=optim, deepspeed="zero.json", fsdp="", gradient_checkpointing=False, save_only_model=False,
-        warmup_steps=0, warmup_ratio=0,
+        save_on_each_node=False, warmup_steps=0, warmup_ratio=0,
     )  # fmt: skip
     monkeypatch.setenv("WORLD_SIZE", "2")
 

@@ -1,12 +1,14 @@
 """Two hosts on one machine, joined by a cable, an sshd in each: DeepSpeed and MPI jobs across both."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
 
 import psutil
 import pytest
+from resuming import essence
 from running import environment, losses
 
 from launcher.hosts import two_hosts
@@ -217,3 +219,70 @@ def test_training_across_both(hosts, hostfile, assets, one_rank, tmp_path):
     done = spawn(*options, *script, environ=environment(GAUDI_SIMULATOR="2"), inside=hosts[0].inside())
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "out") == pytest.approx(one_rank, abs=1e-5)
+
+
+IMPATIENT = """
+import os, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+from gaudi_lm.training import rank_settings
+rank_settings.SECONDS = 0.5
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def train(hosts, assets, tmp_path):
+    """Train on both hosts: ``train(backend, output, *flags)``; the model has dropout, and is saved every 4 steps."""
+    (tmp_path / "hosts").write_text("hosta slots=1\nhostb slots=1\n")
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+
+    def run(backend, output, *flags):
+        flags = ["--use_cpu", "--save_strategy", "steps", "--save_steps", "4", "--report_to", "none", *flags]
+        flags += ["--config_overrides", "n_embd=32,n_layer=2,n_head=2,n_positions=64"]
+        script = [str(tmp_path / "impatient.py"), str(ROOT / "run_clm.py"), *clm_flags(assets, output, 4, *flags)]
+        options = ["--hostfile", str(tmp_path / "hosts"), BACKENDS[backend]]
+        return spawn(*options, *script, environ=environment(), inside=hosts[0].inside())
+
+    return run
+
+
+@pytest.fixture
+def own_disks(hosts, tmp_path):
+    """A folder of the same name on both hosts, on a disk of each host's own: the name, and what it is on each."""
+    shared, own = tmp_path / "disk", [tmp_path / host.name for host in hosts]
+    for folder in (shared, *own):
+        folder.mkdir()
+    for host, folder in zip(hosts, own, strict=True):
+        host.run("mount", "--bind", str(folder), str(shared))
+    yield shared, own
+    for host in hosts:
+        host.run("umount", str(shared))
+
+
+def test_checkpoints_that_hosts_do_not_share_are_refused(train, own_disks, tmp_path):
+    """They would be without what the ranks of the other host write; with a copy for each host, not in one folder."""
+    disk, own = own_disks
+    for output, flags, words in (
+        (disk / "out", [], "rank 1 on host hostb does not see what rank 0 writes there"),
+        (tmp_path / "out", ["--save_on_each_node"], "--save_on_each_node: host hostb would write the files of rank 0"),
+    ):
+        done = train("mpi", output, *flags)
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert words in line and done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert [list(folder.iterdir()) for folder in own] == [[], []] and not (tmp_path / "out").exists()
+
+
+def test_a_copy_of_checkpoints_on_each_host_is_resumed_from(train, own_disks):
+    """With the optimizer's parts and the random states of each host's own ranks."""
+    disk, own = own_disks
+    flags = ["--save_on_each_node", "--deepspeed", str(ROOT / "configs/deepspeed/zero_2.json")]
+    for output, steps in (("whole", 8), ("parts", 4), ("parts", 8)):
+        done = train("deepspeed", disk / output, *flags, "--max_steps", str(steps))
+        assert done.returncode == 0, done.stderr
+    assert f"Resuming from {disk}/parts/checkpoint-4" in done.stderr and "RNG state" not in done.stderr
+    assert essence(own[0] / "parts") == essence(own[0] / "whole")
+    assert (own[1] / "parts/checkpoint-8/rng_state_1.pth").is_file()
+    shutil.rmtree(own[1] / "parts/checkpoint-8")
+    done = train("deepspeed", disk / "parts", *flags, "--max_steps", "9")
+    assert done.returncode == 2 and "rank 1 on host hostb does not see this checkpoint" in done.stderr

@@ -360,7 +360,6 @@ def test_a_folder_that_cannot_be_made_ends_all_ranks(rank, tmp_path, monkeypatch
         args=SimpleNamespace(should_save=rank == 0), _write_error=lambda *args: WriteError("full")
     )
     monkeypatch.setattr(saving, "gather", lambda value: said.append(value) or [said[0] or WriteError("full"), None])
-    monkeypatch.setattr(saving, "from_main", pytest.fail)
     monkeypatch.setattr(Path, "mkdir", Mock(side_effect=OSError(errno.EROFS, "read-only")))
     with (
         pytest.raises(WriteError, match="full"),
