@@ -9,12 +9,13 @@ export PIP_NO_CACHE_DIR := 1
 .PHONY: demo demo-lora test test-fast stress bench lint clean
 .DELETE_ON_ERROR:
 
-# The CPU set-up. Torch goes first, so that no other package pulls in a build with another backend.
+# The CPU set-up. Torch goes first, so that no other package pulls in a build with another backend. PyTorch's own index has
+# the build for CPUs; where that cannot be reached, pip takes what else it finds.
 .venv/cpu: requirements.txt requirements-cpu.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
 	  $(PYTHON) -m pip install --quiet --target build/virtualenv virtualenv && \
 	  PYTHONPATH=build/virtualenv $(PYTHON) -m virtualenv --quiet .venv; }
-	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
+	$(BIN)/python -m pip install --quiet --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0'
 	$(BIN)/python -m pip install --quiet -r requirements-cpu.txt
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@

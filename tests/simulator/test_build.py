@@ -99,6 +99,18 @@ def test_what_cannot_be_built_is_one_line(compiler, changes, message):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "device"), [("cuda", "CUDA"), ("hip", "ROCm"), ("xpu", "XPU")])
+def test_a_torch_that_is_built_for_other_devices_is_one_line(name, device):
+    """What pip takes from PyPI on Linux is for CUDA; with it an error of PyTorch was traced."""
+    code = f"import torch; torch.version.{name} = '13.0'; import habana_frameworks.torch"
+    env = environment(**card_environment(1), PYTHONPATH=gaudi_simulator.STAND_IN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and f"is built for {device}" in line
+    assert "download.pytorch.org/whl/cpu" in line
+
+
+@pytest.mark.slow
 def test_without_cards_nothing_is_built(tmp_path):
     code = (
         "import torch, habana_frameworks.torch as ht, habana_frameworks.torch.core as htcore\n"

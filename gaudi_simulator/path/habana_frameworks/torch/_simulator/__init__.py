@@ -27,6 +27,7 @@ def register(hpu: ModuleType) -> None:
     from .build import library as build
 
     try:
+        _check_torch()
         _check_memory_limit()
         path = str(build())
     except (BuildError, ValueError) as error:
@@ -52,6 +53,16 @@ def register(hpu: ModuleType) -> None:
 
     register_backend(compile_for_card, name="hpu_backend")
     _announce()
+
+
+def _check_torch() -> None:
+    """PyTorch refuses to have an HPU beside the devices that it was built for ("Cannot have both HPU and cuda")."""
+    others = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "XPU": torch.version.xpu}
+    for name in filter(others.get, others):
+        raise ValueError(
+            f"GAUDI_SIMULATOR: PyTorch {torch.__version__} is built for {name} and has no simulated card; "
+            "install the build for CPUs: pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+        )
 
 
 def _check_memory_limit() -> None:
