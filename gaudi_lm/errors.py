@@ -70,8 +70,9 @@ def user_errors():
 
 def print_line(text: str) -> None:
     """A line on stderr in one write, as other ranks print there as well: `print` writes the end of a line alone."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    if sys.stderr is not None:  # as with 2>&-
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 def warn(message: str) -> None:

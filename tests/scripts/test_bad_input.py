@@ -231,6 +231,15 @@ def test_a_line_is_written_in_one_piece(error, monkeypatch):
     assert [call.args[0].count("\n") for call in written.write.call_args_list] == [1, 1]
 
 
+def test_nobody_reads_errors(monkeypatch):
+    """With ``2>&-`` a warning ended the run, and a mistake had the exit code of a traceback."""
+    monkeypatch.setattr(sys, "stderr", None)
+    warn("x")
+    with pytest.raises(SystemExit) as end, user_errors():
+        raise UserError("x")
+    assert end.value.code == UserError.status
+
+
 def test_every_case_is_checked():
     """The table of flags and the table of words name the same cases."""
     source = Path(__file__).read_text()
