@@ -169,6 +169,13 @@ class ResumableTrainer(FSDPTrainer):
         finally:
             self.args = kept
 
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_deepspeed_enabled and self.args.should_save and self.args.process_index > 0:
+            # A copy of --save_on_each_node: DeepSpeed writes on rank 0 alone what it finds the parts by.
+            (parts,) = Path(output_dir).glob("global_step*")
+            Path(output_dir, "latest").write_text(parts.name)
+
     def _load_rng_state(self, checkpoint):
         with contextlib.suppress(KeyError):  # from the CPU to a card, which the log has said
             super()._load_rng_state(checkpoint)

@@ -1,5 +1,6 @@
 """Two hosts on one machine, joined by a cable, an sshd in each: DeepSpeed and MPI jobs across both."""
 
+import json
 import os
 import shutil
 import signal
@@ -238,11 +239,11 @@ def train(hosts, assets, tmp_path):
     (tmp_path / "impatient.py").write_text(IMPATIENT)
 
     def run(backend, output, *flags):
-        flags = ["--use_cpu", "--save_strategy", "steps", "--save_steps", "4", "--report_to", "none", *flags]
+        flags = ["--use_habana", "--save_strategy", "steps", "--save_steps", "4", "--report_to", "none", *flags]
         flags += ["--config_overrides", "n_embd=32,n_layer=2,n_head=2,n_positions=64"]
         script = [str(tmp_path / "impatient.py"), str(ROOT / "run_clm.py"), *clm_flags(assets, output, 4, *flags)]
         options = ["--hostfile", str(tmp_path / "hosts"), BACKENDS[backend]]
-        return spawn(*options, *script, environ=environment(), inside=hosts[0].inside())
+        return spawn(*options, *script, environ=environment(GAUDI_SIMULATOR="1"), inside=hosts[0].inside())
 
     return run
 
@@ -273,10 +274,14 @@ def test_checkpoints_that_hosts_do_not_share_are_refused(train, own_disks, tmp_p
     assert [list(folder.iterdir()) for folder in own] == [[], []] and not (tmp_path / "out").exists()
 
 
-def test_a_copy_of_checkpoints_on_each_host_is_resumed_from(train, own_disks):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_copy_of_checkpoints_on_each_host_is_resumed_from(stage, train, own_disks, tmp_path):
     """With the optimizer's parts and the random states of each host's own ranks."""
     disk, own = own_disks
-    flags = ["--save_on_each_node", "--deepspeed", str(ROOT / "configs/deepspeed/zero_2.json")]
+    config = json.loads((ROOT / f"configs/deepspeed/zero_{stage}.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # small weights too are divided
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    flags = ["--save_on_each_node", "--deepspeed", str(tmp_path / "zero.json")]
     for output, steps in (("whole", 8), ("parts", 4), ("parts", 8)):
         done = train("deepspeed", disk / output, *flags, "--max_steps", str(steps))
         assert done.returncode == 0, done.stderr
