@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -160,6 +161,8 @@ class ResumableTrainer(FSDPTrainer):
         self.resumption.apply_flags(self.optimizer, self.lr_scheduler)
 
     def _save(self, output_dir=None, state_dict=None):
+        if state_dict is None and is_deepspeed_zero3_enabled():
+            return  # a copy of --save_on_each_node: DeepSpeed gathers the weights on rank 0, here they are empty
         if state_dict is None and self.args.device.type == "hpu":
             state_dict = host_copies(self.model.state_dict(keep_vars=True))
         kept, self.args = self.args, copy.copy(self.args)
