@@ -73,7 +73,7 @@ def run_script(main: Callable[[], object]) -> None:
         threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     gc.collect()  # closes forgotten files
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None as with >&-
         try:
             stream.flush()
         except (OSError, ValueError):  # nobody reads any more, or the disk is full: what Python says then

@@ -277,6 +277,14 @@ def test_a_signal_to_exit_handlers_is_no_success(number):
     assert (done.returncode, done.stderr) == (-number, b"")
 
 
+def test_a_signal_to_a_run_whose_output_is_closed():
+    """With ``>&-`` it ended in a traceback, and several ranks did so at their end."""
+    code = "from gaudi_lm.device import run_script; run_script(lambda: __import__('sys').exit(143))"
+    command = ["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (143, b"")
+
+
 def signal_in_the_midst(pid: int, number: int) -> None:
     wait_for_handler(pid, signal.SIGUSR1)  # which Python leaves alone: the script has begun
     time.sleep(0.3)
