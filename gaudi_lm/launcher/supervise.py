@@ -45,7 +45,7 @@ class Host:
         self.order, self.remote, self.folder = order, remote, order["folder"]
         self.signals, self.unread, self.heard = list[int](), b"", time.monotonic()
         self.failure, self.outside = dict[str, Any](), dict[str, Any]()  # the report that is to be said
-        self.signalled = self.number = 0  # the signal to the launcher, and the one to the ranks
+        self.signalled = self.number = self.killed = 0  # signals to launcher and ranks; whether some had to be killed
         self.told, self.deadline = dict[str, int](), float("inf")
         processes.on_signals(self.signals.append)
 
@@ -96,8 +96,7 @@ class Host:
         gone = [n for n, m in processes.reports(self.folder).items() if not os.path.exists(f"/proc/{m['pid']}/exe")]
         backends.update((pid, status) for pid, status in processes.reap().items() if pid in backends)
         members = processes.reports(self.folder)  # all that they had to say before that
-        stopped = bool(self.number) or set(backends.values()) != {None}
-        killed = {"status": 137, "stopped": stopped}
+        killed = {"status": 137, "stopped": bool(self.number) or set(backends.values()) != {None}}
         members |= {n: {**killed, "what": f"{n} was killed, {processes.named(137)}", **members[n]} for n in gone}
         failed = sorted((m for m in members.values() if m.get("status")), key=lambda m: m["time"])
         settled = self.number or self.remote or not failed or time.monotonic() > failed[0]["time"] + self.order["wait"]
@@ -117,6 +116,7 @@ class Host:
             self.deadline = min(self.deadline, time.monotonic() + SILENCE)
         # A backend prints what ranks said last, and the ranks of another host may need it.
         waits = None in backends.values() and not (self.failure or self.outside)
+        self.killed = bool(left) and time.monotonic() >= self.deadline
         return bool(left or waits or not (self.number or settled)) and time.monotonic() < self.deadline
 
     def _stop(self, number: int, grace: float) -> None:
@@ -140,7 +140,7 @@ class Host:
         what, status = (self.failure["what"], self.failure["status"]) if self.failure else ("", 0)
         if self.signalled:
             what, status = f"stopped by {signal.Signals(self.signalled).name}", 128 + self.signalled
-            what += ", killed at the end of the grace" * (time.monotonic() >= self.deadline)
+            what += ", killed at the end of the grace" * self.killed
         if what and not self.remote:
             say(what if self.signalled else f"error: {what}")
         return status

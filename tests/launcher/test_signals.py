@@ -204,6 +204,18 @@ def test_what_ranks_say_last_is_printed():
     assert [f"rank {rank} got SIGINT" in done.stdout for rank in range(2)] == [True, True]
 
 
+def test_ranks_that_end_in_time_were_not_killed():
+    """Though their backend was: it may take longer than they do."""
+    job = Launch("--use_mpi", "--world_size", "2", "--grace", "10", ACT, "0", "wait")
+    job.wait_for(b"is here", lines=2)
+    below = psutil.Process(job.process.pid).children(recursive=True)
+    [mpirun] = [process for process in below if process.name() == "prterun"]
+    mpirun.suspend()
+    job.process.send_signal(signal.SIGINT)
+    done = job.finish()
+    assert (done.returncode, last_line(done)) == (130, "gaudi_spawn: stopped by SIGINT")
+
+
 def test_jobs_of_others_are_left_alone():
     """A job of the same script and flags goes on when another one fails and is cleaned up."""
     other = Launch("--use_deepspeed", "--world_size", "2", ACT, "1", "wait")
