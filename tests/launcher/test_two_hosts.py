@@ -274,11 +274,10 @@ def test_checkpoints_that_hosts_do_not_share_are_refused(train, own_disks, tmp_p
     assert [list(folder.iterdir()) for folder in own] == [[], []] and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_copy_of_checkpoints_on_each_host_is_resumed_from(stage, train, own_disks, tmp_path):
+def test_a_copy_of_checkpoints_on_each_host_is_resumed_from(train, own_disks, tmp_path):
     """With the optimizer's parts and the random states of each host's own ranks, and no weights that are empty."""
     disk, own = own_disks
-    config = json.loads((ROOT / f"configs/deepspeed/zero_{stage}.json").read_text())
+    config = json.loads((ROOT / "configs/deepspeed/zero_3.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # small weights too are divided
     (tmp_path / "zero.json").write_text(json.dumps(config))
     flags = ["--save_on_each_node", "--deepspeed", str(tmp_path / "zero.json")]
@@ -289,7 +288,7 @@ def test_a_copy_of_checkpoints_on_each_host_is_resumed_from(stage, train, own_di
     assert essence(own[0] / "parts") == essence(own[0] / "whole")
     assert (own[1] / "parts/checkpoint-8/rng_state_1.pth").is_file()
     # DeepSpeed gathers the weights of ZeRO-3 on rank 0 alone.
-    assert len(list(own[1].glob("parts/**/model.safetensors"))) == (3 if stage == 2 else 0)
+    assert len(list(own[0].glob("parts/**/model.safetensors"))) == 3 and not list(own[1].glob("parts/**/model*"))
     shutil.rmtree(own[1] / "parts/checkpoint-8")
     done = train("deepspeed", disk / "parts", *flags, "--max_steps", "9")
     assert done.returncode == 2 and "rank 1 on host hostb does not see this checkpoint" in done.stderr
