@@ -171,7 +171,7 @@ def keep_width_of_heads() -> None:
 def patch_adapter_layers() -> None:
     """On a card, let AdaLoRA and llama-adapter layers call optimum-habana's models as those want to be called.
 
-    peft (0.17 to 0.21) divides a product in bf16 in a way that a Gaudi's batched product does not do, and calls
+    peft (0.18 to 0.21) divides a product in bf16 in a way that a Gaudi's batched product does not do, and calls
     attention without the arguments of optimum-habana's. optimum-habana 1.21 has the layers, and leaves it to scripts
     to put them in place.
     """
@@ -271,7 +271,7 @@ def find_adapters_in_shards() -> None:
 
 @_needed_in("peft", "0")
 def complete_adapter(model: PeftModel) -> None:
-    """Two things that peft (0.17 to 0.21) leaves open in an adapted model.
+    """Two things that peft (0.18 to 0.21) leaves open in an adapted model.
 
     The wrapper of a llama-adapter keeps the model's forward method of the moment when it was made; the one that is
     there later, with this suite's loss, must be called. And AdaLoRA's forward pass asks for the name of the adapter in
