@@ -88,9 +88,10 @@ class Plan:
             here["commands"] += [processes.python("supervise.connect", folder, name) for name in others]
             return here, others
         here["commands"] = [self.command(0, folder, program)]
-        # A killed mpirun leaves /tmp/ompi.PID, and does not start once a later one gets its process id.
+        # A killed mpirun leaves /tmp/ompi.PID, on other hosts /tmp/prted.PID; a later one with its id does not start.
         for base, ssh in (("PRTE_MCA_prte", "PRTE_MCA_plm_ssh"), ("OMPI_MCA_orte", "OMPI_MCA_plm_rsh")):
-            here["environ"] |= {f"{base}_local_tmpdir_base": folder, f"{ssh}_no_tree_spawn": "1"}
+            here["environ"] |= {f"{base}_{where}_tmpdir_base": folder for where in ("local", "remote")}
+            here["environ"] |= {f"{ssh}_no_tree_spawn": "1"}
             here["environ"][f"{ssh}_agent"] = f'sh -c .${{IFS}}"${processes.JOB_VARIABLE}/ssh"'  # split at blanks
         return here, others
 

@@ -46,8 +46,7 @@ def reap() -> dict[int, int]:
     ended = {}
     with contextlib.suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
-            code = os.waitstatus_to_exitcode(found[1])
-            ended[found[0]] = code if code >= 0 else 128 - code
+            ended[found[0]] = code if (code := os.waitstatus_to_exitcode(found[1])) >= 0 else 128 - code
     return ended
 
 

@@ -11,8 +11,11 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from gaudi_lm.errors import UserError
 from gaudi_lm.training.agreement import from_main, gather
+from gaudi_lm.training.checkpoints import incomplete
 
 SETTINGS = ("PT_", "HCCL_", "HABANA_")
 # The few among them that differ between cards or hosts by nature.
@@ -65,12 +68,14 @@ def check_output_folder(args) -> None:
     if args.world_size == 1 or not (args.save_strategy != "no" or args.save_on_signal):
         return
     folder = Path(args.output_dir)
-    mark, new, failure = folder / from_main(f".rank-0-{uuid.uuid4().hex}"), list[Path](), None
+    # By its name, the next start removes what a kill leaves.
+    mark = incomplete(folder / f"{PREFIX_CHECKPOINT_DIR}-{from_main(uuid.uuid4().int)}")
+    new, failure = list[Path](), None
     if args.process_index == 0:
         new = [one for one in (folder, *folder.parents) if not one.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+            mark.mkdir()
         except OSError as error:
             failure = f"--output_dir {folder}: {error.strerror}"
     failure = from_main(failure)
@@ -80,8 +85,7 @@ def check_output_folder(args) -> None:
     ranks = gather((socket.gethostname(), args.should_save, not failure and seen))
     if args.process_index == 0:
         with suppress(OSError):
-            mark.unlink(missing_ok=True)
-            for one in new:
+            for one in (mark, *new):
                 one.rmdir()
     for rank, (host, saves, seen) in enumerate(ranks):
         if not args.save_on_each_node and not seen:

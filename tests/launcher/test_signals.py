@@ -193,10 +193,10 @@ def test_what_ranks_say_last_is_printed():
     job.wait_for(b"is here", lines=2)
     below = psutil.Process(job.process.pid).children(recursive=True)
     [mpirun] = [process for process in below if process.name() == "prterun"]
-    scripts = [process for process in below if process.cmdline()[-2:] == ["0", "wait"]]
+    scripts = [process for process in below if process.cmdline()[1:3] == ["-u", ACT]]
     mpirun.suspend()
     job.process.send_signal(signal.SIGINT)
-    psutil.wait_procs(scripts, timeout=60)
+    assert len(scripts) == 2 and not psutil.wait_procs(scripts, timeout=60)[1]
     time.sleep(0.5)
     mpirun.resume()
     done = job.finish()

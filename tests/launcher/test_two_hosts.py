@@ -5,7 +5,9 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -115,13 +117,15 @@ def test_ranks_save_on_both_hosts_though_nobody_reads_what_they_print(backend, h
 
 @pytest.mark.parametrize(("backend", "action"), [("mpi", "exit7"), ("mpi", "killwatcher"), ("deepspeed", "exit7")])
 def test_the_first_rank_to_fail_is_named_on_whatever_host(backend, action, hosts, hostfile, tmp_path):
-    together = f"together={tmp_path / 'lock'}"
+    together, before = f"together={tmp_path / 'lock'}", set(Path(tempfile.gettempdir()).glob("prted.*"))
     options = ["--hostfile", hostfile, ACT, "-1", action, "deaf", together]
     done = spawn(BACKENDS[backend], *options, inside=hosts[0].inside())
     assert done.returncode == {"exit7": 7, "killwatcher": 137}[action]
     how = {"exit7": "failed with exit status 7", "killwatcher": "was killed, exit status 137 (SIGKILL)"}[action]
     assert last_line(done).endswith(f"gaudi_spawn: error: rank 3 on host hostb {how}")
     assert "rank 3 is here" in done.stdout
+    # With what mpirun leaves of itself there, a later one of the same process id does not start.
+    assert set(Path(tempfile.gettempdir()).glob("prted.*")) <= before
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

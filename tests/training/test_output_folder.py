@@ -2,15 +2,19 @@
 
 import shlex
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from running import losses, results, run
 from short_runs import scratch
 
 from gaudi_lm.errors import UserError
+from gaudi_lm.training.checkpoints import remove_incomplete
 from gaudi_lm.training.model_card import command_line
 from gaudi_lm.training.outputs import _read_json
+from gaudi_lm.training.rank_settings import check_output_folder
 from gaudi_lm.training.resume import find_checkpoint, is_log
 
 
@@ -168,3 +172,18 @@ def test_weights_of_the_other_format_are_resumed_from(assets, tmp_path):
     run("run_clm.py", *scratch(assets, output, *flags, "--max_steps", 1))
     run("run_clm.py", *scratch(assets, output, *flags, "--max_steps", 2, "--save_safetensors", "False"))
     assert len(losses(output)) == 2 and (output / "checkpoint-2/pytorch_model.bin").is_file()
+
+
+def test_looking_whether_ranks_share_a_folder_leaves_nothing(tmp_path, monkeypatch):
+    """A run that is killed meanwhile leaves what the next start removes; it was refused for what was there."""
+    output = tmp_path / "a" / "out"
+    args = SimpleNamespace(
+        world_size=2, process_index=0, should_save=True, save_on_each_node=False, save_on_signal=True,
+        save_strategy="no", output_dir=str(output),
+    )  # fmt: skip
+    check_output_folder(args)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "rmdir", Mock(side_effect=OSError))
+    check_output_folder(args)
+    (left,) = output.iterdir()
+    assert remove_incomplete(output) == [left.name] and not list(output.iterdir())
