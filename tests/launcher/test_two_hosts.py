@@ -286,7 +286,7 @@ def test_a_copy_of_checkpoints_on_each_host_is_resumed_from(train, own_disks, tm
     (tmp_path / "zero.json").write_text(json.dumps(config))
     flags = ["--save_on_each_node", "--deepspeed", str(tmp_path / "zero.json")]
     for output, steps in (("whole", 8), ("parts", 4), ("parts", 8)):
-        done = train("deepspeed", disk / output, *flags, "--max_steps", str(steps))
+        done = train("mpi", disk / output, *flags, "--max_steps", str(steps))
         assert done.returncode == 0, done.stderr
     assert f"Resuming from {disk}/parts/checkpoint-4" in done.stderr and "RNG state" not in done.stderr
     assert essence(own[0] / "parts") == essence(own[0] / "whole")
@@ -294,5 +294,5 @@ def test_a_copy_of_checkpoints_on_each_host_is_resumed_from(train, own_disks, tm
     # DeepSpeed gathers the weights of ZeRO-3 on rank 0 alone.
     assert len(list(own[0].glob("parts/**/model.safetensors"))) == 3 and not list(own[1].glob("parts/**/model*"))
     shutil.rmtree(own[1] / "parts/checkpoint-8")
-    done = train("deepspeed", disk / "parts", *flags, "--max_steps", "9")
+    done = train("mpi", disk / "parts", *flags, "--max_steps", "9")
     assert done.returncode == 2 and "rank 1 on host hostb does not see this checkpoint" in done.stderr
