@@ -10,7 +10,7 @@ export PIP_NO_CACHE_DIR := 1
 .DELETE_ON_ERROR:
 
 # The CPU set-up. Torch goes first, so that no other package pulls in a build with another backend. PyTorch's own index has
-# the build for CPUs; where that cannot be reached, pip takes what else it finds.
+# the build for CPUs; where it cannot be reached, pip takes what it finds elsewhere.
 .venv/cpu: requirements.txt requirements-cpu.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
 	  $(PYTHON) -m pip install --quiet --target build/virtualenv virtualenv && \

@@ -208,7 +208,7 @@ def check_flags_of_script(name: str, *dataclass_types: type) -> None:
 
 
 def _check_encoding(words: list[str]) -> None:
-    """Refuse what is no UTF-8, such as file names of old: neither libraries in Rust nor the model card can hold it."""
+    """Refuse what is not UTF-8, such as old file names: libraries in Rust and the model card cannot hold it."""
     for word in words:
         try:
             word.encode()

@@ -91,7 +91,7 @@ class Plan:
         # A killed mpirun leaves /tmp/ompi.PID, on other hosts /tmp/prted.PID; a later one with its id does not start.
         for base, ssh in (("PRTE_MCA_prte", "PRTE_MCA_plm_ssh"), ("OMPI_MCA_orte", "OMPI_MCA_plm_rsh")):
             here["environ"] |= {f"{base}_{where}_tmpdir_base": folder for where in ("local", "remote")}
-            here["environ"] |= {f"{ssh}_no_tree_spawn": "1"}
+            here["environ"][f"{ssh}_no_tree_spawn"] = "1"
             here["environ"][f"{ssh}_agent"] = f'sh -c .${{IFS}}"${processes.JOB_VARIABLE}/ssh"'  # split at blanks
         return here, others
 

@@ -20,7 +20,7 @@ from gaudi_lm.training.checkpoints import incomplete
 SETTINGS = ("PT_", "HCCL_", "HABANA_")
 # The few among them that differ between cards or hosts by nature.
 OWN = ("HABANA_VISIBLE_", "HABANA_LOGS", "HCCL_SOCKET_IFNAME")
-SECONDS = 60.0  # until what one host writes is seen by another: as long as NFS keeps what it has read of a folder
+SECONDS = 60.0  # until a host sees what another one writes: NFS caches the entries of a folder that long
 
 
 def digests(environ: dict[str, str]) -> dict[str, str]:
@@ -87,11 +87,12 @@ def check_output_folder(args) -> None:
         with suppress(OSError):
             for one in (mark, *new):
                 one.rmdir()
+    each = "" if args.fsdp else ", or --save_on_each_node"
     for rank, (host, saves, seen) in enumerate(ranks):
         if not args.save_on_each_node and not seen:
             failure = failure or (
                 f"--output_dir {folder}: rank {rank} on host {host} does not see what rank 0 writes there: its part "
-                "of checkpoints would be lost; give a folder that all hosts share, or --save_on_each_node"
+                f"of checkpoints would be lost; give a folder that all hosts share{each}"
             )
         elif args.save_on_each_node and rank and saves and seen:
             failure = failure or (

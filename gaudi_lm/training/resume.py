@@ -64,8 +64,8 @@ def find_checkpoint(training_args) -> str | None:
     there = gather((socket.gethostname(), outcome is None or Path(outcome, checkpoints.STATE).is_file()))
     if missing := [f"rank {rank} on host {host}" for rank, (host, found) in enumerate(there) if not found]:
         raise UserError(
-            f"{outcome}: {missing[0]} does not see this checkpoint; it must be there on all hosts: copy it, or name "
-            "one that is by --resume_from_checkpoint"
+            f"{outcome}: {missing[0]} does not see this checkpoint; copy it there, or give "
+            "--resume_from_checkpoint one that all hosts have"
         )
     return outcome
 

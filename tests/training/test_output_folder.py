@@ -179,7 +179,7 @@ def test_looking_whether_ranks_share_a_folder_leaves_nothing(tmp_path, monkeypat
     output = tmp_path / "a" / "out"
     args = SimpleNamespace(
         world_size=2, process_index=0, should_save=True, save_on_each_node=False, save_on_signal=True,
-        save_strategy="no", output_dir=str(output),
+        save_strategy="no", output_dir=str(output), fsdp="",
     )  # fmt: skip
     check_output_folder(args)
     assert not list(tmp_path.iterdir())
