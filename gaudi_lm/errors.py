@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import difflib
 import errno
+import hashlib
 import logging
 import os
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+# Names the folder in which the ranks that gaudi_spawn.py starts on a host note what one of them has printed for all.
+SAID_VARIABLE = "GAUDI_SPAWN_SAID"
 
 # Of the system, on a path that a user gave: whatever asks first whether it is there gets these.
 _OF_PATHS = (errno.EACCES, errno.ENAMETOOLONG)
@@ -54,17 +60,17 @@ def user_errors():
     try:
         yield
     except UserError as error:
-        print_line(f"error: {' '.join(str(error).split())}")
+        print_once(f"error: {' '.join(str(error).split())}")
         sys.exit(error.status)
     except OSError as error:
         if error.errno not in _OF_PATHS or error.filename is None:
             raise
         logging.getLogger("gaudi_lm").debug("the error of the system", exc_info=error)
-        print_line(f"error: {error.filename}: {error.strerror}")
+        print_once(f"error: {error.filename}: {error.strerror}")
         sys.exit(UserError.status)
     except KeyboardInterrupt:
         why = "no training was running, or --save_on_signal is False"
-        print_line(f"interrupted: nothing more was saved: {why}")
+        print_once(f"interrupted: nothing more was saved: {why}")
         sys.exit(130)
 
 
@@ -73,6 +79,29 @@ def print_line(text: str) -> None:
     if sys.stderr is not None:  # as with 2>&-
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
+
+
+def print_once(text: str) -> None:
+    """:func:`print_line`, from one alone of the ranks on a host that have the same to say before they end.
+
+    The others return when it has been printed: at the end of one rank, a backend kills those that still print.
+    """
+    name = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    mark = Path(os.environ.get(SAID_VARIABLE) or os.devnull, name)
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        end = time.monotonic() + 2.0
+        with suppress(FileNotFoundError):  # the job is over
+            while time.monotonic() < end:
+                if mark.stat().st_size:
+                    return
+                time.sleep(0.02)
+    except OSError:  # no folder
+        pass
+    print_line(text)
+    with suppress(OSError):
+        mark.write_text("printed")
 
 
 def warn(message: str) -> None:

@@ -18,7 +18,7 @@ from gaudi_lm.arguments.ranges import check_ranges
 from gaudi_lm.arguments.refusals import check_flags, check_folders
 from gaudi_lm.config_files import VALUE, begins_with_file, expand_config_file, read_config_file, split_flag
 from gaudi_lm.device import parse_bool
-from gaudi_lm.errors import UserError, nearest, print_line, user_errors, warn
+from gaudi_lm.errors import UserError, nearest, print_once, user_errors, warn
 
 OLD_NAMES = {
     "--evaluation_strategy": "--eval_strategy",
@@ -39,7 +39,7 @@ class _Parser(HfArgumentParser):
     """HfArgumentParser whose errors are one line."""
 
     def error(self, message):
-        print_line(f"error: {message}")
+        print_once(f"error: {message}")
         sys.exit(2)
 
 

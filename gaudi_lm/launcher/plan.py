@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from gaudi_lm.errors import SAID_VARIABLE
 from gaudi_lm.host import BACKENDS, threads_per_rank
 from gaudi_lm.launcher import processes
 from gaudi_lm.launcher.hostfile import Host
@@ -75,7 +76,7 @@ class Plan:
         order |= {"commands": [], "job": {**job, "world_size": sum(host.slots for host in self.hosts), "environ": {}}}
         here, others, first_rank = dict(order), dict[str, dict](), 0
         for index, host in enumerate(self.hosts):
-            environ = {**self.environ, **meet}
+            environ = {**self.environ, **meet, SAID_VARIABLE: folder * (not self.log_dir)}
             slots = {"host": host.name, "first_rank": first_rank, "slots": host.slots, "environ": environ}
             # The stand-in is for the ranks: DeepSpeed's launcher would look for its cards.
             paths = {"PYTHONPATH": environ.get("PYTHONPATH", "").removesuffix(STAND_IN).rstrip(os.pathsep)}
@@ -117,7 +118,6 @@ class Plan:
         for name, value in sorted(self.environ.items()):
             lines.append(f"environment: {name}={shlex.quote('***' if is_secret(name) else value)}")
         for order in (here, *others.values()):
-            where = "" if order is here else f" on {order['job']['host']}"
-            for command in order["commands"]:
-                lines.append(f"command{where}: {shlex.join(w for w in command if w != '--log_dir=FOLDER')}")
+            start = "command: " if order is here else f"command on {order['job']['host']}: "
+            lines += [start + shlex.join(w for w in c if w != "--log_dir=FOLDER") for c in order["commands"]]
         return "\n".join(lines)

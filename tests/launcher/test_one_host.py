@@ -12,9 +12,10 @@ import threading
 import pytest
 from ports import reserved_port
 
+from gaudi_lm.errors import SAID_VARIABLE
 from launcher.spawning import BACKENDS, HOSTILE, OPTIONS, RANKS, Launch, dumped, last_line, log_of, spawn
 
-DUMP, ACT = str(RANKS / "dump.py"), str(RANKS / "act.py")
+DUMP, ACT, REFUSE = (str(RANKS / f"{name}.py") for name in ("dump", "act", "refuse"))
 pytestmark = pytest.mark.slow
 
 
@@ -38,6 +39,7 @@ def test_arguments_environment_and_places(backend, ranks, tmp_path):
         assert {one["environment"][name] for one in got} == {value}
     assert len({one["environment"]["MASTER_PORT"] for one in got}) == 1
     assert not any("GAUDI_SPAWN_JOB" in one["environment"] for one in got)
+    assert {one["environment"][SAID_VARIABLE] for one in got} == {""}  # each log has the errors of its rank
     allowed = sorted(os.sched_getaffinity(0))
     threads = max(1, len(allowed) // ranks)
     assert {one["environment"]["OMP_NUM_THREADS"] for one in got} == {str(threads)}
@@ -95,6 +97,13 @@ def test_settings_of_a_job_around_do_not_send_ranks_to_its_hosts(backend, tmp_pa
         done = job.finish()
         assert done.returncode == 0, done.stderr
         assert done.stdout.count('"arguments"') == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_all_ranks_refuse_is_printed_once(backend):
+    refusal = "error: --train_file texts.txt: not found\n"
+    done = spawn(*BACKENDS[backend], "--world_size", "4", REFUSE)
+    assert done.returncode == 2 and done.stderr.count(refusal) == 1, done.stderr
 
 
 def test_fewer_cpus_are_shared_out_as_they_are():
