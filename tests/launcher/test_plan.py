@@ -4,9 +4,12 @@ import errno
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -431,3 +434,103 @@ def test_a_rank_reports_on_a_full_disk_in_the_place_of_the_report_before(number,
     assert found["status"] == 3
     monkeypatch.undo()
     processes.report(str(tmp_path / "gone"), "rank 0")  # the job is over
+
+
+# The supervisor, look by look: reports take the place of ranks
+
+
+def order_for(folder: Path, command: list[str], *script: str | None) -> dict:
+    """An order for rank 3 of 4, alone on host b."""
+    places = {"host": "b", "slots": 1, "first_rank": 3, "world_size": 4}
+    order = {"folder": str(folder), "cwd": str(ROOT), "grace": 30.0, "wait": 0.0, "backend": "mpirun", "login": "me@b"}
+    job = {"script": script, "logs": "", "environ": {}, **places}
+    return {**order, "commands": [command], "environ": {"RANK": "3"}, "job": job}
+
+
+@pytest.fixture
+def watch(tmp_path, monkeypatch):
+    """``watch(**order)``: a supervisor of ranks 0 to 2, what has been sent to them, and a clock to be set."""
+    sent, clock = [], SimpleNamespace(now=100.0)
+    monkeypatch.setattr(processes, "on_signals", lambda serve: None)
+    monkeypatch.setattr(processes, "reap", dict)
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
+    for module in (processes, supervise):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    for name in ("rank 0", "rank 1", "rank 2"):
+        processes.report(str(tmp_path), name)
+
+    def make(**order):
+        return supervise.Host({**order_for(tmp_path, []), **order}), sent, clock
+
+    return make
+
+
+def test_a_signal_reaches_each_rank_once_and_others_set_no_later_end(watch):
+    """A rank takes a second one for impatience, and a scheduler may repeat its own."""
+    job, sent, clock = watch()
+    for seconds, signals, wanted in ((0, [15], [15] * 3), (1, [], []), (20, [15], []), (8.9, [10], [10] * 3)):
+        clock.now, job.signals = clock.now + seconds, list(signals)
+        sent.clear()
+        assert job._goes_on({7: None}) and sent == wanted
+    clock.now = 130.0
+    assert not job._goes_on({7: None}) and job.killed
+    assert job._conclude(0, whole=False) == 143
+
+
+def test_the_first_failure_is_the_earliest_of_all_that_have_come(watch, tmp_path):
+    job, sent, clock = watch(wait=0.5)
+    processes.report(str(tmp_path), "rank 1", status=9, what="rank 1 failed", stopped=False)
+    assert job._goes_on({7: None}) and not job.failure, "another host may tell of an earlier one"
+    before = {"time": clock.now - 0.1, "stopped": False}
+    processes.report(str(tmp_path), "rank 0", status=7, what="rank 0 failed", **before)
+    clock.now += 0.45
+    assert job._goes_on({7: None}) and sent == [signal.SIGTERM], "the third rank may save"
+    clock.now += supervise.FAILURE_GRACE
+    assert not job._goes_on({7: None})
+    assert job.failure["what"] == "rank 0 failed" and job._conclude(1, whole=True) == 7
+
+
+def test_ranks_that_outlive_their_backend_are_not_waited_for_without_end(watch):
+    job, sent, clock = watch()
+    assert job._goes_on({7: 0}) and sent == []
+    clock.now += supervise.SILENCE
+    assert not job._goes_on({7: 0}) and job._conclude(0, whole=False) == 1
+
+
+def test_a_backend_that_ends_well_without_its_ranks_is_no_success(tmp_path):
+    """As an mpirun may that is stopped; in a process of its own, as a supervisor ends all that is below it."""
+    (tmp_path / "job").mkdir()
+    code = "import json, sys; from gaudi_lm.launcher import supervise as own; "
+    code += "sys.exit(own.Host(json.loads(sys.argv[1])).run())"
+    command = [sys.executable, "-c", code, json.dumps(order_for(tmp_path / "job", ["true"]))]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and not (tmp_path / "job").exists()
+    assert done.stderr.endswith("error: mpirun ended before the ranks had, with exit status 0\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "said", "reports"),
+    [
+        ("import sys; sys.stderr.write('no end of line')", 0, "no end of line", {}),
+        ("raise SystemExit(7)", 7, "", {"host b itself": (7, "rank 3 on host b failed with exit status 7")}),
+        (None, 255, "no route", {"host b": (1, "host b is lost: ssh has ended with exit status 255")}),
+    ],
+)
+def test_another_host_is_served_and_left_as_it_was(script, status, said, reports, tmp_path):
+    """By a shell in place of ssh and sshd; None is a host that is not reached."""
+    here, there = tmp_path / "here", tmp_path / "its files"
+    for folder in (here, there):
+        folder.mkdir()
+    ssh = 'for last; do :; done\nexec sh -c "$last"\n' if script else "printf 'no route' >&2\nexit 255\n"
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\n{ssh}")
+    (tmp_path / "ssh").chmod(0o755)
+    order = order_for(here, processes.python("rank.main"), "-c", script)
+    (here / "hosts").write_text(json.dumps({"b": order}))
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(there)}
+    command = processes.python("supervise.connect", str(here), "me@b")
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, said)
+    found = {name: one for name, one in processes.reports(str(here)).items() if one["status"]}
+    assert {name: (one["status"], one["what"]) for name, one in found.items()} == reports
+    assert not any(one["stopped"] for one in found.values())
+    assert list(there.iterdir()) == [] and {path.suffix for path in here.iterdir()} == {"", ".report"}
