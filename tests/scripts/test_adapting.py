@@ -503,6 +503,15 @@ def test_a_forward_that_returns_a_dict():
     assert found[0] == found[1] and len(found[0]) == 4
 
 
+def test_a_continuation_is_that_of_transformers_and_ends_before_the_token_that_ends_it():
+    model, prompt = tiny_model("gpt2").eval(), [3, 4]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    wanted = model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+    assert most_probable_tokens(model, prompt, 6, []) == wanted
+    last = max(wanted.index(token) for token in wanted)
+    assert most_probable_tokens(model, prompt, 6, [1, wanted[last]]) == wanted[:last] and last > 0
+
+
 def test_a_budget_belongs_to_its_collator():
     collator = SimpleNamespace(masked_token_budget=max)
     other = DataCollatorForLanguageModeling(None, mlm=False)
