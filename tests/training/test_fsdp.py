@@ -3,17 +3,21 @@
 import ast
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import merge_fsdp_weights
 from resuming import CARD, essence, script_flags, start, zero
 from running import ROOT, log_history, results, run
 from safetensors.torch import load_file
 from simulator.cards import card_environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gaudi_lm.training.data_parallel import DataParallelTrainer
+from gaudi_lm.training.fsdp import FSDPTrainer
 from gaudi_lm.training.samples import NEW_TOKENS
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two cards")]
@@ -116,6 +120,21 @@ def test_steps_are_counted_where_the_main_rank_has_none_of_the_norms(assets, ins
         assert essence(tmp_path / name) == essence(tmp_path / "whole")
 
 
+def test_shards_become_a_whole_model(assets, masked_assets, instructions, tmp_path):
+    """As ``accelerate merge-weights`` makes one; beside them is what else a model is loaded with."""
+    ours = ("run_clm.py", SHARDS, tmp_path, assets, masked_assets, instructions)
+    start("run_clm.py", 2, tmp_path / "out", *divided(*ours), *CARD, "--max_steps", 3, "--eval_strategy", "no")
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    merge_fsdp_weights(str(checkpoint / "pytorch_model_fsdp_0"), str(tmp_path / "merged"))
+    for file in checkpoint.glob("*.json"):
+        shutil.copy(file, tmp_path / "merged")
+    AutoTokenizer.from_pretrained(tmp_path / "merged")
+    merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values())
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    torch.testing.assert_close(merged.state_dict(), wanted, rtol=0, atol=0)
+
+
 def test_checkpoints_of_another_kind_are_refused(assets, masked_assets, instructions, tmp_path):
     script, env = "run_clm.py", card_environment(2, PT_HPU_LAZY_MODE="1")
     ours = (script, SHARDS, tmp_path, assets, masked_assets, instructions)
@@ -149,6 +168,16 @@ def test_a_tied_head_is_saved_once(assets, masked_assets, instructions, tmp_path
         assert "lm_head.weight" not in load_file(folder / "model.safetensors")
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not any(info.values()) and model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_weights_that_have_come_apart_are_saved_apart(monkeypatch):
+    saved = {}
+    monkeypatch.setattr(DataParallelTrainer, "_save", lambda self, folder, state_dict: saved.update(state_dict))
+    trainer = object.__new__(FSDPTrainer)
+    trainer.is_fsdp_enabled, trainer._tied = False, {"head": "embeddings", "decoder": "embeddings", "absent": "head"}
+    first, equal, other = torch.ones(2), torch.ones(2), torch.zeros(2)
+    trainer._save("out", {"embeddings": first, "head": equal, "decoder": other})
+    assert saved["head"] is saved["embeddings"] is first and saved["decoder"] is other
 
 
 @pytest.mark.parametrize("planned", [False, True])
