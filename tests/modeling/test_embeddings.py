@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.embeddings import enlarge_embeddings
+from gaudi_lm.training.fsdp import FSDPTrainer
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 FIELDS = {
@@ -48,3 +50,16 @@ def test_one_line_where_that_cannot_be():
         enlarge_embeddings(make("ibert"), 57)
     with pytest.raises(UserError, match="perceiver: a model without a table of token embeddings"):
         enlarge_embeddings(make("perceiver", **LATENTS, num_self_attention_heads=2, num_cross_attention_heads=2), 57)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_device_takes_tied_weights_as_they_are(tied):
+    """PyTorch makes new ones there, each for itself; what an adapter has parted stays so."""
+    model = tiny_model("gpt2")
+    head, embeddings = model.lm_head, model.transformer.wte
+    assert head.weight is embeddings.weight
+    if not tied:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    FSDPTrainer._move_model_to_device(None, model, "meta")
+    assert {weight.device.type for weight in model.parameters()} == {"meta"}
+    assert (head.weight is embeddings.weight) == tied
