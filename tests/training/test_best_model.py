@@ -1,7 +1,9 @@
 """The best model: told before training whether it can be found, kept at the top, named in log and card; samples."""
 
+import ast
 import contextlib
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -12,14 +14,14 @@ import torch
 from huggingface_hub import ModelCard
 from running import load_elsewhere, log_history, losses, run, run_many, run_ranks
 from safetensors.torch import load_file
-from short_runs import scratch
-from transformers import GPT2Config, RobertaConfig, Trainer
+from short_runs import GPT2, scratch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, RobertaConfig, Trainer
 
 from gaudi_lm.errors import UserError
 from gaudi_lm.training import saving
 from gaudi_lm.training.best_model import BestModelTrainer
 from gaudi_lm.training.resumed_state import Resumption
-from gaudi_lm.training.samples import check_prompts
+from gaudi_lm.training.samples import NEW_TOKENS, check_prompts
 
 EVALUATIONS = ("--do_train", "--do_eval", "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1)
 WORSE = ("--max_grad_norm", 0, "--optim", "sgd", "--learning_rate", 100, "--lr_scheduler_type", "constant")
@@ -185,6 +187,19 @@ def test_prompts_that_a_model_cannot_take_are_refused(config, prompt, fsdp, said
     with pytest.raises(UserError, match=f"^--generate.*{said}") if said else contextlib.nullcontext():
         check_prompts(args, config is not MASKED, SimpleNamespace(config=config), Words())
     check_prompts(SimpleNamespace(generate=None, fsdp=fsdp), True, SimpleNamespace(config=config), Words())
+
+
+@pytest.mark.slow
+def test_a_prompt_goes_on_as_with_the_saved_model(assets, tmp_path):
+    """After training without an evaluation, too, which leaves dropout on; by as many tokens at most."""
+    flags = scratch(assets, tmp_path, "--do_train", "--max_steps", 1, "--learning_rate", 1e-2, "--generate", "The for")
+    log = run("run_clm.py", *flags, "--config_overrides", GPT2.replace("pdrop=0.0", "pdrop=0.5")).stderr
+    (text,) = re.findall("'The for' -> (.*)", log)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert model.config.embd_pdrop == 0.5
+    inputs = tokenizer("The for", return_tensors="pt", return_token_type_ids=False)
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)
+    assert tokenizer.decode(tokens[0], skip_special_tokens=True) == "The for" + ast.literal_eval(text)
 
 
 @pytest.mark.slow
