@@ -4,13 +4,18 @@ import json
 import os
 import re
 import socket
+from collections import Counter
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+import torch
 from running import ROOT, results, run, run_ranks
+from torch import nn
 
 from gaudi_lm.arguments.dry_runs import prepare_dry_run
+from gaudi_lm.training.live_memory import LiveBytes, gradients_seen, without_data
+from gaudi_lm.training.sharding import FullySharded, Replicas, Zero, ZeroSettings
 
 CARD = ["--use_habana", "--use_lazy_mode"]
 GPT2 = "n_embd=256,n_layer=3,n_head=4,n_positions=64"
@@ -235,3 +240,40 @@ def test_the_port_of_one_process_that_stands_for_all_is_its_own():
         other.bind(address)
     with socket.create_server(address):  # as TCPStore does
         pass
+
+
+HALF, OFF = torch.bfloat16, {"offload_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("cards", "weights", "gradients", "optimizer"),
+    [
+        (Replicas(), 2048, 0, 2048),
+        (Zero(ZeroSettings(1), 4), 1024, 0, 1024),  # weights in bf16; the optimizer's own, and momentum, in fp32
+        (Zero(ZeroSettings(2), 4), 1024, 0, 1024),
+        (Zero(ZeroSettings(2, **OFF), 4), 1024, 0, 0),
+        (Zero(ZeroSettings(3), 4), 256, 256, 1024),
+        (Zero(ZeroSettings(3, **OFF), 4), 256, 0, 0),
+        (Zero(ZeroSettings(3, offload_weights=True), 4), 0, 256, 1024),
+        (Zero(ZeroSettings(3, torch.float32), 3), 684, 684, 1368),  # shares that do not come out even
+        (FullySharded(4, "full_shard"), 512, 0, 512),
+        (FullySharded(4, "full_shard auto_wrap", ("Linear",), bf16=True), 512, 0, 512),
+        (FullySharded(4, "no_shard"), 2048, 0, 2048),
+    ],
+)
+def test_what_a_card_holds_between_two_steps(cards, weights, gradients, optimizer):
+    """Of 512 weights; before the step that is looked at, and after it."""
+    model, live = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(2))), LiveBytes("cpu")
+    take, found = lambda p: cards.take_gradient(live, p), []
+    with without_data(model, torch.device("cpu"), cards.dtype) as mode, mode, live, gradients_seen(model, take):
+        cards.place(live, model)
+        sgd = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.5, foreach=False)
+        cards.make_state(live, sgd)
+        found.append(Counter(live.live))
+        cards.begin_batch(live)
+        model(torch.empty(1, 16, dtype=cards.dtype)).sum().backward()
+        cards.step(live, sgd)
+        sgd.zero_grad()
+        found.append(Counter(live.live))
+    wanted = [weights, gradients, optimizer]
+    assert [[one[kind] for kind in ("weights", "gradients", "optimizer")] for one in found] == [wanted, wanted]
