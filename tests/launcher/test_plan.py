@@ -480,14 +480,45 @@ def test_a_signal_reaches_each_rank_once_and_others_set_no_later_end(watch):
 def test_the_first_failure_is_the_earliest_of_all_that_have_come(watch, tmp_path):
     job, sent, clock = watch(wait=0.5)
     processes.report(str(tmp_path), "rank 1", status=9, what="rank 1 failed", stopped=False)
+    clock.now += 0.3
     assert job._goes_on({7: None}) and not job.failure, "another host may tell of an earlier one"
-    before = {"time": clock.now - 0.1, "stopped": False}
+    before = {"time": clock.now - 0.4, "stopped": False}
     processes.report(str(tmp_path), "rank 0", status=7, what="rank 0 failed", **before)
-    clock.now += 0.45
+    clock.now += 0.2
     assert job._goes_on({7: None}) and sent == [signal.SIGTERM], "the third rank may save"
     clock.now += supervise.FAILURE_GRACE
     assert not job._goes_on({7: None})
     assert job.failure["what"] == "rank 0 failed" and job._conclude(1, whole=True) == 7
+
+
+@pytest.mark.parametrize("silence", [supervise.SILENCE + 1, 0])
+def test_another_host_goes_on_while_it_hears_of_the_launcher(silence, watch, monkeypatch):
+    """Not longer: none of its signs for a while, or the end of the connection."""
+    job, _, clock = watch()
+    job.remote, said = True, [b"\n", None, b"\n", None, *([None] if silence else [b""])]
+
+    def read(*_):
+        if (data := said.pop(0)) is None:
+            raise BlockingIOError
+        return data
+
+    monkeypatch.setattr(os, "read", read)
+    for seconds in (0, supervise.SILENCE - 1, 1, supervise.SILENCE - 1):
+        clock.now += seconds
+        assert job._goes_on({7: None})
+    clock.now += silence
+    assert not job._goes_on({7: None})
+
+
+def test_a_connection_gives_signs_of_the_launcher(tmp_path):
+    (tmp_path / "hosts").write_text(json.dumps({"b": order_for(tmp_path, [])}))
+    (tmp_path / "ssh").write_text("#!/bin/sh\nfor _ in order and three signs; do read -r line; done\n")
+    (tmp_path / "ssh").chmod(0o755)
+    code = "import sys; from gaudi_lm.launcher import supervise; supervise.HEARTBEAT = 0.01; "
+    code += "sys.exit(supervise.connect(sys.argv[1], 'b'))"
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=environ, check=True, timeout=60)
 
 
 def test_ranks_that_outlive_their_backend_are_not_waited_for_without_end(watch):
