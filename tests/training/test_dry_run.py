@@ -242,28 +242,32 @@ def test_the_port_of_one_process_that_stands_for_all_is_its_own():
         pass
 
 
-HALF, OFF = torch.bfloat16, {"offload_optimizer": True}
+OFF = {"offload_optimizer": True}
 
 
 @pytest.mark.parametrize(
-    ("cards", "weights", "gradients", "optimizer"),
+    ("cards", "weights", "gathered", "gradients", "optimizer"),
     [
-        (Replicas(), 2048, 0, 2048),
-        (Zero(ZeroSettings(1), 4), 1024, 0, 1024),  # weights in bf16; the optimizer's own, and momentum, in fp32
-        (Zero(ZeroSettings(2), 4), 1024, 0, 1024),
-        (Zero(ZeroSettings(2, **OFF), 4), 1024, 0, 0),
-        (Zero(ZeroSettings(3), 4), 256, 256, 1024),
-        (Zero(ZeroSettings(3, **OFF), 4), 256, 0, 0),
-        (Zero(ZeroSettings(3, offload_weights=True), 4), 0, 256, 1024),
-        (Zero(ZeroSettings(3, torch.float32), 3), 684, 684, 1368),  # shares that do not come out even
-        (FullySharded(4, "full_shard"), 512, 0, 512),
-        (FullySharded(4, "full_shard auto_wrap", ("Linear",), bf16=True), 512, 0, 512),
-        (FullySharded(4, "no_shard"), 2048, 0, 2048),
+        (Replicas(), 2048, 0, 0, 2048),
+        (Zero(ZeroSettings(1), 4), 1024, 0, 0, 1024),  # weights in bf16; the optimizer's own, and momentum, in fp32
+        (Zero(ZeroSettings(2), 4), 1024, 0, 0, 1024),
+        (Zero(ZeroSettings(2, **OFF), 4), 1024, 0, 0, 0),
+        (Zero(ZeroSettings(3), 4), 256, 2048, 256, 1024),  # gathered together, then copied apart
+        (Zero(ZeroSettings(3, prefetch=64), 4), 256, 1152, 256, 1024),
+        (Zero(ZeroSettings(3, **OFF), 4), 256, 2048, 0, 0),
+        (Zero(ZeroSettings(3, offload_weights=True), 4), 0, 2048, 256, 1024),
+        (Zero(ZeroSettings(3), 1), 1024, 0, 1024, 4096),
+        (Zero(ZeroSettings(3, torch.float32), 3), 684, 4096, 684, 1368),  # shares that do not come out even
+        (FullySharded(4, "full_shard"), 512, 2048, 0, 512),
+        (FullySharded(4, "full_shard auto_wrap", ("Linear",)), 512, 1536, 0, 512),  # the larger layer
+        (FullySharded(4, "full_shard auto_wrap", ("Linear",), bf16=True), 512, 768, 0, 512),
+        (FullySharded(4, "shard_grad_op auto_wrap", ("Linear",)), 512, 2048, 0, 512),
+        (FullySharded(4, "no_shard"), 2048, 2048, 0, 2048),
     ],
 )
-def test_what_a_card_holds_between_two_steps(cards, weights, gradients, optimizer):
-    """Of 512 weights; before the step that is looked at, and after it."""
-    model, live = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(2))), LiveBytes("cpu")
+def test_what_a_card_holds_between_two_steps(cards, weights, gathered, gradients, optimizer):
+    """Of 512 weights; before the step that is looked at, and after it, and what is gathered for its first batch."""
+    model, live = nn.Sequential(nn.Linear(16, 8, bias=False), nn.Linear(8, 48, bias=False)), LiveBytes("cpu")
     take, found = lambda p: cards.take_gradient(live, p), []
     with without_data(model, torch.device("cpu"), cards.dtype) as mode, mode, live, gradients_seen(model, take):
         cards.place(live, model)
@@ -271,6 +275,7 @@ def test_what_a_card_holds_between_two_steps(cards, weights, gradients, optimize
         cards.make_state(live, sgd)
         found.append(Counter(live.live))
         cards.begin_batch(live)
+        assert live.live["weights"] - weights == gathered
         model(torch.empty(1, 16, dtype=cards.dtype)).sum().backward()
         cards.step(live, sgd)
         sgd.zero_grad()
