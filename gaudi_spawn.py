@@ -13,6 +13,9 @@ import signal
 
 # Until a job takes it over: KeyboardInterrupt in the middle of an import may be swallowed, and the signal with it.
 signal.signal(signal.SIGINT, signal.SIG_DFL)
+# What started this may ignore the ends of processes, or block signals: nobody would learn how the ranks end.
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 import sys
 

@@ -262,3 +262,15 @@ def test_a_background_job_of_a_shell_heeds_ctrl_c():
     assert "rank 0 got SIGINT" in done.stdout
     assert done.returncode == 130
     assert job.survivors(5.0) == []
+
+
+def test_what_starts_the_launcher_may_ignore_or_block_signals():
+    """How ranks ended was then unknown, and a killed launcher left them running."""
+    inside = ["env", "--ignore-signal=CHLD", "--block-signal"]
+    job = Launch("--use_mpi", "--world_size", "2", ACT, "0", "exit7", inside=inside)
+    assert job.finish().returncode == 7
+    job = Launch("--use_mpi", "--grace", "2", ACT, "0", "wait", inside=inside)
+    job.wait_for(b"rank 0 is here")
+    job.process.kill()
+    job.process.wait()
+    assert job.survivors(5.0) == []
