@@ -68,9 +68,7 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
     while end < len(words) and words[end].startswith("-"):
         words[end] = "".join(split_flag(words[end]))
         end += 1 + (words[end] in takes)
-    options = parser.parse_args(words[: end + 1])
-    options.arguments = words[end + 1 :]
-    return options
+    return parser.parse_args(words[: end + 1], argparse.Namespace(arguments=words[end + 1 :]))
 
 
 def make_plan(options: argparse.Namespace, environ: dict[str, str], cards: int) -> tuple[plan.Plan, socket.socket]:
@@ -116,12 +114,17 @@ def run(job: plan.Plan) -> int:
         supervise.say(f"error: {problem}")
         return 1
     signal.pthread_sigmask(signal.SIG_BLOCK, processes.STOP_SIGNALS)  # until somebody removes the folder after one
-    folder = tempfile.mkdtemp(prefix="gaudi_spawn-")
-    order, others = job.orders(folder, processes.python("rank.main"))
-    Path(folder, "hosts").write_text(json.dumps(others))
-    Path(folder, "ssh").write_text(f'exec {shlex.join(processes.python("supervise.connect", folder))} "$0" "$@"\n')
-    names = ["localhost" if here else one.login for one, here in zip(job.hosts, job.local, strict=True)]  # no alias
-    Path(folder, "hostfile").write_text("".join(map("{} slots={.slots}\n".format, names, job.hosts)))
+    folder = ""
+    try:
+        folder = tempfile.mkdtemp(prefix="gaudi_spawn-")
+        order, others = job.orders(folder, processes.python("rank.main"))
+        Path(folder, "hosts").write_text(json.dumps(others))
+        Path(folder, "ssh").write_text(f'exec {shlex.join(processes.python("supervise.connect", folder))} "$0" "$@"\n')
+        names = ["localhost" if own else one.login for one, own in zip(job.hosts, job.local, strict=True)]  # no alias
+        Path(folder, "hostfile").write_text("".join(map("{} slots={.slots}\n".format, names, job.hosts)))
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"TMPDIR: {str(error.strerror).lower()}; a job needs a folder there") from error
     for name in [name for name in os.environ if matches(name, STALE)]:
         os.environ.pop(name)
     processes.adopt_orphans()
@@ -154,9 +157,9 @@ def main(description: str | None = None) -> int:
     with user_errors():
         options, environ = parse(make_parser(description), sys.argv[1:]), dict(os.environ)
         job, claim = make_plan(options, environ, cards := host.count_cards(environ))
-    with claim:
-        if not options.dry_run:
-            return run(job)
+        with claim:
+            if not options.dry_run:
+                return run(job)
     with contextlib.suppress(BrokenPipeError), open(1, "wb", closefd=False) as output:  # as before `head`
         output.write(job.describe(cards).encode(errors="surrogateescape") + b"\n")
     return 0

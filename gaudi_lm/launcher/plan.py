@@ -109,8 +109,7 @@ class Plan:
         """The plan as text, one fact a line, with secrets hidden; the commands are those without this launcher."""
         here, others = self.orders("FOLDER", [sys.executable, "-u", *hide(self.script)])
         lines, ends = [f"backend: {BACKENDS[self.backend]}"], accumulate(host.slots for host in self.hosts)
-        for host, end in zip(self.hosts, ends, strict=True):
-            lines.append(f"host: {host.login} ranks {end - host.slots}-{end - 1}")
+        lines += [f"host: {h.login} ranks {end - h.slots}-{end - 1}" for h, end in zip(self.hosts, ends, strict=True)]
         lines += [f"cards on this host: {cards}", f"master: {self.address} port {self.port}"]
         if "OMP_NUM_THREADS" not in self.environ:
             threads = threads_per_rank(here["job"]["slots"])

@@ -83,8 +83,7 @@ class Host:
         if time.monotonic() > self.heard + SILENCE:
             self.signals.append(processes.PARENT_ENDED)
         while self.signals:
-            number = self.signals.pop(0)
-            if number == processes.PARENT_ENDED:
+            if (number := self.signals.pop(0)) == processes.PARENT_ENDED:
                 return False
             again = self.signalled == number == signal.SIGINT
             if not self.number:

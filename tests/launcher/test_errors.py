@@ -133,6 +133,16 @@ def test_an_mpirun_that_does_not_start_is_quoted():
     refused(done, "home directory")
 
 
+def test_a_full_disk_before_the_start_is_one_line_and_leaves_no_folder(tmp_path):
+    """A disk with one or two pages: a folder can be made, and not all of its files."""
+    for kilobytes in (4, 8):
+        job = f'mount -t tmpfs -o size={kilobytes}k none "$0" && "$@"; status=$?; ls -A "$0"; exit $status'
+        command = [sys.executable, str(ROOT / "gaudi_spawn.py"), "--use_mpi", DUMP]
+        own = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "TMPDIR": str(tmp_path)}
+        command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", job, str(tmp_path), *command]
+        refused(subprocess.run(command, env=own, capture_output=True, text=True, check=False), "TMPDIR: no space left")
+
+
 def test_a_plan_that_is_not_read_to_its_end_is_no_error():
     """As before `head` or `grep -q`."""
     ours, its = os.pipe()
