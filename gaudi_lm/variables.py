@@ -15,8 +15,9 @@ FORWARDED += ["NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"]
 SECRET = ["*TOKEN", "*_KEY", "*PASSWORD*", "*SECRET*"]
 TOKENS = ("--token", "--hub_token", "--push_to_hub_token")
 # Left over from a job around this one, these would give the ranks wrong places.
-STALE = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK", "ROLE_RANK", "CROSS_*"]
-STALE += ["MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_*", "OMPI_COMM_WORLD_*", "PMIX_*", "PMI_*", "GAUDI_SPAWN_JOB"]
+STALE = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK", "ROLE_RANK"]
+STALE += ["MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_*", "OMPI_COMM_WORLD_*", "PMI_*", "GAUDI_SPAWN_JOB"]
+STALE += ["CROSS_RANK", "CROSS_SIZE", "PMIX_[!M]*"]  # PMIX_MCA_* are a user's settings of mpirun
 STALE += ["PET_*"]  # options of torchrun, as a PyTorchJob of Kubernetes sets them
 
 
