@@ -16,6 +16,7 @@ from gaudi_lm.errors import UserError, unknown
 logger = logging.getLogger("gaudi_lm")
 
 _SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt")
+_INDICES = (".safetensors.index.json", ".bin.index.json")
 _LFS_POINTER = b"version https://git-lfs"
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What loading weights in these formats imports.
@@ -60,25 +61,55 @@ def damage(folder: Path) -> str | None:
                 return f"{path.name} is not valid JSON: {error}"
             if not isinstance(content, dict):
                 return f"{path.name} holds a {type(content).__name__}, not a mapping"
-            missing = sorted({part for part in content.get("weight_map", {}).values() if not (folder / part).exists()})
+            if not path.name.endswith(_INDICES):
+                continue
+            parts = content.get("weight_map")
+            if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+                return f"{path.name} has no weight_map that gives each tensor a file"
+            if not isinstance(content.get("metadata"), dict):  # from_pretrained adds to it (transformers 4.55)
+                return f'{path.name} has no metadata: add "metadata": {{}}'
+            missing = sorted({part for part in parts.values() if not (folder / part).exists()})
             if missing:
                 return f"{missing[0]} is missing, which {path.name} names"
     return None
 
 
 def check_model_folders(values: dict) -> None:
-    """Refuse local folders with a damaged file, by the flags that name models, tokenizers and adapters.
+    """Refuse local folders with a damaged file or of another kind, by the flags of models, tokenizers and adapters.
 
     Args:
         values: by the name of the flag.
 
     Raises:
-        UserError: see :func:`damage`.
+        UserError: see :func:`damage` and :func:`_no_model`, or the name is that of a file.
     """
     for flag in ("model_name_or_path", "config_name", "tokenizer_name", "adapter_name_or_path"):
         name = values.get(flag)
-        if name and Path(name).is_dir() and (found := damage(Path(name))):
+        if name and Path(name).is_dir() and (found := damage(Path(name)) or _no_model(flag, Path(name), values)):
             raise UserError(f"--{flag} {name}: {found}")
+        if name and flag != "config_name" and Path(name).is_file():
+            gguf = ": GGUF is not read, convert it to safetensors" if name.endswith(".gguf") else ""
+            raise UserError(f"--{flag} {name}: a file, not the folder of one{gguf}")
+
+
+def _no_model(flag: str, folder: Path, values: dict) -> str | None:
+    """Why a folder is no model, or no configuration; None where it is, or need not be.
+
+    Of an adapter, transformers would load the base model and freeze it; where there is no config.json, it would take
+    the defaults of a type whose name is anywhere in the path.
+    """
+    adapter = folder / "adapter_config.json"
+    if flag == "model_name_or_path" and adapter.is_file():
+        base = json.loads(adapter.read_bytes()).get("base_model_name_or_path")
+        return (
+            f"adapter_config.json makes it an adapter, not a model: name its base model ({base}), and this folder by "
+            "--adapter_name_or_path of run_lora_clm.py, which also merges the two (--merge_adapter)"
+        )
+    needed = flag == "config_name" or (flag == "model_name_or_path" and not values.get("config_name"))
+    if needed and not (folder / "config.json").is_file():
+        gguf = next((f"; {path.name} is not read: convert it to safetensors" for path in folder.glob("*.gguf")), "")
+        return f"there is no config.json{gguf}"
+    return None
 
 
 def tokenizer_damage(name: str) -> str | None:
@@ -111,6 +142,7 @@ def first_line(error: BaseException) -> str:
         return refusal
     if "trust_remote_code" in text:
         return "it brings code of its own: look at it there, then give --trust_remote_code to let it run"
+    text = text.partition(", or contain one of the following strings in its name")[0]  # all types of models follow
     if "size mismatch" in text:
         text = "the weights are not of the sizes in the configuration: " + text[text.index("size mismatch") :]
     line, more = [*filter(None, map(str.strip, text.splitlines())), "", ""][:2]

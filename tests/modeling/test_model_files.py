@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from running import run_many
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from gaudi_lm.arguments.model_files import check_model_folders
+from gaudi_lm.errors import UserError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
@@ -61,6 +64,28 @@ def shards(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def indexed(**changes):
+    """One shard, and an index of it with changes."""
+
+    def change(folder: Path) -> None:
+        shards(folder)
+        file = folder / "model.safetensors.index.json"
+        index = json.loads(file.read_text())
+        save_file({}, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
+        file.write_text(json.dumps({name: value for name, value in (index | changes).items() if value is not None}))
+
+    return change
+
+
+def adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "the/base"}')
+
+
+def gguf(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "tiny.gguf")
+
+
 DAMAGE = {
     "weights cut": (content("model.safetensors", 0.5), ["model.safetensors", "cut or damaged"]),
     "weights without their last byte": (content("model.safetensors", 0.99999), ["model.safetensors", "cut"]),
@@ -72,6 +97,13 @@ DAMAGE = {
     "pickle a pointer": (pickled(data=POINTER), ["pytorch_model.bin", "git lfs pull"]),
     "pickle hostile": (hostile, ["pytorch_model.bin"]),
     "shard missing": (shards, ["model-00001-of-00002.safetensors is missing", "model.safetensors.index.json"]),
+    "index without files": (indexed(weight_map=None), ["model.safetensors.index.json has no weight_map"]),
+    "index of a list": (indexed(weight_map=["a"]), ["model.safetensors.index.json has no weight_map"]),
+    "index of numbers": (indexed(weight_map={"a": 1}), ["model.safetensors.index.json has no weight_map"]),
+    "index without metadata": (indexed(metadata=None), ["model.safetensors.index.json has no metadata"]),
+    "adapter": (adapter, ["adapter_config.json", "the/base", "--adapter_name_or_path"]),
+    "configuration missing": (lambda folder: (folder / "config.json").unlink(), ["there is no config.json"]),
+    "GGUF": (gguf, ["there is no config.json", "tiny.gguf is not read"]),
     "tokenizer cut": (content("tokenizer.json", 0.5), ["tokenizer.json is cut or damaged"]),
     "tokenizer empty": (content("tokenizer.json", b""), ["tokenizer.json is cut or damaged"]),
     "tokenizer a pointer": (content("tokenizer.json", POINTER), ["tokenizer.json", "git lfs pull"]),
@@ -161,3 +193,21 @@ def test_damaged_adapters(instructions, tmp_path):
         assert code == 2 and "Traceback" not in stderr, stderr
         assert ADAPTERS[name][1] in stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_no_folder_of_a_model(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    file.touch()
+    for flag, word in (("model_name_or_path", "GGUF is not read"), ("tokenizer_name", "a file, not the folder")):
+        with pytest.raises(UserError, match=word):
+            check_model_folders({flag: str(file)})
+    check_model_folders({"config_name": str(file)})
+
+
+@pytest.mark.slow
+def test_a_path_that_names_a_type_makes_no_configuration(assets, tmp_path):
+    shutil.copytree(assets.gpt2, tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "config.json").unlink()
+    flags = ["--use_cpu", "--do_eval", "--output_dir", "out", "--validation_file", assets.train]
+    ((code, stderr),) = run_many("run_clm.py", {"": [*flags, "--model_name_or_path", "gpt2"]}, tmp_path).values()
+    assert code == 2 and stderr.splitlines()[-1].endswith("gpt2: there is no config.json")
