@@ -77,6 +77,16 @@ def indexed(**changes):
     return change
 
 
+def weights(change_one):
+    """Change the name and the value of each tensor."""
+
+    def change(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        save_file(dict(change_one(*one) for one in load_file(file).items()), file, {"format": "pt"})
+
+    return change
+
+
 def adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "the/base"}')
 
@@ -101,6 +111,9 @@ DAMAGE = {
     "index of a list": (indexed(weight_map=["a"]), ["model.safetensors.index.json has no weight_map"]),
     "index of numbers": (indexed(weight_map={"a": 1}), ["model.safetensors.index.json has no weight_map"]),
     "index without metadata": (indexed(metadata=None), ["model.safetensors.index.json has no metadata"]),
+    "tensors in no shard": (indexed(), ["is in none of the files"]),
+    "names of a wrapper": (weights(lambda name, value: (f"module.{name}", value)), ["no weight of GPT2LMHeadModel"]),
+    "weights in fp8": (weights(lambda name, value: (name, value.to(torch.float8_e4m3fn))), ["float8_e4m3fn"]),
     "adapter": (adapter, ["adapter_config.json", "the/base", "--adapter_name_or_path"]),
     "configuration missing": (lambda folder: (folder / "config.json").unlink(), ["there is no config.json"]),
     "GGUF": (gguf, ["there is no config.json", "tiny.gguf is not read"]),
