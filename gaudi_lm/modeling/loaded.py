@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+import logging
+import re
+
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_utils import is_fsdp_enabled
 
 from gaudi_lm.errors import UserError
+
+logger = logging.getLogger("gaudi_lm")
+
+_OF_SAMPLING = {"epsilon_cutoff", "eta_cutoff", "min_p", "temperature", "top_k", "top_p", "typical_p"}
 
 
 def check_weights_of_files(model: PreTrainedModel, name: str, missing: list[str]) -> None:
@@ -31,3 +38,37 @@ def check_weights_of_files(model: PreTrainedModel, name: str, missing: list[str]
             raise UserError(f"{flag} {key} is in none of the files, though their index names it")
         if weight.is_floating_point() and weight.dtype.itemsize == 1:
             raise UserError(f"{flag} {key} is {weight.dtype}, and no quantization_config says what it stands for")
+
+
+def repair_generation_config(model: PreTrainedModel) -> None:
+    """Make a generation configuration one that can be saved: settings of sampling let it sample, idle ones go.
+
+    Released models have such ones: transformers 4.55 loads them, and raises when the first checkpoint is written.
+
+    Raises:
+        ValueError: it cannot be saved for another reason.
+    """
+    settings: GenerationConfig | None = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    for name, value in model.config._get_non_default_generation_parameters().items():  # as saving would
+        setattr(settings, name, value)
+        setattr(model.config, name, None)
+    idle = _idle_settings(settings)
+    if sampling := sorted(idle & _OF_SAMPLING):
+        settings.do_sample = True
+        logger.info("generation configuration: do_sample is set to true, for %s", ", ".join(sampling))
+        idle = _idle_settings(settings)
+    for name in idle:
+        setattr(settings, name, getattr(type(settings)(), name))
+        logger.info("generation configuration: %s left out, as it does nothing", name)
+    settings.validate(strict=True)
+
+
+def _idle_settings(settings: GenerationConfig) -> set[str]:
+    """The settings that do nothing beside the others, for which transformers does not save a configuration."""
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        return set(re.findall(r"^- `(\w+)`:", str(error), re.MULTILINE))
+    return set()

@@ -27,7 +27,7 @@ from gaudi_lm.errors import UserError, nearest
 from gaudi_lm.modeling.activations import fuse_activations
 from gaudi_lm.modeling.attention import check_attention, choose_attention, hand_over_flags
 from gaudi_lm.modeling.embeddings import enlarge_embeddings
-from gaudi_lm.modeling.loaded import check_weights_of_files
+from gaudi_lm.modeling.loaded import check_weights_of_files, repair_generation_config
 from gaudi_lm.modeling.patches import restore_own_model
 
 logger = logging.getLogger("gaudi_lm")
@@ -236,6 +236,7 @@ def load_model(
             model = make(**{**options, "attn_implementation": "eager"})
         else:
             check_attention(config, training_args, model)
+        repair_generation_config(model)
     except UserError:
         raise
     except Exception as error:  # likewise; nothing has been written yet

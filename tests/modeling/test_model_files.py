@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import run_many
+from running import run, run_many
 from safetensors.torch import load_file, save_file
 
 from gaudi_lm.arguments.model_files import check_model_folders
@@ -224,3 +224,23 @@ def test_a_path_that_names_a_type_makes_no_configuration(assets, tmp_path):
     flags = ["--use_cpu", "--do_eval", "--output_dir", "out", "--validation_file", assets.train]
     ((code, stderr),) = run_many("run_clm.py", {"": [*flags, "--model_name_or_path", "gpt2"]}, tmp_path).values()
     assert code == 2 and stderr.splitlines()[-1].endswith("gpt2: there is no config.json")
+
+
+@pytest.mark.slow
+def test_what_could_not_be_saved_of_a_generation_configuration(assets, instructions, tmp_path):
+    for name, base in (("whole", assets.gpt2), ("adapted", instructions.llama)):
+        shutil.copytree(base, tmp_path / name)
+        (tmp_path / name / "generation_config.json").write_text('{"temperature": 0.9, "early_stopping": true}')
+    flags = ["--use_cpu", "--do_train", "--max_steps", 1, "--per_device_train_batch_size", 1, "--output_dir"]
+    done = run(
+        "run_clm.py", *flags, tmp_path / "out", "--model_name_or_path", tmp_path / "whole",
+        "--train_file", assets.train, "--block_size", 32,
+    )  # fmt: skip
+    assert "do_sample is set to true, for temperature" in done.stderr
+    run(
+        "run_lora_clm.py", *flags, tmp_path / "tuned", "--model_name_or_path", tmp_path / "adapted",
+        "--train_file", instructions.train, "--merge_adapter",
+    )  # fmt: skip
+    for folder in (tmp_path / "out", tmp_path / "tuned" / "merged"):
+        saved = json.loads((folder / "generation_config.json").read_text())
+        assert (saved["temperature"], saved["do_sample"]) == (0.9, True) and "early_stopping" not in saved
