@@ -269,11 +269,15 @@ def length_limit(
         virtual_tokens: before each text; they take positions of the model.
 
     Raises:
-        UserError: a length below 1, no positions for text, or a length that is no multiple of the square of ``parts``.
+        UserError: a length below 1, here or in the tokenizer, no positions for text, or a length that is no multiple
+            of the square of ``parts``.
     """
     if wanted is not None and wanted < 1:
         raise UserError(f"{flag} {wanted}: it must be at least 1")
-    limits = {"the tokenizer's limit": tokenizer.model_max_length}
+    limit = tokenizer.model_max_length
+    if not isinstance(limit, (int, float)) or limit < 1:
+        raise UserError(f"the tokenizer's model_max_length is {limit!r}: it must be a number from 1 on")
+    limits = {"the tokenizer's limit": int(limit)}
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         first = architecture_of(config).position_of_first_token(config)  # RoBERTa's is after the padding index

@@ -96,6 +96,14 @@ def gguf(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "tiny.gguf")
 
 
+def longest_text(length: object):
+    def change(folder: Path) -> None:
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": length}))
+
+    return change
+
+
 DAMAGE = {
     "weights cut": (content("model.safetensors", 0.5), ["model.safetensors", "cut or damaged"]),
     "weights without their last byte": (content("model.safetensors", 0.99999), ["model.safetensors", "cut"]),
@@ -117,6 +125,8 @@ DAMAGE = {
     "adapter": (adapter, ["adapter_config.json", "the/base", "--adapter_name_or_path"]),
     "configuration missing": (lambda folder: (folder / "config.json").unlink(), ["there is no config.json"]),
     "GGUF": (gguf, ["there is no config.json", "tiny.gguf is not read"]),
+    "length of texts a text": (longest_text("128"), ["model_max_length is '128'"]),
+    "length of texts zero": (longest_text(0), ["model_max_length is 0"]),
     "tokenizer cut": (content("tokenizer.json", 0.5), ["tokenizer.json is cut or damaged"]),
     "tokenizer empty": (content("tokenizer.json", b""), ["tokenizer.json is cut or damaged"]),
     "tokenizer a pointer": (content("tokenizer.json", POINTER), ["tokenizer.json", "git lfs pull"]),
