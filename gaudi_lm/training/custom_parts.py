@@ -121,8 +121,8 @@ def check_class(model: object) -> None:
 
 
 def check_weights(model: PreTrainedModel | PeftModel, args) -> None:
-    """Refuse to train a model whose weights are all frozen, or whose class does not declare those that it shares: in
-    the end it could not be saved.
+    """Refuse to train a model whose weights are all frozen, or float16, where the epsilon of Adam is 0, or whose class
+    does not declare those that it shares: in the end it could not be saved.
 
     Args:
         args: the training arguments.
@@ -132,6 +132,9 @@ def check_weights(model: PreTrainedModel | PeftModel, args) -> None:
     """
     if args.do_train and not any(weight.requires_grad for weight in model.parameters()):
         raise UserError(f"--do_train: no weight of {type(model).__name__} has requires_grad: all of them are frozen")
+    half = any(weight.requires_grad and weight.dtype == torch.float16 for weight in model.parameters())
+    if args.do_train and half and not (args.deepspeed or args.fsdp):  # which train in a precision of their own
+        raise UserError("--torch_dtype: in float16 small steps are 0, and weights not trained; give float32")
     if not (args.do_train and args.save_safetensors) or isinstance(model, PeftModel):
         return
     declared, names = _get_tied_weight_keys(model) or [], defaultdict[int, list[str]](list)

@@ -254,3 +254,14 @@ def test_what_could_not_be_saved_of_a_generation_configuration(assets, instructi
     for folder in (tmp_path / "out", tmp_path / "tuned" / "merged"):
         saved = json.loads((folder / "generation_config.json").read_text())
         assert (saved["temperature"], saved["do_sample"]) == (0.9, True) and "early_stopping" not in saved
+
+
+@pytest.mark.slow
+def test_weights_in_float16_are_not_trained(assets, tmp_path):
+    shutil.copytree(assets.gpt2, tmp_path / "model")
+    config(torch_dtype="float16")(tmp_path / "model")
+    flags = ["--use_cpu", "--output_dir", "out", "--train_file", assets.train, "--block_size", 32, "--torch_dtype"]
+    flags += ["auto", "--validation_file", assets.train, "--max_eval_samples", 2, "--model_name_or_path", "model"]
+    found = run_many("run_clm.py", {flag: [*flags, flag] for flag in ("--do_train", "--do_eval")}, tmp_path)
+    assert found["--do_train"][0] == 2 and "give float32" in found["--do_train"][1].splitlines()[-1]
+    assert found["--do_eval"][0] == 0
