@@ -16,7 +16,6 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import accelerate.utils.other
@@ -32,26 +31,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from gaudi_lm.modeling.layer_names import plain_name
+from gaudi_lm.modeling.releases import needed_in
 
 logger = logging.getLogger("gaudi_lm")
 
 FLASH_ATTENTION = tuple(f"flash_attention_{way}" for way in ("recompute", "causal_mask", "fast_softmax", "fp8"))
 NOT_CHECKPOINTED = ["GPTBigCodeBlock", "GaudiGPT2Block", "GaudiOPTDecoderLayer"]
 NOT_CHECKPOINTED += ["GaudiPhiDecoderLayer", "GaudiStableLmDecoderLayer"]
-
-
-def _needed_in(package: str, release: str) -> Callable[[Callable], Callable]:
-    """The decorated patch does nothing unless the installed version of ``package`` begins with ``release``."""
-
-    def decorate(patch: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(patch)
-        def applied(*args) -> None:
-            if f"{version(package)}.".startswith(f"{release}."):
-                patch(*args)
-
-        return applied
-
-    return decorate
 
 
 def patch_libraries(device_type: str) -> None:
@@ -66,9 +52,10 @@ def patch_libraries(device_type: str) -> None:
         patch_adapter_layers()
         keep_width_of_heads()
         narrow_windows()
+        scale_positions_once()
 
 
-@_needed_in("transformers", "4.55")
+@needed_in("transformers", "4.55")
 def keep_pickled_weights() -> None:
     """Load weights that are only there in pickled form without asking a public service to convert them.
 
@@ -82,7 +69,7 @@ LEFT_OUT = {"transformers.generation.candidate_generator": ("sklearn.metrics", "
 LEFT_OUT |= {f"transformers.loss.loss_{of}": ("scipy.optimize", "linear_sum_assignment") for of in LOSSES_OF_OBJECTS}
 
 
-@_needed_in("transformers", "4.55")
+@needed_in("transformers", "4.55")
 def find_scikit_learn() -> None:
     """Import what transformers takes of scikit-learn and scipy when it is called: it was left out at the start."""
     for name, (origin, function) in LEFT_OUT.items():
@@ -96,7 +83,7 @@ def _call(origin: str, function: str, *args, **kwargs):
     return getattr(importlib.import_module(origin), function)(*args, **kwargs)
 
 
-@_needed_in("accelerate", "1.10")
+@needed_in("accelerate", "1.10")
 def leave_out_deepspeed() -> None:
     """Let accelerate look for DeepSpeed's models only where DeepSpeed is imported, so where such a model can be.
 
@@ -105,7 +92,7 @@ def leave_out_deepspeed() -> None:
     accelerate.utils.other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
 
 
-@_needed_in("accelerate", "1.10")
+@needed_in("accelerate", "1.10")
 def compile_regions_in_place() -> None:
     """Compile layers where they are, as under DeepSpeed: in a copy, a ``forward`` of the model's own calls none."""
     accelerator: Any = importlib.import_module("optimum.habana.accelerate.accelerator")
@@ -113,7 +100,7 @@ def compile_regions_in_place() -> None:
     accelerator.compile_regions = lambda model, **how: compile_layers(model, **how) or model
 
 
-@_needed_in("optimum-habana", "1.21")
+@needed_in("optimum-habana", "1.21")
 def set_checkpoint_device(device_type: str) -> None:
     """Let gradient checkpointing look for the device that the run is on, by PyTorch's own setting.
 
@@ -122,7 +109,7 @@ def set_checkpoint_device(device_type: str) -> None:
     DefaultDeviceType.set_device_type(device_type)
 
 
-@_needed_in("optimum-habana", "1.21")
+@needed_in("optimum-habana", "1.21")
 def complete_generation_config() -> None:
     """Give transformers' generation configuration the settings that GaudiTrainer reads from it, unset.
 
@@ -133,7 +120,7 @@ def complete_generation_config() -> None:
         setattr(GenerationConfig, name, None)
 
 
-@_needed_in("optimum-habana", "1.21")
+@needed_in("optimum-habana", "1.21")
 def narrow_windows() -> None:
     """Let a token see as many as its window has; with optimum-habana 1.21, and the masks that it extends, one more."""
     masks = importlib.import_module("optimum.habana.transformers.modeling_attn_mask_utils")
@@ -149,7 +136,7 @@ def _narrower(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return narrowed  # torch.compile cannot follow a `functools.partial`
 
 
-@_needed_in("optimum-habana", "1.21")
+@needed_in("optimum-habana", "1.21")
 def keep_width_of_heads() -> None:
     """On a card, let the configuration of a Llama keep its ``head_dim``, as Minitron's has one.
 
@@ -167,7 +154,24 @@ def keep_width_of_heads() -> None:
         LlamaConfig.__init__ = read_all
 
 
-@_needed_in("optimum-habana", "1.21")
+@needed_in("optimum-habana", "1.21")
+def scale_positions_once() -> None:
+    """Let a linear ``rope_scaling`` divide the positions of Llama, Mistral and Mixtral once, not twice.
+
+    optimum-habana 1.21 divides them, and multiplies them by frequencies that transformers (4.55) has divided already.
+    """
+    embedding = importlib.import_module("optimum.habana.transformers.models.llama").GaudiLlamaRotaryEmbedding
+    fill = embedding._set_cos_sin_cache
+
+    def fill_once(self, *args, **kwargs) -> None:
+        if self.rope_type == "linear":
+            self.scaling_factor = 1.0
+        fill(self, *args, **kwargs)
+
+    embedding._set_cos_sin_cache = fill_once
+
+
+@needed_in("optimum-habana", "1.21")
 def patch_adapter_layers() -> None:
     """On a card, let AdaLoRA and llama-adapter layers call optimum-habana's models as those want to be called.
 
@@ -187,7 +191,7 @@ def patch_adapter_layers() -> None:
     attention.__getattr__ = GaudiAdaptedAttention_getattr
 
 
-@_needed_in("optimum-habana", "1.21")
+@needed_in("optimum-habana", "1.21")
 def restore_own_model(model_type: str) -> None:
     """Let the models of that type be those of transformers on a card too, by loading their module anew.
 
@@ -203,7 +207,7 @@ def restore_own_model(model_type: str) -> None:
     logger.info("%s: transformers' own model, since optimum-habana's computes something else", model_type)
 
 
-@_needed_in("transformers", "4.55")
+@needed_in("transformers", "4.55")
 def repair_router_loss(model: PreTrainedModel) -> None:
     """Let a mixture of experts balance its routers on the CPU too, by the function that Mixtral has for it.
 
@@ -214,7 +218,7 @@ def repair_router_loss(model: PreTrainedModel) -> None:
         module.load_balancing_loss_func = load_balancing_loss_func
 
 
-@_needed_in("optimum-habana", "1.21")
+@needed_in("optimum-habana", "1.21")
 def repair_gradient_checkpointing(model: Module) -> None:
     """Make `gradient_checkpointing_enable` work on `model` on a card; call it before training starts.
 
@@ -239,20 +243,16 @@ def _checkpoint(function, *args, use_reentrant: bool | None = None, **kwargs):
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
-@_needed_in("transformers", "4.55")
+@needed_in("transformers", "4.55")
 def ignore_missing_mask(model: PreTrainedModel) -> None:
     """Do not look for padding in a batch without attention mask: collators of this suite never leave one out then.
 
     transformers 4.55 reads the input ids back from the card in every step, for a warning that it gives once.
     """
-    model.base_model.warn_if_padding_and_no_attention_mask = _no_warning
+    model.base_model.warn_if_padding_and_no_attention_mask = _nothing
 
 
-def _no_warning(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    pass
-
-
-@_needed_in("peft", "0.21")
+@needed_in("peft", "0.21")
 def find_adapters_in_shards() -> None:
     """Let peft find the weights of an adapter in layers that FSDP wraps: it would save an adapter without any.
 
@@ -269,7 +269,7 @@ def find_adapters_in_shards() -> None:
     tuners_utils._get_tuner_state_dict_key_prefixes = without_wrappers
 
 
-@_needed_in("peft", "0")
+@needed_in("peft", "0")
 def complete_adapter(model: PeftModel) -> None:
     """Two things that peft (0.18 to 0.21) leaves open in an adapted model.
 
@@ -283,7 +283,7 @@ def complete_adapter(model: PeftModel) -> None:
         model.base_model.trainable_adapter_name = model.active_adapter
 
 
-@_needed_in("deepspeed", "0")
+@needed_in("deepspeed", "0")
 def take_no_step_on_zeros() -> None:
     """In bf16 without ZeRO, let the first step of training be the optimizer's first.
 
@@ -296,5 +296,5 @@ def take_no_step_on_zeros() -> None:
         kind.initialize_optimizer_states = _nothing
 
 
-def _nothing(optimizer: object) -> None:
+def _nothing(*args) -> None:
     pass

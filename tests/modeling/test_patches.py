@@ -31,7 +31,7 @@ from transformers import GenerationConfig, Trainer
 from transformers.safetensors_conversion import auto_conversion
 from transformers.utils import import_utils
 
-from gaudi_lm.modeling import patches
+from gaudi_lm.modeling import patches, releases
 
 HABANA = Path(next(iter(importlib.util.find_spec("optimum.habana").submodule_search_locations)))
 
@@ -85,7 +85,7 @@ def test_importing_the_suite_patches_nothing():
 def test_a_patch_is_left_out_with_another_release(unpatched, monkeypatch):
     for release, applied in (("4.55.4", True), ("4.55", True), ("4.550.1", False), ("4.56.0", False)):
         monkeypatch.setattr(transformers.modeling_utils, "auto_conversion", auto_conversion)
-        monkeypatch.setattr(patches, "version", {"transformers": release}.__getitem__)
+        monkeypatch.setattr(releases, "version", {"transformers": release}.__getitem__)
         patches.keep_pickled_weights()
         assert (transformers.modeling_utils.auto_conversion is not auto_conversion) == applied, release
 

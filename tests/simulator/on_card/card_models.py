@@ -8,7 +8,12 @@ import transformers
 from tiny_models import CAUSAL, ODD, VOCABULARY, tiny_model
 
 from gaudi_lm.architectures import ARCHITECTURES, is_patched
-from gaudi_lm.modeling.patches import keep_width_of_heads, narrow_windows, restore_own_model
+from gaudi_lm.modeling.patches import (
+    keep_width_of_heads,
+    narrow_windows,
+    restore_own_model,
+    scale_positions_once,
+)
 from gaudi_lm.training.samples import most_probable_tokens
 
 TOLERANCE = 1e-5
@@ -16,6 +21,9 @@ NEW_TOKENS = 8
 MODELS = [(name, {}) for name in (*CAUSAL, "bert", "roberta", "distilbert", "albert")]
 MODELS += [(name, fields) for name, fields in ODD.items()]
 IDS = [name + "-odd" * bool(fields) for name, fields in MODELS]
+LINEAR = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+MODELS += [(name, LINEAR) for name in ("llama", "mistral", "mixtral")]
+IDS += [f"{name}-linear" for name, _ in MODELS[len(IDS) :]]
 STOCK = ["cohere2", "granite", "granitemoe", "olmo", "olmo2", "olmoe", "phi3", "smollm3"]  # optimum-habana has none
 
 
@@ -75,6 +83,7 @@ def patched(stock) -> None:
     for _ in range(2):
         keep_width_of_heads()
         narrow_windows()
+        scale_positions_once()
 
 
 def compare(model: torch.nn.Module, state: dict, wanted_loss: float, wanted_logits, wanted_gradients: dict) -> None:
