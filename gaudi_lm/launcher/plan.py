@@ -112,8 +112,7 @@ class Plan:
         lines += [f"host: {h.login} ranks {end - h.slots}-{end - 1}" for h, end in zip(self.hosts, ends, strict=True)]
         lines += [f"cards on this host: {cards}", f"master: {self.address} port {self.port}"]
         if "OMP_NUM_THREADS" not in self.environ:
-            threads = threads_per_rank(here["job"]["slots"])
-            lines.append(f"OMP_NUM_THREADS: {threads} per rank on this host, as it is unset")
+            lines.append(f"OMP_NUM_THREADS: {threads_per_rank(here['job']['slots'])} per rank here, as it is unset")
         for name, value in sorted(self.environ.items()):
             lines.append(f"environment: {name}={shlex.quote('***' if is_secret(name) else value)}")
         for order in (here, *others.values()):

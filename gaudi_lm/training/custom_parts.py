@@ -134,7 +134,7 @@ def check_weights(model: PreTrainedModel | PeftModel, args) -> None:
         raise UserError(f"--do_train: no weight of {type(model).__name__} has requires_grad: all of them are frozen")
     half = any(weight.requires_grad and weight.dtype == torch.float16 for weight in model.parameters())
     if args.do_train and half and not (args.deepspeed or args.fsdp):  # which train in a precision of their own
-        raise UserError("--torch_dtype: in float16 small steps are 0, and weights not trained; give float32")
+        raise UserError("--torch_dtype: small updates of float16 weights round to 0: give float32 or bfloat16")
     if not (args.do_train and args.save_safetensors) or isinstance(model, PeftModel):
         return
     declared, names = _get_tied_weight_keys(model) or [], defaultdict[int, list[str]](list)
