@@ -1,4 +1,6 @@
 PYTHON ?= python3
+# Processes that run tests: one for each core is fastest, and each takes some GB of memory.
+JOBS ?= 2
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Whatever is cached stays in this folder: built devices, prepared data, matplotlib's fonts.
@@ -38,10 +40,10 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 test-fast: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow"
 
 # Twenty launches for each backend and signal, where nothing may survive and nothing interrupted be a success; 300 hostile
 # lists of arguments for each backend; 200 endings of several ranks. Each kind of run killed twenty times; full disks.
