@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 import time
 
@@ -80,6 +81,7 @@ class Progress(ProgressCallback):
         self._lines_above_bar = contextlib.ExitStack()
         self._first: tuple[float, int] | None = None  # when the first step of this process was over, and its number
         self._batches, self._evaluated, self._said = 0, 0.0, 0.0
+        self._lost = False
 
     def on_train_end(self, *args, **kwargs):
         """Training is over, however it has ended: what is printed now begins a line of its own."""
@@ -126,6 +128,14 @@ class Progress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not (self._training and state.is_world_process_zero and logs) or "train_runtime" in logs:
             return
+        if not (self._lost or math.isfinite(logs.get("loss", 0.0))):
+            self._lost = True
+            logger.warning(
+                "the loss is %s at step %d, which usually ruins the weights: start anew, or resume from an older "
+                "checkpoint, with a lower --learning_rate, and see that the weights of the model are numbers",
+                logs["loss"],
+                state.global_step,
+            )
         if "loss" not in logs:
             super().on_evaluate(args, state, control, **kwargs)  # its bar would stay among the lines
         elif self.training_bar is not None:

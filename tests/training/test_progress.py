@@ -1,6 +1,7 @@
 """What a run says about itself while it goes on, and at its end: on a terminal, and elsewhere."""
 
 import logging
+import math
 import re
 from types import SimpleNamespace
 
@@ -79,6 +80,17 @@ def test_time_left_is_that_of_this_process(monkeypatch, caplog):
         "step 41/100: loss 3, learning_rate 0.0001",
         "step 51/100: loss 2, learning_rate 0.0001, aux_loss 0.5, 12,346 tokens/s, 01:38 left",
     ]
+
+
+def test_a_loss_that_is_no_number_is_warned_of_once(caplog):
+    caplog.set_level(logging.WARNING, "gaudi_lm")
+    callback = progress.Progress(bars=False)
+    callback.on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=0), None)
+    for step, loss in enumerate([3.0, math.nan, math.inf], 1):
+        on_log(callback, step, loss=loss, learning_rate=1e-4)
+    on_log(callback, 4, eval_loss=1.0)
+    (message,) = caplog.messages
+    assert message.startswith("the loss is nan at step 2,") and "--learning_rate" in message
 
 
 def test_early_stopping_looks_at_the_set_of_its_metric(caplog):
