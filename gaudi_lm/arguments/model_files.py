@@ -152,10 +152,10 @@ def first_line(error: BaseException) -> str:
 
 
 def check_config(flag: str, name: str, config: PretrainedConfig) -> None:
-    """Refuse sizes that no model has, and a quantization whose package is missing.
+    """Refuse sizes that no model has, texts in place of numbers, and a quantization whose package is missing.
 
     Raises:
-        UserError: the size or the package.
+        UserError: the size, the text or the package.
     """
     for size in _SIZES:
         value = getattr(config, size, None)
@@ -164,6 +164,11 @@ def check_config(flag: str, name: str, config: PretrainedConfig) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
             own = config.attribute_map.get(size, size)
             raise UserError(f"{flag} {name}: {own} is {value!r}; it must be a whole number from 1 on")
+    for key, default in _defaults(config).items():
+        value = getattr(config, key, None)
+        if isinstance(value, str) and isinstance(default, (int, float)):  # a bool too: "false" would be true
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise UserError(f"{flag} {name}: {key} is the text {value!r}; it must be {kind}, without quotes")
     quantization = getattr(config, "quantization_config", None)
     if not quantization:
         return
@@ -180,3 +185,11 @@ def check_config(flag: str, name: str, config: PretrainedConfig) -> None:
     elif method not in AUTO_QUANTIZER_MAPPING:
         known = sorted(AUTO_QUANTIZER_MAPPING)
         raise UserError(f"{flag} {name}: quantized by {method}, which is {unknown(str(method), known)}")
+
+
+def _defaults(config: PretrainedConfig) -> dict:
+    """Of the type of a configuration; nothing where there is none without arguments."""
+    try:
+        return type(config)().to_dict()
+    except Exception:  # configurations of others' code fail with errors of any kind
+        return {}

@@ -145,6 +145,12 @@ DAMAGE = {
     "heads zero": (config(n_head=0), ["n_head is 0"]),
     "heads three": (config(n_head=3), ["divisible"]),
     "vocabulary endless": (config(vocab_size=10**12), ["vocab_size is 1000000000000"]),
+    "positions a text": (config(n_positions="128"), ["n_positions is the text '128'", "a number"]),
+    "epsilon a text": (config(layer_norm_epsilon="1e-5"), ["layer_norm_epsilon is the text '1e-5'", "a number"]),
+    "switch a text": (
+        config(tie_word_embeddings="false"),
+        ["tie_word_embeddings is the text 'false'", "true or false"],
+    ),
     "positions negative": (config(n_positions=-5), ["--model_name_or_path", "negative"]),
     "wider than its weights": (config(n_embd=64), ["sizes in the configuration", "size mismatch"]),
     "activation unknown": (config(activation_function="nonsense"), ["nonsense"]),
