@@ -275,9 +275,9 @@ def length_limit(
     if wanted is not None and wanted < 1:
         raise UserError(f"{flag} {wanted}: it must be at least 1")
     limit = tokenizer.model_max_length
-    if not isinstance(limit, (int, float)) or limit < 1:
+    if not (isinstance(limit, (int, float)) and limit >= 1):
         raise UserError(f"the tokenizer's model_max_length is {limit!r}: it must be a number from 1 on")
-    limits = {"the tokenizer's limit": int(limit)}
+    limits = {"the tokenizer's limit": int(min(limit, 1e30))}  # an infinity too
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         first = architecture_of(config).position_of_first_token(config)  # RoBERTa's is after the padding index

@@ -1,6 +1,7 @@
 """Damaged and foreign models: one line that names the file, exit code 2, before anything is written."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -126,6 +127,7 @@ DAMAGE = {
     "configuration missing": (lambda folder: (folder / "config.json").unlink(), ["there is no config.json"]),
     "GGUF": (gguf, ["there is no config.json", "tiny.gguf is not read"]),
     "length of texts a text": (longest_text("128"), ["model_max_length is '128'"]),
+    "length of texts no number": (longest_text(math.nan), ["model_max_length is nan"]),
     "length of texts zero": (longest_text(0), ["model_max_length is 0"]),
     "tokenizer cut": (content("tokenizer.json", 0.5), ["tokenizer.json is cut or damaged"]),
     "tokenizer empty": (content("tokenizer.json", b""), ["tokenizer.json is cut or damaged"]),
