@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_utils import is_fsdp_enabled
@@ -13,6 +14,26 @@ from gaudi_lm.errors import UserError
 logger = logging.getLogger("gaudi_lm")
 
 _OF_SAMPLING = {"epsilon_cutoff", "eta_cutoff", "min_p", "temperature", "top_k", "top_p", "typical_p"}
+
+
+def load_weights(auto_class: Any, name: str, **options) -> PreTrainedModel:
+    """The model of ``from_pretrained``, checked.
+
+    A class may have one of its own, which returns the model alone, or adds to it: that is not asked what is missing.
+
+    Raises:
+        UserError: see :func:`check_weights_of_files`.
+    """
+    config, trusted = options["config"], options["trust_remote_code"]
+    kinds = getattr(auto_class, "_model_mapping", {}).get(type(config), auto_class)
+    kinds, usual = kinds if isinstance(kinds, tuple) else (kinds,), vars(PreTrainedModel)["from_pretrained"].__func__
+    own = trusted and auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+    if own or any(kind.from_pretrained.__func__ is not usual for kind in kinds):
+        model, found = auto_class.from_pretrained(name, **options), {}
+    else:
+        model, found = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    check_weights_of_files(model, name, found.get("missing_keys", []))
+    return model
 
 
 def check_weights_of_files(model: PreTrainedModel, name: str, missing: list[str]) -> None:

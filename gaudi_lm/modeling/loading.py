@@ -27,7 +27,7 @@ from gaudi_lm.errors import UserError, nearest
 from gaudi_lm.modeling.activations import fuse_activations
 from gaudi_lm.modeling.attention import check_attention, choose_attention, hand_over_flags
 from gaudi_lm.modeling.embeddings import enlarge_embeddings
-from gaudi_lm.modeling.loaded import check_weights_of_files, repair_generation_config
+from gaudi_lm.modeling.loaded import load_weights, repair_generation_config
 from gaudi_lm.modeling.patches import restore_own_model
 
 logger = logging.getLogger("gaudi_lm")
@@ -206,10 +206,8 @@ def load_model(
     def make(**options) -> PreTrainedModel:
         if name and not training_args.dry_run:
             low = model_args.low_cpu_mem_usage or "device_map" in options
-            options |= {"low_cpu_mem_usage": low, "output_loading_info": True, **hub_options}
-            model, found = auto_class.from_pretrained(name, config=config, **options)
-            check_weights_of_files(model, name, found["missing_keys"])
-            return model
+            options |= {"config": config, "low_cpu_mem_usage": low, **hub_options}
+            return load_weights(auto_class, name, **options)
         if options["torch_dtype"] == "auto":
             options["torch_dtype"] = config.torch_dtype if name else None
         made_on = torch.device("meta") if training_args.dry_run else nullcontext()

@@ -98,3 +98,36 @@ def test_what_could_not_be_saved_or_adapted_is_refused_before_training(assets, i
     ]  # fmt: skip
     message = "derive it from GenerationMixin as well"
     check_refused("run_lora_clm.py", {"it": (tuned, message)}, more, tmp_path, tmp_path / "output")
+
+
+LOADING = {
+    "alone": """
+    @classmethod
+    def from_pretrained(cls, name, *inputs, config=None, **kwargs):
+        model = cls(config)
+        model.load_state_dict(load_file(f"{name}/model.safetensors"), strict=False)
+        return model
+""",
+    "added to": """
+    @classmethod
+    def from_pretrained(cls, name, *inputs, **kwargs):
+        model = super().from_pretrained(name, *inputs, **kwargs)
+        model.width = model.embedding.embedding_dim
+        return model
+""",
+}
+
+
+@pytest.mark.slow
+def test_a_class_may_load_its_weights_by_itself(assets, tmp_path):
+    flags = ["--do_train", "--max_steps", "1", "--use_cpu", "--learning_rate", "0"]
+    flags += ["--tokenizer_name", assets.tokenizer, "--train_file", assets.train, "--block_size", "32"]
+    run("run_clm.py", *write(tmp_path / "new"), *flags, "--output_dir", tmp_path / "saved")
+    whole = (tmp_path / "saved/model.safetensors").read_bytes()
+    code = tmp_path / "saved/modeling_own.py"
+    first = "from safetensors.torch import load_file\n" + code.read_text()
+    for name, method in LOADING.items():
+        code.write_text(first.replace("    def forward", method.lstrip("\n") + "\n    def forward"))
+        trusted = ["--model_name_or_path", tmp_path / "saved", "--trust_remote_code"]
+        run("run_clm.py", *trusted, *flags, "--output_dir", tmp_path / name)
+        assert (tmp_path / name / "model.safetensors").read_bytes() == whole
