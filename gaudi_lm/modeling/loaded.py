@@ -49,7 +49,7 @@ def check_weights_of_files(model: PreTrainedModel, name: str, missing: list[str]
     flag = f"--model_name_or_path {name}:"
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{flag} an adapter, not a model: name its base model, and this by --adapter_name_or_path")
-    weights = dict(model.named_parameters())
+    weights, quantized = dict(model.named_parameters()), getattr(model.config, "quantization_config", None)
     if weights.keys() <= set(missing):
         raise UserError(
             f"{flag} its files have no weight of {type(model).__name__}; one is named {min(weights)} in the model"
@@ -57,7 +57,7 @@ def check_weights_of_files(model: PreTrainedModel, name: str, missing: list[str]
     for key, weight in weights.items():
         if weight.is_meta and not is_fsdp_enabled():  # whose other ranks are sent theirs
             raise UserError(f"{flag} {key} is in none of the files, though their index names it")
-        if weight.is_floating_point() and weight.dtype.itemsize == 1:
+        if weight.is_floating_point() and weight.dtype.itemsize == 1 and not quantized:
             raise UserError(f"{flag} {key} is {weight.dtype}, and no quantization_config says what it stands for")
 
 

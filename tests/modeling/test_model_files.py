@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from gaudi_lm.arguments.model_files import check_model_folders
 from gaudi_lm.errors import UserError
+from gaudi_lm.modeling.loaded import check_weights_of_files
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
@@ -273,3 +274,15 @@ def test_weights_in_float16_are_not_trained(assets, tmp_path):
     found = run_many("run_clm.py", {flag: [*flags, flag] for flag in ("--do_train", "--do_eval")}, tmp_path)
     assert found["--do_train"][0] == 2 and "give float32" in found["--do_train"][1].splitlines()[-1]
     assert found["--do_eval"][0] == 0
+
+
+def test_weights_in_fp8_belong_to_a_quantized_model(assets):
+    """As those of compressed-tensors, which keeps the scales beside them."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(assets.gpt2, torch_dtype="auto")
+    model.transformer.wpe.to(torch.float8_e4m3fn)
+    with pytest.raises(UserError, match="transformer.wpe.weight is torch.float8_e4m3fn, and no quantization_config"):
+        check_weights_of_files(model, "model", [])
+    model.config.quantization_config = {"quant_method": "compressed-tensors"}
+    check_weights_of_files(model, "model", [])
