@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_utils import is_fsdp_enabled
 
 from gaudi_lm.errors import UserError
@@ -64,7 +65,8 @@ def check_weights_of_files(model: PreTrainedModel, name: str, missing: list[str]
 def repair_generation_config(model: PreTrainedModel) -> None:
     """Make a generation configuration one that can be saved: settings of sampling let it sample, idle ones go.
 
-    Released models have such ones: transformers 4.55 loads them, and raises when the first checkpoint is written.
+    Released models have such ones: transformers 4.55 loads them, and raises when the first checkpoint is written. A
+    temperature of 0 and other ways to generate, such as beams, say that no sampling is meant.
 
     Raises:
         ValueError: it cannot be saved for another reason.
@@ -76,7 +78,8 @@ def repair_generation_config(model: PreTrainedModel) -> None:
         setattr(settings, name, value)
         setattr(model.config, name, None)
     idle = _idle_settings(settings)
-    if sampling := sorted(idle & _OF_SAMPLING):
+    greedy = settings.temperature != 0 and settings.get_generation_mode() == GenerationMode.GREEDY_SEARCH
+    if greedy and (sampling := sorted(idle & _OF_SAMPLING)):
         settings.do_sample = True
         logger.info("generation configuration: do_sample is set to true, for %s", ", ".join(sampling))
         idle = _idle_settings(settings)

@@ -5,15 +5,17 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from running import run, run_many
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, PretrainedConfig
 
 from gaudi_lm.arguments.model_files import check_model_folders
 from gaudi_lm.errors import UserError
-from gaudi_lm.modeling.loaded import check_weights_of_files
+from gaudi_lm.modeling.loaded import check_weights_of_files, repair_generation_config
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
@@ -286,3 +288,24 @@ def test_weights_in_fp8_belong_to_a_quantized_model(assets):
         check_weights_of_files(model, "model", [])
     model.config.quantization_config = {"quant_method": "compressed-tensors"}
     check_weights_of_files(model, "model", [])
+
+
+@pytest.mark.parametrize(
+    ("loaded", "repaired"),
+    [
+        ({"temperature": 0.9, "top_k": 10}, {"temperature": 0.9, "top_k": 10, "do_sample": True}),
+        ({"temperature": 0.0, "top_p": 0.5, "do_sample": False}, {}),  # generate() refuses to sample with 0
+        ({"num_beams": 4, "temperature": 0.7}, {"num_beams": 4}),
+        ({"penalty_alpha": 0.6, "top_k": 4, "temperature": 0.7}, {"penalty_alpha": 0.6, "top_k": 4}),
+        (
+            {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "temperature": 0.7},
+            {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        ),
+    ],
+)
+def test_a_generation_configuration_is_repaired_to_what_it_means(loaded, repaired):
+    model = SimpleNamespace(generation_config=GenerationConfig(**loaded), config=PretrainedConfig())
+    repair_generation_config(model)
+    found = model.generation_config.to_diff_dict()
+    found.pop("transformers_version")
+    assert found == repaired
