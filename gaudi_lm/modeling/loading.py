@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from gaudi_lm.architectures import PADDING, architecture_of, make_causal
 from gaudi_lm.arguments.definitions import LMTrainingArguments, ModelArguments
@@ -273,9 +274,9 @@ def length_limit(
     if wanted is not None and wanted < 1:
         raise UserError(f"{flag} {wanted}: it must be at least 1")
     limit = tokenizer.model_max_length
-    if not (isinstance(limit, (int, float)) and limit >= 1):
+    if not isinstance(limit, (int, float)) or not limit >= 1:
         raise UserError(f"the tokenizer's model_max_length is {limit!r}: it must be a number from 1 on")
-    limits = {"the tokenizer's limit": int(min(limit, 1e30))}  # an infinity too
+    limits = {"the tokenizer's limit": int(min(limit, VERY_LARGE_INTEGER))}  # JSON's Infinity is no int
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         first = architecture_of(config).position_of_first_token(config)  # RoBERTa's is after the padding index

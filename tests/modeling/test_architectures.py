@@ -49,6 +49,17 @@ def test_the_default_length_is_the_longest_that_the_model_takes(model_type, pad_
                 model(input_ids=input_ids)
 
 
+def test_a_tokenizer_without_a_limit_may_say_so_by_infinity():
+    """Which Python's JSON writes and reads."""
+    tokenizer = SimpleNamespace(model_max_length=float("inf"))
+    config = SimpleNamespace(model_type="bloom")
+    assert length_limit("--block_size", None, tokenizer, config, default=40) == 40
+    assert length_limit("--block_size", 64, tokenizer, config) == 64
+    tokenizer.model_max_length = float("nan")
+    with pytest.raises(UserError, match="model_max_length is nan"):
+        length_limit("--block_size", None, tokenizer, config)
+
+
 @pytest.mark.parametrize("model_type", [name for name, row in ARCHITECTURES.items() if row.first_position])
 def test_positions_start_where_the_row_says(model_type):
     model = make_model(model_type, 3)
