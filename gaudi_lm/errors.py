@@ -84,8 +84,10 @@ def print_line(text: str) -> None:
 def print_once(text: str) -> None:
     """:func:`print_line`, from one alone of the ranks on a host that have the same to say before they end.
 
-    The others return when it has been printed: at the end of one rank, a backend kills those that still print.
+    The others return when it has been printed: at the end of one rank, a backend kills those that still print. What a
+    rank starts, one process after another, may have the same to say again, and prints it.
     """
+    rank = f"rank {os.environ.get('RANK', '')}"
     name = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
     mark = Path(os.environ.get(SAID_VARIABLE) or os.devnull, name)
     try:
@@ -94,14 +96,16 @@ def print_once(text: str) -> None:
         end = time.monotonic() + 2.0
         with suppress(FileNotFoundError):  # the job is over
             while time.monotonic() < end:
-                if mark.stat().st_size:
+                if said := mark.read_text():
+                    if said == rank:
+                        break
                     return
                 time.sleep(0.02)
     except OSError:  # no folder
         pass
     print_line(text)
     with suppress(OSError):
-        mark.write_text("printed")
+        mark.write_text(rank)
 
 
 def warn(message: str) -> None:

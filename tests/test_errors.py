@@ -7,9 +7,19 @@ from gaudi_lm import errors
 
 def test_ranks_of_a_host_print_once_what_they_all_have_to_say(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(errors.SAID_VARIABLE, str(tmp_path))
-    for text in ("error: a", "error: b", "error: a"):
+    for rank, text in enumerate(("error: a", "error: b", "error: a")):
+        monkeypatch.setenv("RANK", str(rank))
         errors.print_once(text)
     assert capsys.readouterr().err == "error: a\nerror: b\n"
+
+
+def test_what_a_rank_starts_twice_prints_twice(tmp_path, monkeypatch, capsys):
+    """As a script that runs training after training, each in a process that inherits the variable."""
+    monkeypatch.setenv(errors.SAID_VARIABLE, str(tmp_path))
+    for rank in (0, 0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        errors.print_once("error: a")
+    assert capsys.readouterr().err == "error: a\nerror: a\n"
 
 
 def test_a_rank_that_was_killed_before_it_printed_is_stood_in_for(tmp_path, monkeypatch, capsys):
