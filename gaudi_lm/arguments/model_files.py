@@ -16,7 +16,8 @@ from gaudi_lm.errors import UserError, unknown
 logger = logging.getLogger("gaudi_lm")
 
 _SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt")
-_INDICES = (".safetensors.index.json", ".bin.index.json")
+# The first of them that is there is what from_pretrained loads.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _LFS_POINTER = b"version https://git-lfs"
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What loading weights in these formats imports.
@@ -37,12 +38,18 @@ _QUANTIZERS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-def damage(folder: Path) -> str | None:
+def damage(folder: Path, weights: bool = True) -> str | None:
     """What is wrong with the first damaged file of a model or an adapter, in a few words; None where nothing is.
 
     Of weights only the headers are read, and whether the files are as long as those say.
+
+    Args:
+        weights: they are looked at too: not where a tokenizer or a configuration is all that is wanted.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
+    index = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if not weights:
+        files = [path for path in files if path.suffix not in (".safetensors", ".bin") and ".index." not in path.name]
     small = (path for path in files if path.stat().st_size < 1024 and path.suffix in _SUFFIXES)
     for path in small:
         if path.read_bytes().startswith(_LFS_POINTER):
@@ -61,7 +68,7 @@ def damage(folder: Path) -> str | None:
                 return f"{path.name} is not valid JSON: {error}"
             if not isinstance(content, dict):
                 return f"{path.name} holds a {type(content).__name__}, not a mapping"
-            if not path.name.endswith(_INDICES):
+            if path.name != index:  # that of weights in another format, which need not be there
                 continue
             parts = content.get("weight_map")
             if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
@@ -85,7 +92,9 @@ def check_model_folders(values: dict) -> None:
     """
     for flag in ("model_name_or_path", "config_name", "tokenizer_name", "adapter_name_or_path"):
         name = values.get(flag)
-        if name and Path(name).is_dir() and (found := damage(Path(name)) or _no_model(flag, Path(name), values)):
+        folder = Path(name) if name and Path(name).is_dir() else None
+        weights = flag in ("model_name_or_path", "adapter_name_or_path")
+        if folder and (found := damage(folder, weights) or _no_model(flag, folder, values)):
             raise UserError(f"--{flag} {name}: {found}")
         if name and flag != "config_name" and Path(name).is_file():
             gguf = ": GGUF is not read, convert it to safetensors" if name.endswith(".gguf") else ""

@@ -238,6 +238,20 @@ def test_a_file_is_no_folder_of_a_model(tmp_path):
     check_model_folders({"config_name": str(file)})
 
 
+def test_weights_that_are_not_loaded_need_not_be_there(assets, tmp_path):
+    """As after `hf download --exclude "*.bin"`, which leaves the index, or of the JSON files alone."""
+    index = json.dumps({"metadata": {}, "weight_map": {"a": "pytorch_model-00001-of-00002.bin"}})
+    for name in ("both", "pickled", "json"):
+        shutil.copytree(assets.gpt2, tmp_path / name)
+        (tmp_path / name / "pytorch_model.bin.index.json").write_text(index)
+    check_model_folders({"model_name_or_path": str(tmp_path / "both")})
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="pytorch_model-00001-of-00002.bin is missing"):
+        check_model_folders({"model_name_or_path": str(tmp_path / "pickled")})
+    (tmp_path / "json" / "model.safetensors").write_bytes(POINTER)
+    check_model_folders(dict.fromkeys(("config_name", "tokenizer_name"), str(tmp_path / "json")))
+
+
 @pytest.mark.slow
 def test_a_path_that_names_a_type_makes_no_configuration(assets, tmp_path):
     shutil.copytree(assets.gpt2, tmp_path / "gpt2")
