@@ -133,7 +133,7 @@ def check_weights(model: PreTrainedModel | PeftModel, args) -> None:
     if args.do_train and not any(weight.requires_grad for weight in model.parameters()):
         raise UserError(f"--do_train: no weight of {type(model).__name__} has requires_grad: all of them are frozen")
     half = any(weight.requires_grad and weight.dtype == torch.float16 for weight in model.parameters())
-    if args.do_train and half and not (args.deepspeed or args.fsdp):  # which train in a precision of their own
+    if args.do_train and half and not args.deepspeed:  # which trains copies in float32; FSDP on a card does not
         raise UserError("--torch_dtype: small updates of float16 weights round to 0: give float32 or bfloat16")
     if not (args.do_train and args.save_safetensors) or isinstance(model, PeftModel):
         return

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from gaudi_lm.arguments.model_files import check_model_folders
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.loaded import check_weights_of_files, repair_generation_config
+from gaudi_lm.training.custom_parts import check_weights
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
@@ -279,6 +280,18 @@ def test_what_could_not_be_saved_of_a_generation_configuration(assets, instructi
     for folder in (tmp_path / "out", tmp_path / "tuned" / "merged"):
         saved = json.loads((folder / "generation_config.json").read_text())
         assert (saved["temperature"], saved["do_sample"]) == (0.9, True) and "early_stopping" not in saved
+
+
+def test_weights_in_float16_are_trained_by_deepspeed_alone(assets):
+    """By FSDP on a card they are not, with --bf16 neither: optimum-habana leaves them in float16."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(assets.gpt2, torch_dtype="float16")
+    args = SimpleNamespace(do_train=True, save_safetensors=True, deepspeed=None, fsdp="full_shard")
+    with pytest.raises(UserError, match="float16 weights round to 0"):
+        check_weights(model, args)
+    args.deepspeed = "zero_2.json"
+    check_weights(model, args)
 
 
 @pytest.mark.slow
