@@ -5,6 +5,7 @@ Written against huggingface_hub 0.36: creation of repositories and branches, the
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -116,5 +117,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(ConnectionError):  # of a run that was ended meanwhile
+            self.end_headers()
+            self.wfile.write(data)
