@@ -93,8 +93,8 @@ def check_model_folders(values: dict) -> None:
     for flag in ("model_name_or_path", "config_name", "tokenizer_name", "adapter_name_or_path"):
         name = values.get(flag)
         folder = Path(name) if name and Path(name).is_dir() else None
-        weights = flag in ("model_name_or_path", "adapter_name_or_path")
-        if folder and (found := damage(folder, weights) or _no_model(flag, folder, values)):
+        loaded = {"adapter_name_or_path"} if values.get("dry_run") else {"adapter_name_or_path", "model_name_or_path"}
+        if folder and (found := damage(folder, flag in loaded) or _no_model(flag, folder, values)):
             raise UserError(f"--{flag} {name}: {found}")
         if name and flag != "config_name" and Path(name).is_file():
             gguf = ": GGUF is not read, convert it to safetensors" if name.endswith(".gguf") else ""

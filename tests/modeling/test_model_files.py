@@ -250,6 +250,7 @@ def test_weights_that_are_not_loaded_need_not_be_there(assets, tmp_path):
     with pytest.raises(UserError, match="pytorch_model-00001-of-00002.bin is missing"):
         check_model_folders({"model_name_or_path": str(tmp_path / "pickled")})
     (tmp_path / "json" / "model.safetensors").write_bytes(POINTER)
+    check_model_folders({"model_name_or_path": str(tmp_path / "pickled"), "dry_run": True})
     check_model_folders(dict.fromkeys(("config_name", "tokenizer_name"), str(tmp_path / "json")))
 
 
