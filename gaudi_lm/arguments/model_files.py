@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from argparse import ArgumentTypeError
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import PretrainedConfig
 
 from gaudi_lm.arguments.optional_packages import require
+from gaudi_lm.device import parse_bool
 from gaudi_lm.errors import UserError, unknown
 
 logger = logging.getLogger("gaudi_lm")
@@ -161,7 +164,7 @@ def first_line(error: BaseException) -> str:
 
 
 def check_config(flag: str, name: str, config: PretrainedConfig) -> None:
-    """Refuse sizes that no model has, texts in place of numbers, and a quantization whose package is missing.
+    """Refuse sizes that no model has, numbers and switches in quotes, and a quantization whose package is missing.
 
     Raises:
         UserError: the size, the text or the package.
@@ -175,7 +178,7 @@ def check_config(flag: str, name: str, config: PretrainedConfig) -> None:
             raise UserError(f"{flag} {name}: {own} is {value!r}; it must be a whole number from 1 on")
     for key, default in _defaults(config).items():
         value = getattr(config, key, None)
-        if isinstance(value, str) and isinstance(default, (int, float)):  # a bool too: "false" would be true
+        if isinstance(value, str) and isinstance(default, (int, float)) and _in_quotes(value):  # a bool is an int
             kind = "true or false" if isinstance(default, bool) else "a number"
             raise UserError(f"{flag} {name}: {key} is the text {value!r}; it must be {kind}, without quotes")
     quantization = getattr(config, "quantization_config", None)
@@ -194,6 +197,15 @@ def check_config(flag: str, name: str, config: PretrainedConfig) -> None:
     elif method not in AUTO_QUANTIZER_MAPPING:
         known = sorted(AUTO_QUANTIZER_MAPPING)
         raise UserError(f"{flag} {name}: quantized by {method}, which is {unknown(str(method), known)}")
+
+
+def _in_quotes(text: str) -> bool:
+    """Whether a text is a number or a switch; types take words beside them, as EXAONE 4 has ``LLLG`` for 4."""
+    for kind in (float, parse_bool):
+        with suppress(ValueError, ArgumentTypeError):
+            kind(text)
+            return True
+    return False
 
 
 def _defaults(config: PretrainedConfig) -> dict:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from running import run, run_many
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import BartConfig, Exaone4Config, GenerationConfig, PretrainedConfig
 
-from gaudi_lm.arguments.model_files import check_model_folders
+from gaudi_lm.arguments.model_files import check_config, check_model_folders
 from gaudi_lm.errors import UserError
 from gaudi_lm.modeling.loaded import check_weights_of_files, repair_generation_config
 from gaudi_lm.training.custom_parts import check_weights
@@ -252,6 +252,18 @@ def test_weights_that_are_not_loaded_need_not_be_there(assets, tmp_path):
     (tmp_path / "json" / "model.safetensors").write_bytes(POINTER)
     check_model_folders({"model_name_or_path": str(tmp_path / "pickled"), "dry_run": True})
     check_model_folders(dict.fromkeys(("config_name", "tokenizer_name"), str(tmp_path / "json")))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Exaone4Config(sliding_window_pattern="LLLG", layer_types=["full_attention"], num_hidden_layers=1),
+        BartConfig(early_stopping="never"),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_words_beside_numbers_and_switches_are_taken(config):
+    check_config("--model_name_or_path", "model", config)
 
 
 @pytest.mark.slow
