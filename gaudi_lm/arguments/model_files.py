@@ -107,18 +107,20 @@ def check_model_folders(values: dict) -> None:
 def _no_model(flag: str, folder: Path, values: dict) -> str | None:
     """Why a folder is no model, or no configuration; None where it is, or need not be.
 
-    Of an adapter, transformers would load the base model and freeze it; where there is no config.json, it would take
-    the defaults of a type whose name is anywhere in the path.
+    Of an adapter, transformers loads the base model as well, and freezes both: that can be evaluated. Where there is
+    no config.json, it would take the defaults of a type whose name is anywhere in the path.
     """
-    adapter = folder / "adapter_config.json"
-    if flag == "model_name_or_path" and adapter.is_file():
-        base = json.loads(adapter.read_bytes()).get("base_model_name_or_path")
-        return (
-            f"adapter_config.json makes it an adapter, not a model: name its base model ({base}), and this folder by "
-            "--adapter_name_or_path of run_lora_clm.py, which also merges the two (--merge_adapter)"
-        )
-    needed = flag == "config_name" or (flag == "model_name_or_path" and not values.get("config_name"))
-    if needed and not (folder / "config.json").is_file():
+    adapter, configured = folder / "adapter_config.json", (folder / "config.json").is_file()
+    if flag == "model_name_or_path":
+        configured = configured or bool(values.get("config_name"))
+        trained = values.get("do_train") or "adapter_name_or_path" in values  # run_lora_clm.py puts another on it
+        if adapter.is_file() and (trained or not configured):
+            base = json.loads(adapter.read_bytes()).get("base_model_name_or_path")
+            return (
+                f"adapter_config.json makes it an adapter, not a model: name its base model ({base}), and this folder "
+                "by --adapter_name_or_path of run_lora_clm.py, which also merges the two (--merge_adapter)"
+            )
+    if flag in ("model_name_or_path", "config_name") and not configured:
         gguf = next((f"; {path.name} is not read: convert it to safetensors" for path in folder.glob("*.gguf")), "")
         return f"there is no config.json{gguf}"
     return None

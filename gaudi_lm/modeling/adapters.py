@@ -167,8 +167,10 @@ def layer_names(model: torch.nn.Module, norms: bool = False) -> list[str]:
     )
 
 
-def _check_generates(model: PreTrainedModel) -> None:
-    """Refuse a model of one's own that peft has no wrapper for: it asks a causal model how it generates."""
+def _check_takes_adapter(model: PreTrainedModel) -> None:
+    """Refuse a model that has one, or that peft has no wrapper for: it asks a causal model how it generates."""
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has loaded the base of an adapter with it
+        raise UserError("--model_name_or_path is an adapter: name its base model, and it by --adapter_name_or_path")
     if not hasattr(model, "prepare_inputs_for_generation"):
         name = type(model).__name__
         raise UserError(f"{name}: adapters are for models that generate: derive it from GenerationMixin as well")
@@ -182,7 +184,7 @@ def add_adapter(
     Raises:
         UserError: a target that matches no layer, or an adapter that the model cannot have.
     """
-    _check_generates(model)
+    _check_takes_adapter(model)
     flag, norms = TARGET_FLAGS[args.peft_type], config.peft_type == "LN_TUNING"
     layers = ", ".join(layer_names(model, norms))
     there = f"the model's {'norms' if norms else 'linear layers'} are {layers}"
@@ -210,7 +212,7 @@ def load_adapter(model: PreTrainedModel, name: str, trainable: bool) -> PeftMode
     Raises:
         UserError: there is no adapter, it was made for another model or vocabulary, or it cannot be trained further.
     """
-    _check_generates(model)
+    _check_takes_adapter(model)
     config = saved_config(name)
     try:
         saved = load_peft_weights(name, device="cpu")

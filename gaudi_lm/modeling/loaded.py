@@ -48,8 +48,6 @@ def check_weights_of_files(model: PreTrainedModel, name: str, missing: list[str]
         UserError: see above.
     """
     flag = f"--model_name_or_path {name}:"
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UserError(f"{flag} an adapter, not a model: name its base model, and this by --adapter_name_or_path")
     weights, quantized = dict(model.named_parameters()), getattr(model.config, "quantization_config", None)
     if weights.keys() <= set(missing):
         raise UserError(

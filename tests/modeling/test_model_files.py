@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from running import run, run_many
+from peft import LoraConfig, get_peft_model
+from running import run, run_many, run_several
 from safetensors.torch import load_file, save_file
-from transformers import BartConfig, Exaone4Config, GenerationConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, BartConfig, Exaone4Config, GenerationConfig, PretrainedConfig
 
 from gaudi_lm.arguments.model_files import check_config, check_model_folders
 from gaudi_lm.errors import UserError
@@ -349,3 +350,35 @@ def test_a_generation_configuration_is_repaired_to_what_it_means(loaded, repaire
     found = model.generation_config.to_diff_dict()
     found.pop("transformers_version")
     assert found == repaired
+
+
+@pytest.mark.slow
+def test_an_adapter_is_evaluated_where_its_configuration_is_given(assets, tmp_path):
+    """By transformers, which loads the base model of it: as the same two merged."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(assets.gpt2),
+        LoraConfig(lora_alpha=2048, init_lora_weights=False, fan_in_fan_out=True),
+    )
+    model.peft_config["default"].base_model_name_or_path = str(assets.gpt2)
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    flags = ["--tokenizer_name", assets.gpt2, "--validation_file", assets.validation, "--use_cpu", "--do_eval"]
+    configured = ["--config_name", assets.gpt2]
+    ends = run_several("run_clm", [
+        ["--model_name_or_path", tmp_path / "adapter", *configured, *flags, "--output_dir", tmp_path / "one"],
+        ["--model_name_or_path", tmp_path / "merged", *flags, "--output_dir", tmp_path / "other"],
+        ["--model_name_or_path", assets.gpt2, *flags, "--output_dir", tmp_path / "base"],
+    ])  # fmt: skip
+    assert [end.status for end in ends] == [0] * 3, [end.log[-2000:] for end in ends]
+    adapted, merged, base = (end.metrics["eval_loss"] for end in ends)
+    assert adapted == pytest.approx(merged, rel=1e-5) and adapted != pytest.approx(base, rel=1e-3)
+    more = [
+        "--train_file",
+        assets.train,
+        "--output_dir",
+        tmp_path / "out",
+        "--model_name_or_path",
+        tmp_path / "adapter",
+    ]
+    (end,) = run_several("run_lora_clm", [[*more, *configured, *flags]])
+    assert end.status == 2 and "makes it an adapter" in end.log.splitlines()[-1], end.log
