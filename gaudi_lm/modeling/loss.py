@@ -31,8 +31,16 @@ from gaudi_lm.modeling.patches import ignore_missing_mask, repair_router_loss
 OPTIONAL = ("attention_mask", "cache_position", "return_dict", "token_type_ids", "use_cache")
 
 
-class _NoLogits(UserError, AttributeError):
-    """As an attribute that is not there is looked for, it must be an AttributeError too."""
+class _NoLogits(UserError, AttributeError, KeyError):
+    """As an attribute or a key that is not there is looked for, it must be such an error too."""
+
+    def __init__(self):
+        super().__init__(
+            "outputs.logits: a model that is given labels makes its loss without; take the labels out of the inputs "
+            "first, or give build_trainer a loss_func"
+        )
+
+    __str__ = Exception.__str__  # a KeyError quotes its message
 
 
 @dataclass
@@ -55,11 +63,17 @@ class TokenLossOutput(ModelOutput):
 
     def __getattr__(self, name: str):
         if name == "logits":
-            raise _NoLogits(
-                "outputs.logits: a model that is given labels makes its loss without; take the labels out of the "
-                "inputs first, or give build_trainer a loss_func"
-            )
+            raise _NoLogits
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __getitem__(self, name):
+        if name == "logits":
+            raise _NoLogits
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        # Examples of a `compute_loss` ask so, and would go on with None.
+        return self[name] if name == "logits" or name in self else default
 
 
 def install_token_loss(

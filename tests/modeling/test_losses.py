@@ -449,6 +449,20 @@ def test_accelerate_wraps_and_unwraps_it():
     assert torch.equal(plain(**batch).loss, wanted)
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [lambda outputs: outputs.logits, lambda outputs: outputs["logits"], lambda outputs: outputs.get("logits")],
+    ids=["attribute", "key", "get"],
+)
+def test_logits_that_are_not_there_are_a_user_error(ask):
+    """Each way in which a `compute_loss` asks for them; the last would be None, and a traceback further on."""
+    outputs = tiny_model_with_loss("gpt2")(**make_batch("causal"))
+    with pytest.raises(UserError, match="^outputs.logits: .* take the labels out of the inputs first"):
+        ask(outputs)
+    assert not hasattr(outputs, "logits") and "logits" not in outputs
+    assert outputs.get("loss") is outputs["loss"] is outputs[0] and outputs.get("hidden_states", 3) == 3
+
+
 def _fsdp(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     return tiny_model("gpt2"), "FSDP"
