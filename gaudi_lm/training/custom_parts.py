@@ -159,12 +159,24 @@ def own_figures(compute_metrics: Callable, predictions, labels) -> dict[str, Any
     """
     last = {"compute_result": True} if "compute_result" in inspect.signature(compute_metrics).parameters else {}
     figures = compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels), **last)
+    return as_json(figures, "compute_metrics returns")
+
+
+def as_json(figures: dict, what: str) -> dict[str, Any]:
+    """Figures as the files of a run have them: numbers of NumPy and of tensors as those of Python, arrays as lists.
+
+    Args:
+        what: makes or takes them, for the message.
+
+    Raises:
+        UserError: they are no dict, or nothing that a file can hold.
+    """
     if not isinstance(figures, dict):
-        raise UserError(f"compute_metrics returns a dict of figures by name, not {figures!r:.80}")
+        raise UserError(f"{what} a dict of figures by name, not {figures!r:.80}")
     try:
         return json.loads(json.dumps(denumpify_detensorize(figures), default=lambda value: value.tolist()))
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"compute_metrics returns figures that JSON can hold, not {figures!r:.80}: {error}") from error
+        raise UserError(f"{what} figures that JSON can hold, not {figures!r:.80}: {error}") from error
 
 
 def returning_loss(compute_loss: Callable, name: str) -> Callable:

@@ -20,6 +20,7 @@ from gaudi_lm.modeling.patches import patch_libraries
 from gaudi_lm.optimum_imports import answers_without_pip
 from gaudi_lm.training.agreement import gather
 from gaudi_lm.training.checkpoints import STATE
+from gaudi_lm.training.custom_parts import as_json
 from gaudi_lm.training.device_metrics import DEVICE_FIGURES
 from gaudi_lm.training.metrics import save_loss_curve
 from gaudi_lm.training.model_card import write_model_card
@@ -94,7 +95,7 @@ def report(trainer: LMTrainer, split: str, metrics: dict[str, float]) -> None:
     """
     if split == "train" and hasattr(trainer.train_dataset, "__len__"):
         metrics["train_samples"] = len(trainer.train_dataset)
-    metrics.update(trainer.device_metrics.figures())
+    metrics.update(as_json(metrics, "report takes") | trainer.device_metrics.figures())
     metrics.update(highest_of_ranks(metrics))
     trainer.results.update(metrics)
     if split != "train" or not trainer.args.do_eval:

@@ -197,7 +197,7 @@ class LMTrainer(EvaluatingTrainer):
         if self.control.should_evaluate or self.control.should_save:
             self.throughput.pause()
         if self.control.should_evaluate:
-            metrics = self._evaluate(trial, ignore_keys_for_eval)
+            metrics = custom_parts.as_json(self._evaluate(trial, ignore_keys_for_eval), "evaluate returns")
             is_best = self._determine_best_metric(metrics=metrics, trial=trial)
             if self.args.save_strategy == SaveStrategy.BEST:
                 self.control.should_save = self.control.should_save or is_best
@@ -211,6 +211,7 @@ class LMTrainer(EvaluatingTrainer):
             for name in ("loss", "samples_per_second", "steps_per_second", "tokens_per_second"):
                 logs.pop(f"train_{name}", None)
             logs.update(self.throughput.figures("train") | self.training_loss.result())
+        logs.update(custom_parts.as_json(logs, "trainer.log takes"))  # or the next checkpoint could not be written
         # Not GaudiTrainer's own, which adds the memory of the card a second time, in names of its own.
         super(GaudiTrainer, self).log(logs, start_time)
 

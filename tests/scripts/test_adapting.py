@@ -567,6 +567,46 @@ class MyTrainer(LMTrainer):
     assert state["best_metric"] == pytest.approx(results(tmp_path / "out")["eval_loss"] / 0.6931)
 
 
+FIGURES = """from transformers import TrainerCallback
+
+from gaudi_lm.training.trainer import LMTrainer, build_trainer
+
+
+class MyTrainer(LMTrainer):
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.log({"of_the_batch": loss, "bits": np.float32(0.5), "each": torch.ones(2)})
+        return loss
+
+    def evaluate(self, *args, **kwargs):
+        return super().evaluate(*args, **kwargs) | {"eval_half": np.float32(0.5)}
+
+
+class MyCallback(TrainerCallback):
+    def on_evaluate(self, *args, metrics, **kwargs):
+        metrics["eval_distinct"] = torch.tensor(3)
+"""
+
+
+@pytest.mark.slow
+def test_figures_that_are_tensors_or_of_numpy(assets, tmp_path):
+    """They are numbers in the files, of a checkpoint too: transformers' Trainer fails on them when it saves."""
+    script = copy_elsewhere("run_clm.py", tmp_path / "mine")
+    text = script.read_text().replace("from gaudi_lm.training.trainer import build_trainer\n", FIGURES)
+    parts = "trainer_class=MyTrainer,\n        callbacks=[MyCallback],\n"
+    script.write_text(text.replace("        collate_blocks,\n", f"        collate_blocks,\n        {parts}"))
+    best = ["--metric_for_best_model", "half", "--eval_strategy", "steps", "--eval_steps", 2, "--save_steps", 2]
+    flags = scratch(assets, tmp_path / "out", *EVALUATE, *best, "--load_best_model_at_end")
+    run(script, *flags)
+    logged = next(row for row in log_history(tmp_path / "out") if "bits" in row)
+    assert logged["bits"] == 0.5 and logged["each"] == [1, 1] and logged["of_the_batch"] > 1
+    figures = results(tmp_path / "out")
+    assert figures["eval_half"] == 0.5 and figures["eval_distinct"] == 3
+    script.write_text(script.read_text().replace('"each": torch.ones(2)', '"each": object()'))
+    stopped = run(script, *flags, "--overwrite_output_dir", code=2)
+    assert "error: trainer.log takes figures that JSON can hold, not {" in stopped.stderr
+
+
 @pytest.mark.slow
 def test_callbacks(assets, tmp_path):
     script = adapted(tmp_path / "mine", "EarlyStoppingCallback")
