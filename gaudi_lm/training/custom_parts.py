@@ -10,6 +10,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -201,11 +202,23 @@ def returning_loss(compute_loss: Callable, name: str) -> Callable:
     return compute
 
 
+def _function_of(called: Any) -> FunctionType | None:
+    """What runs where this is called: a function, one with some arguments filled in, a method, an object, a module."""
+    called = inspect.unwrap(called)
+    if isinstance(called, functools.partial):
+        return _function_of(called.func)
+    if isinstance(called, FunctionType):
+        return called
+    if not inspect.ismethod(called):
+        called = called.forward if isinstance(called, torch.nn.Module) else called.__call__
+    return getattr(called, "__func__", None)
+
+
 def is_mean(compute_loss: Callable) -> bool:
     """Whether a trainer's ``compute_loss``, or a ``loss_func``, leaves its ``num_items_in_batch`` alone, by itself or
     among keywords: then its loss is a batch's own."""
-    function = inspect.unwrap(compute_loss)
-    if not inspect.isfunction(function):
+    function = _function_of(compute_loss)
+    if function is None:
         return False
     parameters = inspect.signature(function).parameters
     others = {name for name, one in parameters.items() if one.kind is inspect.Parameter.VAR_KEYWORD}

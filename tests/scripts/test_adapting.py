@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 import subprocess
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -184,13 +185,24 @@ def test_what_is_a_mean():
     def reads_keywords(outputs, labels, **kwargs):
         return outputs.sum() / kwargs["num_items_in_batch"]
 
-    assert [is_mean(one) for one in (named, keywords, reads, reads_keywords, print)] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
+    class Module(torch.nn.Module):
+        def forward(self, outputs, labels, num_items_in_batch=None):
+            return outputs.sum()
+
+    class Reads:
+        def __call__(self, outputs, labels, num_items_in_batch=None):
+            return self.of(outputs, labels, num_items_in_batch)
+
+        def of(self, outputs, labels, num_items_in_batch):
+            return outputs.sum() / num_items_in_batch
+
+        def mean(self, outputs, labels, num_items_in_batch):
+            return outputs.sum()
+
+    means = (named, keywords, partial(partial(named), labels=1), Module(), Reads().mean)
+    sums = (reads, reads_keywords, partial(reads, labels=1), Reads(), Reads().of, print)
+    for one in (*means, *sums):
+        assert is_mean(one) == is_mean(returning_loss(one, "loss_func")) == (one in means), one
 
 
 def test_label_smoothing_is_of_the_ordinary_loss(tmp_path):
