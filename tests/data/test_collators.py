@@ -10,7 +10,14 @@ from running import copy_elsewhere, load_script, losses, results, run
 from short_runs import scratch
 from transformers import default_data_collator
 
-from gaudi_lm.data.sampling import FILLER_SAMPLE, REAL_SAMPLES, SAMPLE_ID, cut_rows, ignore_filler_samples
+from gaudi_lm.data.sampling import (
+    FILLER_SAMPLE,
+    REAL_SAMPLES,
+    SAMPLE_ID,
+    count_tokens,
+    cut_rows,
+    ignore_filler_samples,
+)
 from gaudi_lm.errors import UserError
 from gaudi_lm.training.trainer import LMTrainer
 
@@ -84,6 +91,18 @@ def test_rows_of_ones_own(assets, tmp_path):
     )  # fmt: skip
     run(padded, *scratch(assets, tmp_path / "padded", *TRAINING))
     assert results(tmp_path / "padded")["eval_tokens"] == 12 * 4
+
+
+def test_rows_that_are_padded_already():
+    """Padding is neither seen, nor a label, nor counted, as a tokenizer with `padding="max_length"` marks it."""
+    rows = [
+        {"input_ids": [5, 6, 7, 8], "attention_mask": [1, 1, 1, 1]},
+        {"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0]},
+    ]
+    batch = ignore_filler_samples(load_script("run_clm").collate_blocks, labels_from_inputs=True)(rows)
+    assert batch["labels"].tolist() == [[5, 6, 7, 8], [5, 6, -100, -100]]
+    assert batch["attention_mask"].tolist() == [row["attention_mask"] for row in rows]
+    assert count_tokens(batch) == (2, 6, 8)
 
 
 def test_rows_of_several_lengths_are_one_line():
