@@ -22,7 +22,7 @@ from gaudi_lm.data.chat_templates import ChatTemplate
 from gaudi_lm.data.completions import encode_examples
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX
 from gaudi_lm.data.prompts import ExampleFormat
-from gaudi_lm.data.ragged import join_rows, pad_rows
+from gaudi_lm.data.ragged import join_rows, pad_rows, unpadded
 from gaudi_lm.errors import UserError
 
 logger = logging.getLogger("gaudi_lm")
@@ -163,10 +163,12 @@ def collate_examples(rows: list[dict], padding: int, lengths: Sequence[int]) -> 
     labels by one, so the first one is never a target: -100 keeps it out of the token counts.
 
     Args:
+        rows: with ``input_ids``, perhaps ``labels``, by default the same, and what :func:`~.ragged.unpadded` reads.
         lengths: see :func:`gaudi_lm.data.ragged.pad_rows`.
     """
-    input_ids, used = pad_rows([row["input_ids"] for row in rows], lengths, padding)
-    labels, _ = pad_rows([row["labels"] for row in rows], [input_ids.shape[1]], IGNORE_INDEX)
+    input_ids, used = pad_rows([*map(unpadded, rows)], lengths, padding)
+    targets = [unpadded(row, "labels" if "labels" in row else "input_ids") for row in rows]
+    labels, _ = pad_rows(targets, [input_ids.shape[1]], IGNORE_INDEX)
     labels[:, 0] = IGNORE_INDEX
     batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
     if lengths or (used < input_ids.shape[1]).any():

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gaudi_lm.data.masked_token_budget import IGNORE_INDEX, limit_predictions
-from gaudi_lm.data.ragged import join_rows, pad_rows, shorten_rows
+from gaudi_lm.data.ragged import join_rows, pad_rows, shorten_rows, unpadded
 from gaudi_lm.data.tokenization import encode, special_ends, vocabulary_size
 from gaudi_lm.errors import UserError
 
@@ -120,7 +120,7 @@ class MaskingCollator:
 
     def _pad(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         pad = self.tokenizer.pad_token_id or 0
-        tokens, used = pad_rows([row["input_ids"] for row in rows], self.lengths, pad, self.start, self.end)
+        tokens, used = pad_rows([*map(unpadded, rows)], self.lengths, pad, self.start, self.end)
         batch = {"input_ids": torch.from_numpy(tokens)}
         if self.lengths or (used < tokens.shape[1]).any():
             batch["attention_mask"] = torch.from_numpy((np.arange(tokens.shape[1]) < used[:, None]).astype(np.int64))

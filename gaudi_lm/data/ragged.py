@@ -99,6 +99,12 @@ def padded_lengths(splits: Iterable, max_length: int, pad_to_max_length: bool, a
     return lengths
 
 
+def unpadded(row: dict, name: str = "input_ids") -> np.ndarray | list[int]:
+    """A column of a row without what its own ``attention_mask``, if it has one, tells as padding, to be made anew."""
+    mask = row.get("attention_mask")
+    return row[name] if mask is None else np.asarray(row[name])[np.asarray(mask) == 1]
+
+
 def pad_rows(
     rows: list[np.ndarray], lengths: Sequence[int], padding: int, start: Sequence[int] = (), end: Sequence[int] = ()
 ) -> tuple[np.ndarray, np.ndarray]:

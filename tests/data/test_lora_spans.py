@@ -111,6 +111,20 @@ def test_padded(pad):
     assert whole["attention_mask"].tolist() == [[1, 1, 1]], "batches of chosen lengths have the same inputs"
 
 
+def test_rows_that_are_padded_already():
+    """As a tokenizer with `padding="max_length"` makes them; labels are their tokens, where they have none."""
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 0], "attention_mask": [1, 1, 1, 1, 0]},
+        {"input_ids": [0, 0, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1]},
+    ]
+    for more in ({}, {"labels": [-100, 1, 2, 3, 4]}):
+        batch = collate_examples([{**row, **more} for row in rows], 0, lengths=[])
+        assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 6, 7, 0]]
+        assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+        wanted = [[-100, 1, 2, 3], [-100, 3, 4, -100]] if more else [[-100, 6, 7, 8], [-100, 6, 7, -100]]
+        assert batch["labels"].tolist() == wanted
+
+
 @pytest.mark.parametrize("made", [None, "text", ("a", 7), ("a",), ("a", "b", "c"), {"prompt": "a"}])
 def test_what_a_format_example_of_ones_own_makes_is_two_texts(made):
     with pytest.raises(UserError, match="^format_example makes two texts of an example, prompt and response, not "):

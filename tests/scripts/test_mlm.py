@@ -80,6 +80,18 @@ def test_special_tokens_and_padding_are_never_masked(tokenizer):
         assert ("attention_mask" in batch) == masked, "batches of chosen lengths have the same inputs"
 
 
+def test_rows_that_are_padded_already_are_padded_anew(tokenizer):
+    """Their own mask counts, as a tokenizer with `padding="max_length"` makes it."""
+    rows = rows_of(tokenizer, 2, 6)
+    rows[1]["attention_mask"] = np.array([1, 1, 1, 1, 0, 0])
+    short = {**rows[1], "input_ids": rows[1]["input_ids"][:4]}
+    del short["attention_mask"]
+    collate = MaskingCollator(tokenizer, 0.3, seed=(1,))
+    batch, wanted = collate(rows), collate([rows[0], short])
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1] * 4 + [0] * 2]
+    assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
+
+
 def test_a_mask_depends_on_seed_and_draw_alone(tokenizer):
     rows = rows_of(tokenizer, 6, 40)
     collator = MaskingCollator(tokenizer, 0.3, seed=(7,))
