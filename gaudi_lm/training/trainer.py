@@ -238,7 +238,7 @@ def build_trainer(
     compute_metrics: Callable[[EvalPrediction], dict] | None = None,
     preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     trainer_class: type[LMTrainer] = LMTrainer,
-    **loss_options,
+    max_predictions_per_seq: int | Callable[[int, int], int] | None = None,
 ) -> LMTrainer:
     """The trainer, with the token loss installed on the model.
 
@@ -254,18 +254,22 @@ def build_trainer(
             it gets the logits of the unchanged model, and divides a sum by the label tokens of the optimizer step.
         compute_metrics, preprocess_logits_for_metrics: as for transformers' Trainer; without, logits are not kept.
         trainer_class: a subclass of :class:`LMTrainer`.
-        loss_options: passed to :func:`gaudi_lm.modeling.loss.install_token_loss`.
+        max_predictions_per_seq: of a masked model, see :func:`gaudi_lm.modeling.loss.install_token_loss`.
     """
     custom_parts.check_parts(trainer_class, LMTrainer, loss_func, training_args, train_dataset, eval_dataset)
-    custom_parts.check_budget(loss_options.get("max_predictions_per_seq"), collator, evaluation_collator or collator)
+    custom_parts.check_budget(max_predictions_per_seq, collator, evaluation_collator or collator)
     custom_parts.check_class(model)
     if training_args.gradient_checkpointing and training_args.device.type == "hpu":
         repair_gradient_checkpointing(model)
     if loss_func is None:
         # Chunks are compiled for one number of rows, and on a CPU each batch may have another.
         chunked = training_args.chunked_loss and not (training_args.torch_compile and training_args.use_cpu)
-        loss_options["label_smoothing"] = training_args.label_smoothing_factor
-        logger.info(install_token_loss(model, objective, chunked=chunked, **loss_options))
+        rows, smoothing = max_predictions_per_seq, training_args.label_smoothing_factor
+        logger.info(
+            install_token_loss(
+                model, objective, chunked=chunked, max_predictions_per_seq=rows, label_smoothing=smoothing
+            )
+        )
     else:
         logger.info("Loss of %s language modelling by loss_func, from the full logits", objective)
     if training_args.device.type != "hpu":

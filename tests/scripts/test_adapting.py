@@ -579,6 +579,11 @@ class MyTrainer(LMTrainer):
     assert state["best_metric"] == pytest.approx(results(tmp_path / "out")["eval_loss"] / 0.6931)
 
 
+def test_a_part_that_build_trainer_does_not_take_is_named():
+    with pytest.raises(TypeError, match=r"build_trainer\(\) got an unexpected keyword argument 'optimizers'"):
+        build_trainer(None, "causal", None, None, None, optimizers=(None, None))
+
+
 FIGURES = """from transformers import TrainerCallback
 
 from gaudi_lm.training.trainer import LMTrainer, build_trainer
