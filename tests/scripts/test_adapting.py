@@ -579,6 +579,24 @@ class MyTrainer(LMTrainer):
     assert state["best_metric"] == pytest.approx(results(tmp_path / "out")["eval_loss"] / 0.6931)
 
 
+@pytest.mark.slow
+def test_an_optimizer_of_ones_own(assets, tmp_path):
+    """It is what trains, by its schedule, and a resumed run goes on with both."""
+    script = copy_elsewhere("run_clm.py", tmp_path / "mine")
+    own = """    trainer.optimizer = torch.optim.Adagrad(model.parameters(), lr=0.01)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 0.7**step)\n"""
+    script.write_text(script.read_text().replace("    # Train\n", f"{own}    # Train\n"))
+    for name in ("whole", "resumed"):
+        run(script, *scratch(assets, tmp_path / name, *EVALUATE, "--save_steps", 2))
+        (tmp_path / "resumed").mkdir(exist_ok=True)
+        if name == "whole":
+            shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    rates = [row["learning_rate"] for row in log_history(tmp_path / "resumed") if "learning_rate" in row]
+    assert rates == pytest.approx([0.01 * 0.7**step for step in range(4)])
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
+    assert weights[0] == weights[1]
+
+
 def test_a_part_that_build_trainer_does_not_take_is_named():
     with pytest.raises(TypeError, match=r"build_trainer\(\) got an unexpected keyword argument 'optimizers'"):
         build_trainer(None, "causal", None, None, None, optimizers=(None, None))
