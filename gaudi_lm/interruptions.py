@@ -17,6 +17,8 @@ from functools import partial
 
 def end_on_signals() -> None:
     """End at once on SIGTERM and SIGUSR1; training has handlers of its own."""
+    # What starts a run may have blocked them.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP))
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, partial(_end_at_once, os.getpid()))
     sys.unraisablehook = partial(_raise_again, sys.unraisablehook)

@@ -317,3 +317,16 @@ def test_processes_that_load_data_outlive_a_signal_to_all(number, assets, masked
     assert "training ends after step" in end.stderr
     with pytest.raises(ProcessLookupError):
         os.killpg(group[0], 0)
+
+
+def test_signals_that_were_blocked_at_the_start_are_heeded():
+    """A mask goes along to whatever a process starts: SIGTERM did not reach such a run, which so saved nothing."""
+    code = """
+import os, signal
+from gaudi_lm.interruptions import end_on_signals
+end_on_signals()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    blocked = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, (signal.SIGTERM,))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, preexec_fn=blocked, stderr=subprocess.PIPE)
+    assert done.returncode == 143, done.stderr
