@@ -7,6 +7,7 @@ import logging
 from argparse import ArgumentTypeError
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -15,6 +16,9 @@ from transformers import PretrainedConfig
 from gaudi_lm.arguments.optional_packages import require
 from gaudi_lm.device import parse_bool
 from gaudi_lm.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 logger = logging.getLogger("gaudi_lm")
 
@@ -178,11 +182,7 @@ def check_config(flag: str, name: str, config: PretrainedConfig) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
             own = config.attribute_map.get(size, size)
             raise UserError(f"{flag} {name}: {own} is {value!r}; it must be a whole number from 1 on")
-    for key, default in _defaults(config).items():
-        value = getattr(config, key, None)
-        if isinstance(value, str) and isinstance(default, (int, float)) and _in_quotes(value):  # a bool is an int
-            kind = "true or false" if isinstance(default, bool) else "a number"
-            raise UserError(f"{flag} {name}: {key} is the text {value!r}; it must be {kind}, without quotes")
+    check_quotes(flag, name, config)
     quantization = getattr(config, "quantization_config", None)
     if not quantization:
         return
@@ -201,6 +201,22 @@ def check_config(flag: str, name: str, config: PretrainedConfig) -> None:
         raise UserError(f"{flag} {name}: quantized by {method}, which is {unknown(str(method), known)}")
 
 
+def check_quotes(what: str, name: str, config: PretrainedConfig | GenerationConfig) -> None:
+    """Refuse numbers and switches in quotes.
+
+    Args:
+        what: is called ``name``, for the message.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for key, default in _defaults(config).items():
+        value = getattr(config, key, None)
+        if isinstance(value, str) and isinstance(default, (int, float)) and _in_quotes(value):  # a bool is an int
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise UserError(f"{what} {name}: {key} is the text {value!r}; it must be {kind}, without quotes")
+
+
 def _in_quotes(text: str) -> bool:
     """Whether a text is a number or a switch; types take words beside them, as EXAONE 4 has ``LLLG`` for 4."""
     for kind in (float, parse_bool):
@@ -210,7 +226,7 @@ def _in_quotes(text: str) -> bool:
     return False
 
 
-def _defaults(config: PretrainedConfig) -> dict:
+def _defaults(config: PretrainedConfig | GenerationConfig) -> dict:
     """Of the type of a configuration; nothing where there is none without arguments."""
     try:
         return type(config)().to_dict()

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_utils import is_fsdp_enabled
 
+from gaudi_lm.arguments.model_files import check_quotes
 from gaudi_lm.errors import UserError
 
 logger = logging.getLogger("gaudi_lm")
@@ -67,6 +68,7 @@ def repair_generation_config(model: PreTrainedModel) -> None:
     temperature of 0 and other ways to generate, such as beams, say that no sampling is meant.
 
     Raises:
+        UserError: a number or a switch in quotes.
         ValueError: it cannot be saved for another reason.
     """
     settings: GenerationConfig | None = getattr(model, "generation_config", None)
@@ -75,6 +77,7 @@ def repair_generation_config(model: PreTrainedModel) -> None:
     for name, value in model.config._get_non_default_generation_parameters().items():  # as saving would
         setattr(settings, name, value)
         setattr(model.config, name, None)
+    check_quotes("generation configuration of", model.config.name_or_path, settings)
     idle = _idle_settings(settings)
     greedy = settings.temperature != 0 and settings.get_generation_mode() == GenerationMode.GREEDY_SEARCH
     if greedy and (sampling := sorted(idle & _OF_SAMPLING)):

@@ -331,6 +331,14 @@ def test_weights_in_fp8_belong_to_a_quantized_model(assets):
     check_weights_of_files(model, "model", [])
 
 
+def test_numbers_in_quotes_of_a_generation_configuration_are_refused():
+    """They ended a run after training, when it went on with a prompt."""
+    for name, value in (("num_beams", "4"), ("do_sample", "true")):
+        model = SimpleNamespace(generation_config=GenerationConfig(**{name: value}), config=PretrainedConfig())
+        with pytest.raises(UserError, match=f"{name} is the text '{value}'"):
+            repair_generation_config(model)
+
+
 @pytest.mark.parametrize(
     ("loaded", "repaired"),
     [
