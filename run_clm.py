@@ -54,10 +54,10 @@ from gaudi_lm.training.trainer import build_trainer
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Blocks to a batch, int64 of shape ``[rows, block]``: ``input_ids``, a mask and ``labels`` if they are there."""
+    """Blocks to a batch, int64 of shape ``[rows, block]``: ``input_ids``, and mask, positions and labels if any."""
     if "input_ids" not in rows[0]:
         raise UserError(f"rows have the columns {', '.join(rows[0])}: the tokens are to be in input_ids")
-    names = [name for name in ("input_ids", "attention_mask", "labels") if name in rows[0]]
+    names = [name for name in ("input_ids", "attention_mask", "position_ids", "labels") if name in rows[0]]
     if len(lengths := {len(row[name]) for row in rows for name in names}) > 1:
         raise UserError(
             f"{' and '.join(names)} have {' and '.join(map(str, sorted(lengths)))} tokens in one batch: make them "

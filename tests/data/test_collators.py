@@ -105,6 +105,12 @@ def test_rows_that_are_padded_already():
     assert count_tokens(batch) == (2, 6, 8)
 
 
+def test_positions_of_rows_that_are_packed_already_are_kept():
+    """transformers keeps texts apart by them, and numbers each from 0."""
+    rows = [{"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}]
+    assert load_script("run_clm").collate_blocks(rows)["position_ids"].tolist() == [[0, 1, 0, 1]]
+
+
 def test_rows_of_several_lengths_are_one_line():
     collate = load_script("run_clm").collate_blocks
     with pytest.raises(UserError, match="input_ids have 3 and 5 tokens.*DataCollatorForSeq2Seq"):
