@@ -1,5 +1,5 @@
 PYTHON ?= python3
-# Processes that run tests: one for each core is fastest, and each takes some GB of memory.
+# Processes that run tests: as many as there are cores, with a GB or two of memory for each.
 JOBS ?= 2
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
